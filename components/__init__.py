@@ -1,0 +1,76 @@
+"""The catalogue of components: plain dicts from name to class, to be read, extended and copied.
+
+TRAINER_REGISTRY["my_trainer"] = MyTrainer          # or, refusing a name that is taken:
+@register(TRAINER_REGISTRY, "my_trainer")
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from . import losses, optimizers
+from .datasets.lerobot import LeRobotDataset
+from .datasets.metaworld import MetaWorldDemonstrations
+from .envs.gymnasium import GymnasiumEnv
+from .envs.metaworld import MetaWorldEnv
+from .errors import UserError
+from .models.mlp import MLP
+from .policy import load_policy
+from .trainers.bc import BC
+
+__all__ = ["REGISTRIES", "UserError", "load_policy", "register"]
+
+TRAINER_REGISTRY: dict[str, type] = {
+    "bc": BC,
+}
+
+DATASET_BUILDER_REGISTRY: dict[str, type] = {
+    "lerobot": LeRobotDataset,
+    "metaworld": MetaWorldDemonstrations,
+}
+
+MODEL_BUILDER_REGISTRY: dict[str, type] = {
+    "mlp": MLP,
+}
+
+LOSS_BUILDER_REGISTRY: dict[str, type] = {
+    "mse": losses.MSE,
+    "l1": losses.L1,
+    "huber": losses.Huber,
+}
+
+OPTIMIZER_BUILDER_REGISTRY: dict[str, type] = {
+    "adam": optimizers.Adam,
+    "adamw": optimizers.AdamW,
+    "sgd": optimizers.SGD,
+    "schedulefree": optimizers.ScheduleFree,
+}
+
+ENV_BUILDER_REGISTRY: dict[str, type] = {
+    "gymnasium": GymnasiumEnv,
+    "metaworld": MetaWorldEnv,
+}
+
+# The option that chooses from each registry.
+REGISTRIES: dict[str, dict[str, type]] = {
+    "trainer": TRAINER_REGISTRY,
+    "dataset": DATASET_BUILDER_REGISTRY,
+    "model": MODEL_BUILDER_REGISTRY,
+    "loss": LOSS_BUILDER_REGISTRY,
+    "optimizer": OPTIMIZER_BUILDER_REGISTRY,
+    "env": ENV_BUILDER_REGISTRY,
+}
+
+C = TypeVar("C", bound=type[Any])
+
+
+def register(registry: dict[str, type], name: str) -> Callable[[C], C]:
+    """Class decorator that adds a component under `name`. Raises UserError when the name is taken."""
+
+    def add(component: C) -> C:
+        if name in registry:
+            taken = registry[name]
+            raise UserError(f"{name!r} is taken by {taken.__module__}.{taken.__qualname__}; choose another name")
+        registry[name] = component
+        return component
+
+    return add

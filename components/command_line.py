@@ -1,0 +1,169 @@
+"""Command lines in one line: plugins, names with suggestions, and tyro errors without the box."""
+
+import contextlib
+import importlib
+import io
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from .errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def import_plugins(modules: Sequence[str]) -> None:
+    """Import the modules named by `--plugins`, also from the working directory, so that they register components.
+
+    Raises UserError: a module is missing, or fails while it is imported (names its file and line).
+    """
+    if modules and (folder := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, folder)
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name and (name == error.name or name.startswith(error.name + ".")):
+                raise UserError(f"--plugins {name}: no such module in {Path.cwd()} or on the Python path") from error
+            raise UserError(f"--plugins {name}: {error} ({where(error)}); install it or mend the import") from error
+        except Exception as error:
+            raise UserError(f"--plugins {name}: {type(error).__name__}: {error} ({where(error)})") from error
+
+
+def where(error: BaseException) -> str:
+    """The file and line of the innermost frame of user code in which `error` was raised."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename and "importlib" not in frame.filename]
+    frame = (own or list(frames) or [None])[-1]
+    return f"{frame.filename}:{frame.lineno}" if frame else "unknown place"
+
+
+def pick(registry: dict[str, type], option: str, name: str) -> type:
+    """Look up the component that `option` names. Raises UserError with the nearest names."""
+    if name not in registry:
+        raise UserError(f"--{option} {name}: unknown {option}; {nearest(name, registry)}")
+    return registry[name]
+
+
+def options_of(component: type, values: dict[str, Any] | None = None) -> Any:
+    """A factory is its own options dataclass; a trainer has a nested `Config`; a plain class has no options."""
+    options = component if is_dataclass(component) else getattr(component, "Config", NoOptions)
+    values = values or {}
+    known = [field.name for field in fields(options)]
+    for name in values:
+        if name not in known:
+            raise UserError(f"{component.__name__} has no option {name!r}; {nearest(name, known)}")
+    return options(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def instantiate(component: type, options: Any) -> Any:
+    """The factory object: the options themselves when the factory is its own dataclass, else a plain instance."""
+    return options if is_dataclass(component) else component()
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """No options."""
+
+
+def model_options(defaults: dict[str, Any]) -> Any:
+    """One group of options for all models: `--model.X` for the policy, `--model.<name>.X` for another."""
+    fields_ = [(name, Annotated[Any, tyro.conf.arg(name="" if name == "policy" else name)]) for name in defaults]
+    return make_dataclass("Models", fields_, frozen=True)(**defaults)
+
+
+def given(argv: Sequence[str], option: str) -> bool:
+    """Whether the command line itself sets `option` ("batch-size"), rather than leaving it at its default."""
+    names = {f"--{option}", f"--{option.rpartition('.')[0]}.no-{option.rpartition('.')[2]}".replace("--.", "--")}
+    return any(word.partition("=")[0].replace("_", "-") in names for word in argv)
+
+
+def without(argv: Sequence[str], option: str) -> list[str]:
+    """The command line without an option and its value."""
+    words, skip = [], False
+    for word in argv:
+        if not skip and word.partition("=")[0] != option:
+            words.append(word)
+        skip = word == option
+    return words
+
+
+def pairs(option: str, entries: Sequence[str]) -> dict[str, str]:
+    """KEY=VALUE entries as a dict. Raises UserError for one without "="."""
+    for entry in entries:
+        if "=" not in entry:
+            raise UserError(f"{option} {entry}: expected KEY=VALUE")
+    return dict(entry.split("=", 1) for entry in entries)
+
+
+@contextlib.contextmanager
+def one_line(subject: str) -> Iterator[None]:
+    """Whatever a component raises while it is built becomes a UserError: one line with its file and line."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{subject}: {error}") from error
+    except Exception as error:
+        raise UserError(f"{subject}: {type(error).__name__}: {error} ({where(error)})") from error
+
+
+def choose(registry: dict[str, type], *more: str) -> Any:
+    """Let a `str` option take the registry's names, plugins' included, and show its default plainly."""
+    return tyro.conf.arg(
+        constructor_factory=lambda: tyro.extras.literal_type_from_choices([*registry, *more]),
+        help_behavior_hint=lambda default: f"(default: {default.strip(chr(39) + '[]')})",
+    )
+
+
+def parse_names(options: type[T], argv: Sequence[str]) -> T:
+    """First pass: read only the fields of `options` and leave the rest of the command line alone, `--help` included."""
+    return _tyro(options, argv, add_help=False)[0]
+
+
+def parse(options: type[T], argv: Sequence[str], default: T | None = None, quiet: bool = False) -> T:
+    """Parse with tyro. `--help` prints and exits 0; anything wrong raises UserError with one line.
+
+    Args:
+        quiet: Print no help (every process but the first).
+    """
+    extra = {} if default is None else {"default": default}
+    try:
+        parsed, unknown = _tyro(options, argv, **extra)
+    except _Help as text:
+        if not quiet:
+            print(text, end="")
+        raise SystemExit(0) from None
+    unknown_options = [word for word in unknown if word.startswith("--")] or unknown
+    if unknown_options:
+        try:
+            _tyro(options, ["--help"], **extra)
+        except _Help as text:
+            word = unknown_options[0].partition("=")[0]
+            known = set(re.findall(r"--[\w.-]+", str(text))) - {"--help"}
+            raise UserError(f"unknown option {word}; {nearest(word, known)}") from None
+    return parsed
+
+
+class _Help(Exception):
+    """tyro's help text."""
+
+
+def _tyro(options: type[T], argv: Sequence[str], **extra: Any) -> tuple[T, list[str]]:
+    """What tyro parses and the words it does not know; its box with an error becomes one line."""
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            return tyro.cli(options, args=list(argv), return_unknown_args=True, **extra)
+    except SystemExit as stop:
+        if not stop.code:
+            raise _Help(out.getvalue()) from None
+        box = re.sub(r"\n│ ─+.*", "", out.getvalue(), flags=re.DOTALL)
+        raise UserError(re.sub(r"[\s╭╮╰╯│─]+", " ", box).strip()) from None

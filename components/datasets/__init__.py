@@ -1,0 +1,1 @@
+"""Dataset factories: one file per format, and the demonstration makers."""

@@ -1,0 +1,182 @@
+"""Demonstrations by Meta-World's scripted experts, made on the spot and cached on disk."""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError, require
+from ..sampling import derive_seed
+from .episodes import build_episodes
+
+logger = logging.getLogger(__name__)
+RECIPE = 1  # part of the cache's name: count up when the demonstrations of the same options change
+LARGE = 200  # from this many demonstrations on, starting processes (about 4 s) pays
+
+
+@dataclass(frozen=True)
+class MetaWorldDemonstrations:
+    """Scripted-expert demonstrations of a Meta-World task; each ends at its first success."""
+
+    task: str = "push-v3"
+    """One of the 50 tasks, such as push-v3, pick-place-v3, drawer-open-v3."""
+    demos: int = 50
+    """Successful demonstrations to make; attempts that fail are dropped."""
+    seed: int = 0
+    """Seed of the goals; evaluation uses others."""
+    max_episode_steps: int = 200
+    """Steps until an attempt counts as failed, here and in the evaluation."""
+    obs_steps: int = 1
+    """Observation steps per sample, the last being now."""
+    action_steps: int = 1
+    """Action steps per sample; more than one makes chunks."""
+    validation: float = 0.1
+    """Fraction of the episodes to hold out: at least one, never more than a fifth of the rows; 0 for none."""
+    workers: int = 0
+    """Processes that make demonstrations; 0 chooses by their number."""
+    cache: str = "~/.cache/tendon"
+    """Folder that keeps finished demonstrations; empty for none."""
+
+    env_name = "metaworld"  # whose options the command line shows; `build` returns the environment itself
+
+    def build(self, **kwargs: Any) -> dict[str, Any]:
+        """Return the demonstrations as {"dataset", "validation", "norm_stats", "env"}.
+
+        Items: observation.state `[39]`, action `[4]` in [-1, 1], reward, terminated, truncated, next.observation.state.
+
+        Raises:
+            UserError: an unknown task, options that make no sense, an expert that fails too often, a missing package.
+        """
+        if self.demos < 1 or self.workers < 0:
+            raise UserError(
+                f"--dataset.demos {self.demos} must be 1 or more, --dataset.workers {self.workers} 0 or more"
+            )
+        if not 1 <= self.max_episode_steps <= 500:
+            raise UserError(
+                f"--dataset.max-episode-steps {self.max_episode_steps} must be 1 to 500, Meta-World's limit"
+            )
+        require("metaworld", "metaworld")
+        from ..envs.metaworld_simulator import check_task
+
+        check_task(self.task)
+        columns, ends = self._load_or_make()
+        built = build_episodes(
+            columns, ends, f"metaworld {self.task}", self.obs_steps, self.action_steps, self.validation, self.seed
+        )
+        return built | {"env": {"name": "metaworld", "task": self.task, "max_episode_steps": self.max_episode_steps}}
+
+    def _load_or_make(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Read the cache, or make the demonstrations and cache them."""
+        from importlib.metadata import version
+
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file, save_file
+
+        recipe = [RECIPE, self.task, self.demos, self.seed, self.max_episode_steps, version("metaworld")]
+        digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+        path = Path(self.cache).expanduser() / f"metaworld-{self.task}-{self.demos}-{digest}.safetensors"
+        if self.cache and path.exists():
+            try:
+                columns = load_file(path)
+                return columns, columns.pop("episode_ends")
+            except (SafetensorError, OSError, KeyError) as error:
+                logger.warning("%s is damaged (%s); the demonstrations are made again", path, error)
+        columns, ends = self._make()
+        if self.cache:
+            temporary = path.with_name(f".{path.name}-{os.getpid()}")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file({**columns, "episode_ends": ends}, temporary)
+                temporary.replace(path)  # atomic: a killed run leaves no half cache under the name that is read
+            except (SafetensorError, OSError) as error:
+                temporary.unlink(missing_ok=True)
+                logger.warning("the demonstrations could not be cached in %s (%s)", path.parent, error)
+        return columns, ends
+
+    def _make(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Attempt goals in the order of their number until enough attempts succeeded: the same for any `workers`."""
+        from tqdm import tqdm
+
+        # Which list of 50 goals comes k-th; far from the lists of the evaluation's seeds by sheer size.
+        numbers = (50 * (derive_seed(self.seed, k // 50) % 10**8 + 10**8) + k % 50 for k in range(20 + 5 * self.demos))
+        tasks = ((self.task, number, self.max_episode_steps) for number in numbers)
+        workers = self.workers or (min(os.cpu_count() or 1, 8) if self.demos >= LARGE else 1)
+        logger.info("making %d demonstrations of %s", self.demos, self.task)
+        episodes: list[dict[str, np.ndarray]] = []
+        attempts = 0
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
+        try:
+            with tqdm(total=self.demos, unit="demo", disable=None, leave=False) as bar:
+                for episode in _in_order(pool, tasks, 8 * workers):
+                    attempts += 1
+                    if episode is not None:
+                        episodes.append(episode)
+                        bar.update()
+                    if len(episodes) == self.demos:
+                        break
+        finally:
+            if pool:
+                pool.shutdown(cancel_futures=True)
+        if len(episodes) < self.demos:
+            raise UserError(
+                f"the expert of {self.task} solved {len(episodes)} of {attempts} goals within {self.max_episode_steps} steps,"
+                f" {self.demos} were wanted; raise --dataset.max-episode-steps or lower --dataset.demos"
+            )
+        ends = torch.tensor([len(episode["action"]) for episode in episodes]).cumsum(0)
+        columns = {key: torch.from_numpy(np.concatenate([e[key] for e in episodes])) for key in episodes[0]}
+        return columns, ends
+
+
+def _in_order(pool: ProcessPoolExecutor | None, tasks: Any, ahead: int) -> Any:
+    """Results of `demonstrate` in the order of `tasks`, at most `ahead` of them under way."""
+    if pool is None:
+        yield from (demonstrate(*task) for task in tasks)
+        return
+    waiting = []
+    for task in tasks:
+        waiting.append(pool.submit(demonstrate, *task))
+        if len(waiting) >= ahead:
+            yield waiting.pop(0).result()
+    yield from (future.result() for future in waiting)
+
+
+def demonstrate(task: str, seed: int, max_episode_steps: int) -> dict[str, np.ndarray] | None:
+    """One attempt of the expert: columns of `[T, ...]`, or None when it did not succeed in time."""
+    from ..envs.metaworld_simulator import expert
+
+    env = _simulator(task, max_episode_steps)
+    policy = expert(task)
+    observation, _ = env.reset(seed=seed)
+    rows: list[tuple[Any, ...]] = []
+    done = False
+    while not done:
+        action = np.clip(policy.get_action(observation.astype(np.float64)), -1, 1).astype(np.float32)
+        successor, reward, terminated, truncated, _ = env.step(action)
+        rows.append((observation, action, np.float32(reward), terminated, truncated and not terminated, successor))
+        observation, done = successor, terminated or truncated
+    if not rows[-1][3]:
+        return None
+    keys = ("observation.state", "action", "reward", "terminated", "truncated", "next.observation.state")
+    return {key: np.stack(values) for key, values in zip(keys, zip(*rows, strict=True), strict=True)}
+
+
+_simulators: dict[tuple[str, int], Any] = {}
+
+
+def _simulator(task: str, max_episode_steps: int) -> Any:
+    """One simulator per process and task: making one takes longer than an episode."""
+    from ..envs.metaworld_simulator import MetaWorld
+
+    key = (task, max_episode_steps)
+    if key not in _simulators:
+        _simulators[key] = MetaWorld(task, max_episode_steps)
+    return _simulators[key]

@@ -1,0 +1,40 @@
+"""Meta-World, 50 manipulation tasks with a simulated Sawyer arm."""
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class MetaWorldEnv:
+    """Meta-World v3: success ends an episode, seeds fix goals."""
+
+    task: str = "push-v3"
+    """One of the 50 tasks, such as push-v3, pick-place-v3, drawer-open-v3."""
+    max_episode_steps: int = 200
+    """Steps until an episode is cut; Meta-World's own limit is 500, its experts need 50 to 105."""
+    render_mode: Literal["rgb_array"] | None = None
+    """Draw frames off screen."""
+
+    def build(self, num_envs: int, seed: int) -> Any:
+        """Make a vector environment in this process.
+
+        Raises:
+            UserError: an unknown task, steps outside 1 to 500, or the package is missing.
+        """
+        if not 1 <= self.max_episode_steps <= 500:
+            raise UserError(
+                f"--env.max-episode-steps {self.max_episode_steps} must be 1 to 500, Meta-World's own limit"
+            )
+        if self.render_mode is not None and sys.platform == "linux":
+            os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo's default needs a display
+        from gymnasium.vector import SyncVectorEnv
+
+        from .metaworld_simulator import MetaWorld
+
+        envs = SyncVectorEnv([lambda: MetaWorld(self.task, self.max_episode_steps, self.render_mode)] * num_envs)
+        envs.reset(seed=seed)
+        return envs

@@ -1,0 +1,268 @@
+"""Evaluation in an environment: a fixed list of episodes, each known by its seed, whatever slot or process runs it."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import parallel
+from .command_line import options_of
+from .errors import UserError
+from .features import read
+from .policy import Policy
+from .random_state import preserved
+from .sampling import to_device
+
+logger = logging.getLogger(__name__)
+MAX_STEPS = 100_000  # an episode that is longer has no end: the environment lacks a time limit
+
+
+def observation_batch(observation: Any) -> dict[str, np.ndarray]:
+    """Name an environment's observations as the data does.
+
+    A vector `[N, D]` is `observation.state`, a picture `[N, H, W, C]` `observation.images.camera` (channels first). In a
+    dict, `agent_pos` and `observation` are the state, `environment_state` keeps its name, `pixels` holds pictures, and
+    keys that begin with `observation.` stay.
+    """
+    if not isinstance(observation, dict):
+        array = np.asarray(observation)
+        if array.dtype == np.uint8 and array.ndim == 4:
+            return {"observation.images.camera": array.transpose(0, 3, 1, 2)}
+        return {"observation.state": array.reshape(len(array), -1)}
+    named: dict[str, np.ndarray] = {}
+    for key, value in observation.items():
+        if key == "pixels":
+            cameras = value if isinstance(value, dict) else {"camera": value}
+            named |= {f"observation.images.{name}": np.moveaxis(x, -1, -3) for name, x in cameras.items()}
+        elif key in ("agent_pos", "observation"):
+            named["observation.state"] = np.asarray(value)
+        else:
+            named[key if key.startswith("observation.") else f"observation.{key}"] = np.asarray(value)
+    return named
+
+
+def choose_env(
+    asked: str, options: Any, given: Callable[[str], bool], offered: dict[str, Any] | None
+) -> tuple[str, Any]:
+    """The environment and its options: what the command line sets, then what the dataset offers, then the defaults.
+
+    Args:
+        asked: Name and `options` as parsed.
+        given: Whether the command line itself sets an option ("env", "env.task").
+        offered: {"name", options} of the dataset, or None.
+
+    Returns:
+        (name, options); the name is "none" where no environment is known.
+    """
+    from . import ENV_BUILDER_REGISTRY
+
+    offered = dict(offered or {})
+    values = offered.pop("options", {}) | {key: value for key, value in offered.items() if key != "name"}
+    name = asked if given("env") else offered.get("name", asked)
+    if name not in ENV_BUILDER_REGISTRY:
+        return "none", None
+    base = values if name == offered.get("name") else {}
+    explicit = {f.name: getattr(options, f.name) for f in fields(options) if given(f"env.{f.name.replace('_', '-')}")}
+    return name, options_of(ENV_BUILDER_REGISTRY[name], base | explicit)
+
+
+def check_env(envs: Any, spec: dict[str, Any], name: str) -> None:
+    """Refuse an environment whose action or observation widths are not the data's.
+
+    Raises:
+        UserError: with both widths.
+    """
+    for attribute in ("num_envs", "reset", "step", "single_action_space", "single_observation_space"):
+        if not hasattr(envs, attribute):
+            raise UserError(f"env {name!r}: build must return a gymnasium.vector.VectorEnv, {attribute!r} is missing")
+    space = envs.single_action_space
+    action = int(spec["action"]["shape"][-1])
+    if getattr(space, "shape", None) is None or len(space.shape) != 1:
+        raise UserError(f"env {name!r} has the action space {space}; the data's actions are vectors of width {action}")
+    if space.shape[0] != action:
+        raise UserError(
+            f"env {name!r} takes actions of width {space.shape[0]}, the dataset and the model have {action}"
+        )
+    observation, _ = envs.reset()
+    found = observation_batch(observation)
+    for key in (key for key in spec if key.startswith("observation.")):
+        if key not in found:
+            raise UserError(f"env {name!r} gives {', '.join(found)}, the policy needs {key!r}")
+        have, want = found[key].shape[-1], int(spec[key]["shape"][-1])
+        if have != want:
+            raise UserError(f"env {name!r} gives {key!r} of width {have}, the dataset has {want}")
+
+
+def run_episodes(
+    policy: Policy, envs: Any, seeds: Sequence[int], frames: list[Any] | None = None
+) -> list[dict[str, Any]]:
+    """Play one episode per seed, in rounds of one episode per slot; what a slot does after its episode is ignored.
+
+    So a result depends on its seed alone, long episodes count like short ones, and any autoreset mode will do.
+
+    Args:
+        frames: Collects the first slot's pictures, when given.
+
+    Returns:
+        [{"seed", "success" (None when the environment tells none), "success_at_end", "return", "length"}].
+    """
+    space, slots = envs.single_action_space, envs.num_envs
+    episodes: list[dict[str, Any]] = []
+    for start in range(0, len(seeds), slots):
+        chosen = list(seeds[start : start + slots])
+        padded = chosen + [chosen[-1]] * (slots - len(chosen))  # the last round may have slots to spare
+        observation, _ = envs.reset(seed=padded)
+        policy.reset(seeds=padded)
+        running = np.ones(slots, dtype=bool)
+        running[len(chosen) :] = False
+        returns, lengths = np.zeros(slots), np.zeros(slots, dtype=int)
+        once: list[bool | None] = [None] * slots
+        at_end: list[bool | None] = [None] * slots
+        while running.any():
+            if frames is not None and running[0]:
+                frames.append(envs.render()[0])
+            action = np.clip(policy.act(observation_batch(observation)), space.low, space.high).astype(space.dtype)
+            observation, reward, terminated, truncated, info = envs.step(action)
+            returns[running] += np.asarray(reward)[running]
+            lengths[running] += 1
+            for slot in np.flatnonzero(running):
+                success = _success(info, slot)
+                if success is not None:
+                    once[slot], at_end[slot] = bool(once[slot]) or success, success
+            running &= ~(np.asarray(terminated) | np.asarray(truncated))
+            if lengths.max() > MAX_STEPS:
+                raise RuntimeError(f"an episode is longer than {MAX_STEPS} steps; set --env.max-episode-steps")
+        for slot, seed in enumerate(chosen):
+            result = {"seed": seed, "success": once[slot], "success_at_end": at_end[slot]}
+            episodes.append(result | {"return": float(returns[slot]), "length": int(lengths[slot])})
+    return episodes
+
+
+def _success(info: dict[str, Any], slot: int) -> bool | None:
+    """`info["success"]` of one slot; at an episode's end some autoreset modes put it into `final_info`."""
+    final = info.get("final_info")
+    if final is not None and np.any(info.get("_final_info", [False] * (slot + 1))[slot]):
+        info = final
+    for key in ("success", "is_success"):
+        if key in info and np.all(info.get(f"_{key}", [True] * (slot + 1))[slot]):
+            return bool(np.asarray(info[key])[slot] > 0.5)
+    return None
+
+
+def evaluate(
+    policy: Policy, envs: Any, seeds: Sequence[int], rank: int, world: int
+) -> tuple[list[dict[str, Any]], str]:
+    """Play this process's share of the episodes and gather all of them, in the order of their seeds.
+
+    Leaves the random generators as they were. Returns (episodes, problem): when it failed on any process, `problem` says
+    how on all of them, so that training can go on everywhere.
+    """
+    mine: list[dict[str, Any]] = []
+    problem = ""
+    with preserved():
+        try:
+            mine = run_episodes(policy, envs, list(seeds)[rank::world])
+        except Exception as error:
+            logger.debug("evaluation failed", exc_info=True)
+            problem = f"{type(error).__name__}: {error}"
+    gathered = parallel.gather((mine, problem))
+    problem = next((f"process {i}: {p}" for i, (_, p) in enumerate(gathered) if p), "")
+    episodes = sorted((e for part, _ in gathered for e in part), key=lambda episode: episode["seed"])
+    return episodes, problem
+
+
+@torch.no_grad()
+def held_out_loss(trainer: Any, dataset: Any, normaliser: Any, batch_size: int, device: torch.device) -> float:
+    """Mean of the trainer's `losses` over the validation set; leaves the random generators as they were."""
+    total = 0.0
+    with preserved():
+        for rows in torch.arange(len(dataset)).split(batch_size):
+            data = normaliser(to_device(read(dataset, rows), device))
+            total += float(trainer.losses(data)[0]) * len(rows)
+    return total / len(dataset)
+
+
+def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval of a success rate (Wilson, 1927): right also for 0 and for all successes."""
+    rate, n = successes / episodes, episodes
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def summarise(episodes: list[dict[str, Any]], env: dict[str, Any], step: int, policy: Policy) -> dict[str, Any]:
+    """One line of `eval.jsonl`; a success counts when it happened once in the episode (`rule`)."""
+    successes = [episode["success"] for episode in episodes if episode["success"] is not None]
+    known = len(successes) == len(episodes) > 0
+    returns = np.array([episode["return"] for episode in episodes])
+    return {
+        "step": step,
+        "env": env,
+        "episodes": len(episodes),
+        "rule": "once",
+        "success_rate": sum(successes) / len(episodes) if known else None,
+        "success_ci": list(wilson_interval(sum(successes), len(episodes))) if known else None,
+        "success_at_end": float(np.mean([episode["success_at_end"] for episode in episodes])) if known else None,
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "length_mean": float(np.mean([episode["length"] for episode in episodes])),
+        "seeds": [episode["seed"] for episode in episodes],
+        "inference": policy.inference,
+    }
+
+
+def scores(result: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation that make curves."""
+    names = ("success_rate", "success_at_end", "return_mean", "length_mean")
+    return {f"eval/{name}": result[name] for name in names if result[name] is not None}
+
+
+def headline(result: dict[str, Any]) -> str:
+    """One evaluation in a line for the screen."""
+    if result["success_rate"] is None:
+        return f"return {result['return_mean']:.1f} +- {result['return_std']:.1f} over {result['episodes']} episodes"
+    low, high = result["success_ci"]
+    return f"success {result['success_rate']:.2f} [{low:.2f}, {high:.2f}] over {result['episodes']} episodes"
+
+
+def record_video(policy: Policy, factory: Any, seeds: Sequence[int], path: Path, every: int = 3) -> str:
+    """Film one episode per seed as H.264. Returns "" or, in one line, why there is no video.
+
+    Args:
+        factory: An environment factory with the option `render_mode`.
+        every: Keep one frame in so many.
+    """
+    if not (is_dataclass(factory) and hasattr(factory, "render_mode")):
+        return f"{type(factory).__name__} has no option 'render_mode'"
+    frames: list[np.ndarray] = []
+    try:
+        import av
+
+        with preserved():
+            envs = replace(factory, render_mode="rgb_array").build(1, seeds[0])  # type: ignore[type-var]
+            try:
+                run_episodes(policy, envs, seeds, frames)
+                fps = max(1, round(envs.metadata.get("render_fps", 30) / every))
+            finally:
+                envs.close()
+        if not frames or frames[0] is None:
+            return "the environment draws no frames"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        height, width = (side - side % 2 for side in frames[0].shape[:2])  # H.264's chroma is halved
+        with av.open(str(path), "w") as container:
+            stream: Any = container.add_stream("libx264", rate=fps)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for frame in frames[::every]:
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode())
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"{reason}; off-screen drawing needs EGL (Debian: apt-get install libegl1 libgl1-mesa-dri) and pip install av"
+    return ""

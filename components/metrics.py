@@ -1,0 +1,59 @@
+"""Metrics of training steps: kept as they come, averaged over an interval and over processes when they are logged."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import parallel
+
+
+class Metrics:
+    """Collects metric name -> scalar of every step; tensors stay on their device until `means`."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[Any]] = {}
+
+    def add(self, metrics: Any) -> None:
+        """Add the metrics of one step.
+
+        Raises:
+            TypeError: no dict, or a value that is no scalar, by its key.
+        """
+        if not isinstance(metrics, dict):
+            raise TypeError(f"train_step must return a dict of metrics, found {type(metrics).__name__}")
+        for key, value in metrics.items():
+            if isinstance(value, Tensor):
+                if value.numel() != 1:
+                    raise TypeError(f"metric {key!r} has shape {tuple(value.shape)}; expected a scalar")
+                value = value.detach().reshape(())
+            elif not isinstance(value, (bool, int, float)) and not (
+                hasattr(value, "item") and getattr(value, "size", 0) == 1
+            ):
+                raise TypeError(f"metric {key!r} is a {type(value).__name__}; expected a scalar")
+            self.values.setdefault(key, []).append(value)
+
+    def floats(self) -> dict[str, list[float]]:
+        """All values as numbers, in one transfer from each device."""
+        flat = [value for values in self.values.values() for value in values]
+        tensors = [value for value in flat if isinstance(value, Tensor)]
+        numbers = iter(torch.stack([tensor.float() for tensor in tensors]).tolist() if tensors else ())
+        return {
+            key: [next(numbers) if isinstance(value, Tensor) else float(value) for value in values]
+            for key, values in self.values.items()
+        }
+
+    def means(self, prefix: str) -> dict[str, float | None]:
+        """Mean of each metric over all steps since the last call and over all processes; None where it is not finite.
+
+        The keys are the union over the processes, each with its own count.
+        """
+        sums = {key: (sum(values), len(values)) for key, values in self.floats().items()}
+        self.values = {}
+        total: dict[str, tuple[float, int]] = {}
+        for part in parallel.gather(sums):
+            for key, (value, count) in part.items():
+                before = total.get(key, (0.0, 0))
+                total[key] = (before[0] + value, before[1] + count)
+        means = {prefix + key: value / count for key, (value, count) in total.items()}
+        return {key: mean if abs(mean) < float("inf") else None for key, mean in means.items()}

@@ -1,0 +1,90 @@
+"""What every process must agree on: plain torch.distributed, and the identity without a process group."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .errors import UserError
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def global_mean(x: Tensor) -> Tensor:
+    """Mean over the batches of all processes (equal sizes); a constant as far as gradients are concerned."""
+    return global_moments(x)[0]
+
+
+def global_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation over the batches of all processes (equal sizes), without gradient."""
+    x = x.detach()
+    moments = torch.stack([x.mean(), x.square().mean()])
+    if world_size() > 1:
+        dist.all_reduce(moments)
+        moments /= world_size()
+    mean, square = moments
+    return mean, (square - mean.square()).clamp(min=0).sqrt()
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every process, in the order of ranks, on every process."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value on every process: for whatever depends on a clock, a name or a random choice."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def on_first(rank: int, action: Callable[[], T]) -> T:
+    """Rank 0's result of `action` on every process; its UserError, too."""
+    result: Any = None
+    problem = ""
+    if rank == 0:
+        try:
+            result = action()
+        except UserError as error:
+            problem = str(error)
+    result, problem = from_first((result, problem))
+    if problem:
+        raise UserError(problem)
+    return result
+
+
+def in_turns(first: bool, action: Callable[[], T]) -> T:
+    """Run `action` on the processes that go first, then on the others; one process's UserError is everybody's."""
+    result: Any = None
+    for turn in (True, False):
+        problem = ""
+        if first == turn:
+            try:
+                result = action()
+            except UserError as error:
+                problem = str(error)
+        problems = [text for text in gather(problem) if text]
+        if problems:
+            raise UserError(problems[0])
+    return result
+
+
+def broadcast(modules: nn.Module, buffers_only: bool = False) -> None:
+    """Copy rank 0's buffers, and parameters unless `buffers_only`, to every process."""
+    if world_size() > 1:
+        tensors = list(modules.buffers()) + ([] if buffers_only else list(modules.parameters()))
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)

@@ -1,0 +1,407 @@
+"""The run folder: what was asked, what happened, how it ended, and the pictures that a person looks at first."""
+
+import fcntl
+import hashlib
+import inspect
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Container, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import write_json
+from .command_line import where
+from .errors import UserError
+
+PACKAGES = (
+    "torch",
+    "accelerate",
+    "wandb",
+    "safetensors",
+    "tyro",
+    "numpy",
+    "gymnasium",
+    "metaworld",
+    "mujoco",
+    "pyarrow",
+)
+
+
+class RunFolder:
+    """Files of one run, as a context that tells how the run ended. Rank 0 writes; elsewhere the methods do nothing.
+
+    What fails before `begin` leaves no folder behind; what fails later leaves its traceback in `error-rank<r>.txt`.
+
+    Args:
+        path: The folder, which exists.
+        rank: This process.
+    """
+
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path, self.rank, self.writes = path, rank, rank == 0
+        self.begun, self.step = False, 0
+        self.lock = lock(path) if self.writes else None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, SystemExit):
+            return
+        if not isinstance(error, UserError) and self.path.exists():
+            text = "".join(traceback.format_exception(error))
+            (self.path / f"error-rank{self.rank}.txt").write_text(text)
+        if self.begun:
+            self.status("failed", self.step, f"{type(error).__name__}: {error}")
+        elif self.writes and isinstance(error, UserError):
+            discard(self.path)
+
+    def begin(self, record: dict[str, Any], components: Iterable[type], step: int) -> None:
+        """Write `args.json`: from here on the folder holds a run."""
+        self.begun, self.step = True, step
+        if self.writes:
+            write_json(self.path / "args.json", record | environment(components))
+        self.status("running", step)
+
+    def status(self, state: str, step: int, reason: str = "") -> None:
+        """Replace `status.json`: "running", "finished", "preempted" or "failed"."""
+        self.step = step
+        if self.writes:
+            write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason})
+
+    def finished_at(self) -> int:
+        """The step at which the run finished; -1 when it did not."""
+        path = self.path / "status.json"
+        status = json.loads(path.read_text()) if path.exists() else {}
+        return status["step"] if status.get("state") == "finished" else -1
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Append one object to a .jsonl file and put it on disk."""
+        if self.writes:
+            append_line(self.path / name, record)
+
+    def rewind(self, step: int) -> None:
+        """Drop what the .jsonl files say of later steps, and a torn last line, before a run goes on from `step`."""
+        if self.writes:
+            for name in ("metrics.jsonl", "eval.jsonl"):
+                path = self.path / name
+                if path.exists():
+                    kept = "".join(line for line in path.read_text().splitlines(True) if _step_of(line) <= step)
+                    temporary = path.with_name(f".{name}-new")
+                    temporary.write_text(kept)
+                    os.replace(temporary, path)
+
+    def curves(self) -> None:
+        """Draw `curves.png`."""
+        if self.writes:
+            draw_curves([self.path], self.path / "curves.png")
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask the run to save and stop; a second one leaves at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+
+
+def run(main: Callable[[list[str]], int]) -> int:
+    """Run a script's `main`. Exit codes: 0; 2 for what the user can mend; 1 for a failed run; each told in one line."""
+    first = os.environ.get("RANK", "0") == "0"
+    code = 1
+    try:
+        return main(sys.argv[1:])
+    except UserError as error:
+        code = 2
+        if first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        who = "" if first else f"process {os.environ['RANK']}: "
+        print(f"error: {who}{type(error).__name__}: {error} ({where(error)})", file=sys.stderr, flush=True)
+    if "RANK" in os.environ:  # a process that waits for its peers on the way out would keep the job alive
+        os._exit(code)
+    return code
+
+
+def start_logging(rank: int) -> Callable[[str], None]:
+    """Let components say things once: on the first process. Returns the function that the script says things with."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
+    logging.getLogger("components").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    logger = logging.getLogger("components.run")
+    return logger.info
+
+
+def open_folder(wanted: str, default_name: str, resume: str) -> str:
+    """The folder of a run to resume, or a new one (`claim`)."""
+    if not resume:
+        return claim(wanted, default_name)
+    read_args(Path(resume))
+    return resume
+
+
+def refuse_changes(run: str, stored: dict[str, Any], asked: dict[str, Any], may_change: Container[str]) -> None:
+    """Refuse options beside `--resume` that would make another run. Raises UserError listing them."""
+    stored, asked = (_flat(json.loads(json.dumps(options))) for options in (stored, asked))
+    changed = [key for key in asked if key.split(".")[0] not in may_change and asked[key] != stored.get(key)]
+    if changed:
+        lines = [f"{key.replace('_options', '')} {stored.get(key)} -> {asked[key]}" for key in changed]
+        raise UserError(
+            f"--resume {run} cannot change: {'; '.join(lines)}; start a new run (--init-from {run}) for that"
+        )
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON object as a line."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; a torn last line is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(True) if _step_of(line) < float("inf")]
+
+
+def claim(wanted: str, default_name: str) -> str:
+    """Make a new run folder, or refuse one that cannot hold a new run. Returns its path.
+
+    Raises:
+        UserError: it holds a run already, cannot be written, or lies below a file.
+    """
+    path = Path(wanted) if wanted else Path("runs") / default_name
+    try:
+        for attempt in range(2, 1000):
+            try:
+                path.mkdir(parents=True, exist_ok=bool(wanted))
+                break
+            except FileExistsError:
+                if wanted:
+                    raise
+                path = Path("runs") / f"{default_name}-{attempt}"
+        if (path / "args.json").exists():
+            raise UserError(f"--run-dir {path} holds a run; continue it with --resume {path}, or choose another folder")
+        probe = path / ".write-test"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--run-dir {path} cannot be written ({error.strerror}); choose another folder") from error
+    return str(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder in which a run did not come to begin, when nothing else is in it."""
+    if not (path / "args.json").exists():
+        (path / ".lock").unlink(missing_ok=True)
+        try:
+            path.rmdir()
+        except OSError:
+            pass  # it was there before, with files of its own
+
+
+def lock(path: Path) -> Any:
+    """Hold the run folder for as long as this process lives; the returned file keeps the lock.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    file = open(path / ".lock", "a+")  # noqa: SIM115  (held for life)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        raise UserError(f"{path} is in use by process {file.read().strip() or '?'}; wait for it or stop it") from error
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def read_args(run: Path) -> dict[str, Any]:
+    """Read a run's `args.json`. Raises UserError when there is no run, or it is damaged."""
+    path = run / "args.json"
+    if not path.exists():
+        raise UserError(f"{run}: no run here (args.json is missing)")
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error})") from error
+
+
+def environment(components: Iterable[type]) -> dict[str, Any]:
+    """Versions, commit and machine: what else decides a run's numbers. No environment variables, so no secrets."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "component_versions": {f"{c.__module__}.{c.__qualname__}": _source_hash(c) for c in components},
+        "packages": packages,
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+        "machine": {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "platform": platform.platform()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _source_hash(component: type) -> str | None:
+    """A component's version is its file: the first digits of the SHA-256 of its source."""
+    try:
+        file = inspect.getsourcefile(component)
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else None
+    except (OSError, TypeError):
+        return None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+class Progress:
+    """A bar on a terminal, plain lines otherwise; silent on other processes than the first.
+
+    Args:
+        total: Steps of the run.
+        shown: Whether this process shows anything.
+    """
+
+    def __init__(self, total: int, start: int, shown: bool) -> None:
+        self.total, self.start, self.shown, self.began = total, start, shown, time.monotonic()
+        self.bar: Any = None
+        if shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
+
+    def update(self, step: int, metrics: dict[str, Any], samples_per_s: float) -> None:
+        """Show the losses, the speed and the time left."""
+        losses = "  ".join(
+            f"{k.removeprefix('train/')} {v:.4g}" for k, v in metrics.items() if "loss" in k and v is not None
+        )
+        if self.bar is not None:
+            self.bar.n = step
+            self.bar.set_postfix_str(f"{losses}  {samples_per_s:.0f} samples/s")
+        elif self.shown:
+            left = (time.monotonic() - self.began) / max(step - self.start, 1) * (self.total - step)
+            print(
+                f"step {step}/{self.total}  {losses}  {samples_per_s:.0f} samples/s  {clock(left)} left",
+                flush=True,
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar."""
+        if self.bar is not None:
+            self.bar.write(text)
+        elif self.shown:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def draw_curves(runs: list[Path], path: Path) -> None:
+    """Draw the losses, the evaluation and the learning rates of runs over each other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    metrics = {run: read_lines(run / "metrics.jsonl") for run in runs}
+    evaluations = {run: read_lines(run / "eval.jsonl") for run in runs}
+    names = sorted({key for lines in metrics.values() for line in lines for key in line if _is_curve(key)})
+    score = (
+        "success_rate"
+        if any(e["success_rate"] is not None for es in evaluations.values() for e in es)
+        else "return_mean"
+    )
+    panels = [score, *names] if any(evaluations.values()) else names
+    panels = panels[:12] or ["train/loss"]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False)
+    for axis, name in zip(axes.flat, panels, strict=False):
+        for run in runs:
+            lines = evaluations[run] if name == score else metrics[run]
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
+            axis.plot(x, y, marker="o" if len(x) < 20 else None, markersize=3, linewidth=1.2, label=run.name)
+            if name == "success_rate":
+                low, high = zip(*(line["success_ci"] for line in lines if line.get(name) is not None), strict=True)
+                axis.fill_between(x, low, high, alpha=0.2)
+                axis.set_ylim(-0.02, 1.02)
+            elif "loss" in name and min(y) > 0:
+                axis.set_yscale("log")
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    if len(runs) > 1:
+        axes.flat[0].legend(fontsize=6)
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=100, format="png")
+    os.replace(temporary, path)
+    plt.close(figure)
+
+
+def _is_curve(key: str) -> bool:
+    return key.startswith(("train/", "val/"))

@@ -1,0 +1,112 @@
+"""Weights & Biases as a mirror of `metrics.jsonl`: it may fail, and then the run goes on without it."""
+
+import logging
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+logger = logging.getLogger(__name__)
+PATIENCE = 4.0  # seconds for each of: finding the server, joining it, sending the rest at the end
+
+
+class Tracker:
+    """A wandb run on the process that records, and nothing anywhere else.
+
+    Args:
+        folder: Run folder; wandb keeps its files there.
+        config: The run's options.
+        active: Whether this process tracks.
+        project, name, group: As wandb names them; the name is the folder's by default. A resumed run keeps its id, so
+            that its curves go on.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], active: bool, project: str, name: str, group: str) -> None:
+        self.run: Any = None
+        if not active:
+            return
+        try:
+            import wandb
+        except ImportError:
+            logger.warning("--track: wandb is missing (pip install wandb); the run goes on without it")
+            return
+        id_file = folder / ".wandb-id"
+        run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
+        id_file.write_text(run_id)
+        options = {
+            "project": project,
+            "name": name or folder.name,
+            "group": group or None,
+            "id": run_id,
+            "resume": "allow",
+        }
+        options |= {"config": config, "dir": str(folder)}
+        mode = os.environ.get("WANDB_MODE") or ("online" if self._reachable(wandb) else "offline")
+        for mode in dict.fromkeys((mode, "offline")):
+            try:
+                settings = wandb.Settings(init_timeout=PATIENCE, silent=True)
+                self.run = wandb.init(mode=mode, settings=settings, **options)  # type: ignore[arg-type]
+                break
+            except Exception as error:
+                logger.warning(
+                    "--track: wandb %s failed (%s)", mode, str(error).splitlines()[0] if str(error) else error
+                )
+        if self.run is not None and mode == "offline":
+            logger.warning("--track: wandb is offline; send the run later with: wandb sync %s/wandb/offline-*", folder)
+
+    @staticmethod
+    def _reachable(wandb: Any) -> bool:
+        """Whether there is a key and the server answers within seconds; wandb itself would wait for 100 s."""
+        found: list[bool] = []
+
+        def knock() -> None:
+            api = wandb.api
+            if not (os.environ.get("WANDB_API_KEY") or api.api_key):
+                return
+            url = urlparse(os.environ.get("WANDB_BASE_URL") or api.settings("base_url"))
+            port = url.port or (443 if url.scheme == "https" else 80)
+            with socket.create_connection((url.hostname or "", port), timeout=PATIENCE):
+                found.append(True)
+
+        _within(PATIENCE, knock)
+        return bool(found)
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Mirror one record."""
+        if self.run is not None:
+            try:
+                self.run.log({key: value for key, value in record.items() if key != "step"}, step=step)
+            except Exception as error:
+                logger.warning("--track: wandb stopped (%s); the run goes on without it", error)
+                self.run = None
+
+    def video(self, path: Path, step: int) -> None:
+        """Send a video file."""
+        if self.run is not None and path.exists():
+            import wandb
+
+            self.log({"eval/video": wandb.Video(str(path), format="mp4")}, step)
+
+    def finish(self) -> None:
+        """Send what is left, for a few seconds at most."""
+        if self.run is not None and not _within(2 * PATIENCE, self.run.finish):
+            logger.warning("--track: wandb did not finish in time; its files stay in the run folder")
+
+
+def _within(seconds: float, action: Callable[[], Any]) -> bool:
+    """Run `action` in a thread that is left behind when it takes longer; whether it ended in time."""
+
+    def quietly() -> None:
+        try:
+            action()
+        except Exception as error:
+            logger.debug("%s", error)
+
+    thread = threading.Thread(target=quietly, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()

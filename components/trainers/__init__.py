@@ -1,0 +1,1 @@
+"""Trainers: one file per algorithm, with its options, losses and `train_step`."""
