@@ -10,15 +10,16 @@ python offline_trainer.py --resume runs/x                                 # go o
 import os
 import sys
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, set_seed
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, set_seed
 
 import protocols
 from components import REGISTRIES, UserError, checkpoint, evaluation, features, optimizers, parallel, policy, run_record
@@ -27,7 +28,6 @@ from components.metrics import Metrics
 from components.normalisation import Normaliser
 from components.random_state import get_random_state
 from components.sampling import Batches, derive_seed, fit_batch, to_device
-from components.tracking import Tracker
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
@@ -130,8 +130,12 @@ LEAST |= {"save_every": 0, "save_minutes": 0, "keep_last": 1}
 RESUME_MAY_CHANGE = {"steps", "log_every", "eval_every", "save_every", "eval_episodes", "keep_last", "track", "resume"}
 
 
-def parse_args(argv: list[str]) -> tuple[Args, list[str]]:
-    """Parse the names first, then everything; returns the arguments and the command line that gives them alone."""
+def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
+    """Parse the names first, then everything.
+
+    Returns the arguments, the command line that gives them (of a resumed run: its own, and what is given beside it), and
+    the record of the run that is resumed.
+    """
     names, stored = cli.parse_names(Names, argv), {}
     if resumed := names.resume:  # the run's own command line, and what is given beside it
         stored = run_record.read_args(Path(resumed))
@@ -166,8 +170,8 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str]]:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {least} or more")
     if resumed:
         run_record.refuse_changes(resumed, stored["args"], asdict(args), RESUME_MAY_CHANGE)
-        args.resume, args.mixed_precision = resumed, stored["mixed_precision"]
-    return args, argv
+        args.resume = resumed
+    return args, argv, stored
 
 
 def needed_models(trainer: type, model: str) -> dict[str, str]:
@@ -180,14 +184,15 @@ def needed_models(trainer: type, model: str) -> dict[str, str]:
 # ---- accelerate ----------------------------------------------------------------------------------------------------
 
 
-def start_accelerator(args: Args) -> Accelerator:
+def start_accelerator(mixed_precision: str | None) -> Accelerator:
     """Start the processes' group and refuse the launches in which the gradients would not be right."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UserError("DeepSpeed and FSDP launches are not supported; launch with --multi_gpu, or with one process")
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
         raise UserError(f"mixed precision {precision} is not supported (its scaler fits one optimizer only); use bf16")
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    hang = InitProcessGroupKwargs(timeout=timedelta(minutes=30))  # how long processes wait for one that hangs
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[hang])
     if str(accelerator.distributed_type.value) not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
         raise UserError(
             f"{accelerator.distributed_type.value} launches are not supported; use --multi_gpu or one process"
@@ -197,7 +202,6 @@ def start_accelerator(args: Args) -> Accelerator:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate sees {accelerator.num_processes} process; on a CPU,"
             " launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
         )
-    torch.set_float32_matmul_precision("highest")
     return accelerator
 
 
@@ -298,21 +302,21 @@ def accumulate(optimizer: Any, micro_steps: int) -> None:
 
 
 @contextmanager
-def evaluation_mode(models: Any, named_optimizers: dict[str, Any], args: Args) -> Any:
+def evaluation_mode(models: Any, opts: dict[str, Any], args: Args) -> Any:
     """Dropout off, averaged weights in, and rank 0's buffers everywhere; afterwards back to training."""
     parallel.broadcast(models, buffers_only=True)
     models.eval()
-    optimizers.set_mode(named_optimizers, training=False)
+    optimizers.set_mode(opts, training=False)
     yield
-    training_mode(models, named_optimizers, args)
+    training_mode(models, opts, args)
 
 
-def training_mode(models: Any, named_optimizers: dict[str, Any], args: Args) -> None:
+def training_mode(models: Any, opts: dict[str, Any], args: Args) -> None:
     """Everything in training mode but the frozen models, whose buffers must not move either."""
     models.train()
     for name in args.freeze:
         models[name].eval()
-    optimizers.set_mode(named_optimizers, training=True)
+    optimizers.set_mode(opts, training=True)
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -333,14 +337,14 @@ def build(option: str, name: str, options: Any, *arguments: Any, **keywords: Any
     return product
 
 
-def make_trainer(args: Args, models: Any, named_optimizers: Any, loss: Any, spec: Any, device: Any) -> tuple[Any, Any]:
+def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, device: Any) -> tuple[Any, Any]:
     """Construct the trainer with what its signature names; returns it, and what its `train_step` is passed."""
     cls = REGISTRIES["trainer"][args.trainer]
     with cli.one_line(f"trainer {args.trainer!r}"):
         extras = policy.trainer_extras(cls, args.trainer_options, spec, device)
         if problem := protocols.unbindable(cls, "__init__", (), ("models", "optimizers", "loss", *extras)):
             raise UserError(problem)
-        trainer = cls(models=models, optimizers=named_optimizers, loss=loss, **extras)
+        trainer = cls(models=models, optimizers=opts, loss=loss, **extras)
         if problem := protocols.violation(trainer, protocols.Trainer):
             raise UserError(problem)
         if args.grad_accumulation > 1 and not getattr(trainer, "accumulates", False):
@@ -353,30 +357,29 @@ def make_trainer(args: Args, models: Any, named_optimizers: Any, loss: Any, spec
 
 
 def main(argv: list[str]) -> int:
-    """Parse, then train in a run folder; returns the exit code."""
-    args, argv = parse_args(argv)
-    accelerator = start_accelerator(args)
+    """Open the run folder and train in it; returns the exit code."""
+    args, argv, stored = parse_args(argv)
+    accelerator = start_accelerator(args.mixed_precision or stored.get("mixed_precision"))
     set_seed(args.seed)  # the same everywhere until the models exist
-    say = run_record.start_logging(accelerator.process_index)
+    rank = accelerator.process_index
+    run_record.start_logging(rank)
     name = f"{args.trainer}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    opened = parallel.on_first(
-        accelerator.process_index, lambda: run_record.open_folder(args.run_dir, name, args.resume)
-    )
-    with run_record.RunFolder(Path(opened), accelerator.process_index) as folder:
-        if args.resume and folder.finished_at() >= args.steps:
-            say(f"{folder.path} is finished at step {folder.finished_at()}; give more --steps to go on")
+    path = parallel.on_first(rank, lambda: args.resume or run_record.claim(args.run_dir, name))
+    with run_record.Run(Path(path), rank) as run:
+        if args.resume and run.finished_at() >= args.steps:
+            run.say(f"{path} is finished at step {run.finished_at()}; give more --steps to go on")
         else:
-            train(args, argv, accelerator, folder, say)
+            train(args, argv, accelerator, run)
     accelerator.end_training()
     return 0
 
 
-def train(args: Args, argv: list[str], accelerator: Accelerator, folder: run_record.RunFolder, say: Any) -> None:
+def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record.Run) -> None:
     """Build everything, go on from a checkpoint when resuming, and loop."""
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
 
     # Data: one process of each machine first, so that the others find what it has cached.
-    launch = {"local_rank": accelerator.local_process_index, "dist_enabled": world > 1, "save_dir": str(folder.path)}
+    launch = {"local_rank": accelerator.local_process_index, "dist_enabled": world > 1, "save_dir": str(run.path)}
     keywords = {"opt_params": launch, "params": asdict(args.dataset_options)}
     data = parallel.in_turns(
         accelerator.is_local_main_process, lambda: build("dataset", args.dataset, args.dataset_options, **keywords)
@@ -385,185 +388,164 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, folder: run_rec
     features.check_dataset(dataset, f"dataset {args.dataset!r}")
     spec = features.describe(dataset[0], data["norm_stats"])
     normaliser = Normaliser(spec, cli.pairs("--normalise", args.normalise)).to(device)
-    parts = world * args.grad_accumulation
-    args.batch_size, note = fit_batch(args.batch_size, len(dataset), parts, cli.given(argv, "batch-size"))
-    batches = Batches(dataset, args.batch_size, args.seed, rank, world, args.grad_accumulation, args.workers)
+    micro_steps = args.grad_accumulation
+    batch_size, note = fit_batch(args.batch_size, len(dataset), world * micro_steps, cli.given(argv, "batch-size"))
+    batches = Batches(dataset, batch_size, args.seed, rank, world, micro_steps, args.workers)
 
-    # Models and loss, from scratch or from another run's weights; the same on all processes.
+    # Models and loss, from scratch or from another run's weights.
     needs = needed_models(REGISTRIES["trainer"][args.trainer], args.model)
-    options = vars(args.model_options)
-    models = torch.nn.ModuleDict({name: build("model", needs[name], options[name], spec) for name in needs}).to(device)
-    checkpoint.initialise(models, args.init_from, args.load, args.freeze)
+    factories = {name: (entry, getattr(args.model_options, name)) for name, entry in needs.items()}
+    models = torch.nn.ModuleDict({name: build("model", *factory, spec) for name, factory in factories.items()})
     loss = build("loss", args.loss, args.loss_options).to(device)
     if any(p.requires_grad for p in loss.parameters()):
         models["loss"] = loss
+    checkpoint.initialise(models.to(device), args.init_from, args.load, args.freeze)
 
-    # One optimizer for each model that has something to learn, then the trainer, which may add target networks.
+    # One optimizer for each model that has something to learn; then the trainer, which may add target networks.
     learning = {name: [p for p in model.parameters() if p.requires_grad] for name, model in models.items()}
     learning = {name: parameters for name, parameters in learning.items() if parameters}
     if not learning:
-        raise UserError(f"nothing to train: --freeze {' '.join(args.freeze)} leaves no model with trainable parameters")
-    optimizer_options = optimizers.with_length(args.optimizer_options, args.steps)
-    named_optimizers = {
-        name: build("optimizer", args.optimizer, optimizers.for_model(optimizer_options, name, learning), parameters)
+        raise UserError(f"nothing to train: --freeze {' '.join(args.freeze)} leaves no trainable parameters")
+    with_length = optimizers.with_length(args.optimizer_options, args.steps)
+    opts = {
+        name: build("optimizer", args.optimizer, optimizers.for_model(with_length, name, learning), parameters)
         for name, parameters in learning.items()
     }
-    trainer, passed = make_trainer(args, models, named_optimizers, loss, spec, device)
+    trainer, passed = make_trainer(args, models, opts, loss, spec, device)
     parallel.broadcast(torch.nn.ModuleList([models, loss]))
     metrics = Metrics()
-    hooks = [StepHook(accelerator, i, n, o, args, metrics) for i, (n, o) in enumerate(named_optimizers.items())]
+    hooks = [StepHook(accelerator, i, name, opt, args, metrics) for i, (name, opt) in enumerate(opts.items())]
     watch_loss(loss, hooks)
 
-    # What acts, and where it is evaluated: the environment asked for, or the dataset's own.
+    # What acts, and where it is evaluated: in the environment asked for, or in the dataset's own.
     actor = policy.acting_policy(trainer, models, normaliser, spec)
-    env_name, env_options = evaluation.choose_env(
-        args.env, args.env_options, lambda option: cli.given(argv, option), data.get("env")
-    )
-    seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
-    envs = None
-    if args.eval_episodes and env_name != "none" and actor is not None:
+    asked = evaluation.choose_env(args.env, args.env_options, lambda name: cli.given(argv, name), data.get("env"))
+    env_name, env_options = asked if actor is not None and args.eval_episodes else ("none", None)
+    env_record = {"name": env_name, **asdict(env_options)} if env_name != "none" else None
+    seeds, envs = range(args.eval_seed, args.eval_seed + args.eval_episodes), None
+    if env_record is not None:
         envs = build("env", env_name, env_options, min(args.eval_envs, -(-len(seeds) // world)), args.eval_seed)
         evaluation.check_env(envs, spec, env_name)
     elif args.eval_episodes:
-        say("no evaluation: " + ("no environment is known (--env)" if actor is not None else "nothing here acts"))
-    can_hold_out = validation is not None and callable(getattr(trainer, "losses", None))
+        run.say("no evaluation: " + ("no environment is known (see --env)" if actor else "no policy acts here"))
+    holds_out = validation is not None and callable(getattr(trainer, "losses", None))
 
-    # From here on each process draws its own noise. A resumed run finds everything as it was.
+    # From here on each process draws its own noise; a resumed run finds everything as it was.
     set_seed(derive_seed(args.seed, rank) % 2**32)
-    training_mode(models, named_optimizers, args)
+    training_mode(models, opts, args)
     progress: dict[str, Any] = {"step": 0, "best_step": -1, "best_loss": None}
     if args.resume:
-        saved, manifest = parallel.on_first(rank, lambda: checkpoint.newest(folder.path / "checkpoints"))
-        progress = checkpoint.restore(saved, manifest, models, named_optimizers, loss, trainer, args.trainer)
+        saved, manifest = parallel.on_first(rank, lambda: checkpoint.newest(run.path / "checkpoints"))
+        progress = checkpoint.restore(saved, manifest, models, opts, loss, trainer, args.trainer)
         metrics.values = checkpoint.restore_rank(saved, manifest, rank, derive_seed(args.seed, rank, progress["step"]))
-        folder.rewind(progress["step"])
-        if kept := optimizers.kept_length(named_optimizers, args.steps):
-            say(kept)
+        run.rewind(progress["step"])
+        if kept := optimizers.kept_length(opts, args.steps):
+            run.say(kept)
     step = progress["step"]
-    env_record = {"name": env_name, **asdict(env_options)} if envs is not None else None
+    asked_for = {"args": asdict(args) | {"resume": ""}, "argv": argv, "env": env_record, "seed": args.seed}
+    asked_for |= {"world_size": world, "mixed_precision": accelerator.mixed_precision}
     chosen = [REGISTRIES[option][name] for option in REGISTRIES if (name := getattr(args, option)) != "none"]
-    run = {
-        "args": asdict(args) | {"resume": ""},
-        "argv": argv,
-        "env": env_record,
-        "seed": args.seed,
-        "world_size": world,
-    }
-    folder.begin(run | {"mixed_precision": accelerator.mixed_precision}, chosen, step)
-    tracker = Tracker(folder.path, run, args.track and rank == 0, args.track_project, args.track_name, args.track_group)
-    say(
-        f"{folder.path}: {world} process(es), {len(dataset)} samples, {note}batch {args.batch_size}, steps {step} to {args.steps}"
-    )
-    shown = run_record.Progress(args.steps, step, rank == 0)
+    track = {"project": args.track_project, "name": args.track_name, "group": args.track_group}
+    run.begin(asked_for, chosen, step, args.steps, track if args.track else None)
+    run.say(f"{run.path}: {world} process(es), {len(dataset)} samples, batch {batch_size}{note}, {args.steps} steps")
 
-    # Batches are a function of (seed, step); whatever depends on a clock or a signal is decided once for all processes.
+    # The loop. Whatever depends on a clock or a signal is decided once for all processes, about once a second.
     stream, stop = batches.stream(step), run_record.StopRequest()
-    precision = AutocastKwargs(cache_enabled=False)  # its cache would serve weights from before a step inside the call
+    precision = AutocastKwargs(cache_enabled=False)  # its cache would serve weights from before a step in the same call
     stopping, failed_saves, next_vote, saved_at = False, 0, step, time.monotonic()
     logged_at, data_s, step_s = step, 0.0, 0.0
     while step < args.steps and not stopping:
-        place = {
-            "epoch": step // batches.per_epoch,
-            "total_epochs": -(-args.steps // batches.per_epoch),
-            "iterations": step,
-        }
+        where = {"epoch": step // batches.per_epoch, "total_epochs": -(-args.steps // batches.per_epoch)}
+        where["iterations"] = step
         for hook in hooks:
             hook.iterations = step
-        for _ in range(args.grad_accumulation):
+        for _ in range(micro_steps):
             began = time.perf_counter()
             batch = normaliser(to_device(next(stream), device))
             loaded = time.perf_counter()
             with accelerator.autocast(autocast_handler=precision):
-                metrics.add(trainer.train_step(batch, **{key: place[key] for key in passed}))
+                metrics.add(trainer.train_step(batch, **{name: where[name] for name in passed}), "train/")
             data_s, step_s = data_s + loaded - began, step_s + time.perf_counter() - loaded
         step += 1
 
-        def due(every: int, step: int = step) -> bool:
-            return step == args.steps or (every > 0 and step % every == 0)
-
-        record: dict[str, Any] = {}
-        improved = save_due = False
-        if due(args.eval_every) and (envs is not None or can_hold_out):
-            for hook in hooks:
-                hook.check()
-            with evaluation_mode(models, named_optimizers, args):
-                if can_hold_out:
-                    held_out = evaluation.held_out_loss(trainer, validation, normaliser, args.batch_size, device)
-                    record["val/loss"] = held_out = parallel.from_first(held_out)
-                    improved = progress["best_loss"] is None or held_out < progress["best_loss"]
-                    progress |= {"best_step": step, "best_loss": held_out} if improved else {}
+        # Evaluate: the held-out loss, and episodes in the environment.
+        held_out: dict[str, float] = {}
+        improved = False
+        if due(step, args.eval_every, args.steps) and (holds_out or envs is not None):
+            check(hooks)
+            with evaluation_mode(models, opts, args):
+                if holds_out:
+                    value = evaluation.held_out_loss(trainer, validation, normaliser, batch_size, device)
+                    held_out["val/loss"] = value = parallel.from_first(value)
+                    if improved := progress["best_loss"] is None or value < progress["best_loss"]:
+                        progress |= {"best_step": step, "best_loss": value}
                 if envs is not None:
                     episodes, problem = evaluation.evaluate(actor, envs, seeds, rank, world)
                     if problem:
-                        shown.say(f"evaluation at step {step} failed, training goes on: {problem}")
+                        run.say(f"the evaluation at step {step} failed, training goes on: {problem}")
                     else:
-                        result = evaluation.summarise(episodes, env_record, step, actor)
-                        folder.append("eval.jsonl", result)
-                        tracker.log(evaluation.scores(result), step)
-                        shown.say(f"step {step}: {evaluation.headline(result)}")
-        if due(args.log_every) or record:
-            record = {"step": step, **metrics.means("train/"), **record}
-            record |= {
-                f"train/lr.{name}": optimizer.param_groups[0]["lr"] for name, optimizer in named_optimizers.items()
-            }
-            count = step - logged_at
-            speed = count * args.batch_size / max(data_s + step_s, 1e-9)
-            record |= {"data_s": data_s / count, "step_s": step_s / count, "samples_per_s": speed}
-            folder.append("metrics.jsonl", record)
-            tracker.log(record, step)
-            shown.update(step, record, speed)
+                        run.evaluated(evaluation.summarise(episodes, env_record, step, actor))
+
+        # Log: means over the interval and over the processes.
+        if due(step, args.log_every, args.steps) or held_out:
+            count, seconds = step - logged_at, max(data_s + step_s, 1e-9)
+            rates = {f"train/lr.{name}": opt.param_groups[0]["lr"] for name, opt in opts.items()}
+            times = {"data_s": data_s / count, "step_s": step_s / count, "samples_per_s": count * batch_size / seconds}
+            run.log({"step": step} | metrics.means() | held_out | rates | times)
             logged_at, data_s, step_s = step, 0.0, 0.0
+
+        # Save: by steps, by time, when the held-out loss is the best so far, and before stopping.
+        overdue = False
         if step >= next_vote:
-            overdue = 0 < args.save_minutes * 60 < time.monotonic() - saved_at
-            votes = parallel.gather((stop.asked, overdue, time.perf_counter() - began))
-            stopping, save_due, seconds = any(vote[0] for vote in votes), votes[0][1], votes[0][2]
-            next_vote = step + min(max(int(1 / seconds), 1), args.log_every)
-        if due(args.save_every) or improved or save_due or stopping:
-            for hook in hooks:
-                hook.check()
+            late = 0 < args.save_minutes * 60 < time.monotonic() - saved_at
+            votes = parallel.gather((stop.asked, late, time.perf_counter() - began))
+            stopping, overdue = any(vote[0] for vote in votes), votes[0][1]
+            next_vote = step + min(max(int(1 / votes[0][2]), 1), args.log_every)
+        if due(step, args.save_every, args.steps) or improved or overdue or stopping:
+            check(hooks)
             parallel.broadcast(models, buffers_only=True)
-            progress["step"] = step
-            shared = checkpoint.shared_state(models, named_optimizers, loss, trainer, progress)
+            shared = checkpoint.shared_state(models, opts, loss, trainer, progress | {"step": step})
             mine = {"random": get_random_state(), "metrics": metrics.floats()}
-            info = {"trainer": args.trainer, "config": asdict(args)}
+            info = {"trainer": args.trainer, "config": asked_for["args"]}
             try:
-                checkpoint.save(
-                    folder.path / "checkpoints", step, shared, mine, info, args.keep_last, rank, progress["best_step"]
-                )
+                root, best = run.path / "checkpoints", progress["best_step"]
+                checkpoint.save(root, step, shared, mine, info, args.keep_last, rank, best)
                 failed_saves = 0
+                run.saved(step)
             except Exception as error:
                 failed_saves += 1
-                shown.say(
-                    f"CHECKPOINT AT STEP {step} FAILED ({failed_saves} of 3 in a row; older ones are kept): {error}"
-                )
-                if failed_saves == 3:
+                run.say(f"CHECKPOINT AT STEP {step} FAILED, {failed_saves} in a row, older ones are kept: {error}")
+                if failed_saves == 3 or stopping:
                     raise
             saved_at = time.monotonic()
-            folder.status("running", step)
 
-    # What is left behind: the policy, a film, the curves, and how it ended.
-    shown.close()
+    # What is left behind: the policy, a film of it and the curves; or the word that there is more to do.
     if step < args.steps:
-        folder.status("preempted", step, "stopped by a signal")
-        say(f"stopped at step {step}; go on with --resume {folder.path}")
+        run.preempted(step)
     else:
-        with evaluation_mode(models, named_optimizers, args):
+        film = None
+        with evaluation_mode(models, opts, args):
             if rank == 0 and actor is not None:
-                named = {name: (needs[name], options[name]) for name in needs}
-                parts = (args.trainer, args.trainer_options), named, (args.loss, args.loss_options), args.plugins
-                own = callable(getattr(trainer, "policy", None))
-                policy.save_policy(folder.path / "policy", actor, policy.recipe(*parts, own))
+                names = (args.trainer, args.trainer_options), factories, (args.loss, args.loss_options), args.plugins
+                policy.save_policy(run.path / "policy", actor, policy.recipe(trainer, *names))
             if rank == 0 and envs is not None:
-                film = folder.path / "videos" / f"step-{step:09d}.mp4"
+                film = run.path / "videos" / f"step-{step:09d}.mp4"
                 if problem := evaluation.record_video(actor, env_options, seeds[:3], film):
-                    say(f"no video: {problem}")
-                tracker.video(film, step)
-        folder.curves()
-        folder.status("finished", step)
-        say(f"finished: {folder.path}")
+                    run.say(f"no video: {problem}")
+        run.finished(step, film)
     if envs is not None:
         envs.close()
-    tracker.finish()
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens now."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def check(hooks: list[StepHook]) -> None:
+    """Nothing that is not finite reaches an evaluation or a checkpoint."""
+    for hook in hooks:
+        hook.check()
 
 
 if __name__ == "__main__":

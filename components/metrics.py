@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +15,8 @@ class Metrics:
     def __init__(self) -> None:
         self.values: dict[str, list[Any]] = {}
 
-    def add(self, metrics: Any) -> None:
-        """Add the metrics of one step.
+    def add(self, metrics: Any, prefix: str = "") -> None:
+        """Add the metrics of one step, with `prefix` before their names.
 
         Raises:
             TypeError: no dict, or a value that is no scalar, by its key.
@@ -27,11 +28,9 @@ class Metrics:
                 if value.numel() != 1:
                     raise TypeError(f"metric {key!r} has shape {tuple(value.shape)}; expected a scalar")
                 value = value.detach().reshape(())
-            elif not isinstance(value, (bool, int, float)) and not (
-                hasattr(value, "item") and getattr(value, "size", 0) == 1
-            ):
+            elif not isinstance(value, (bool, int, float, np.number, np.bool_)):
                 raise TypeError(f"metric {key!r} is a {type(value).__name__}; expected a scalar")
-            self.values.setdefault(key, []).append(value)
+            self.values.setdefault(prefix + key, []).append(value)
 
     def floats(self) -> dict[str, list[float]]:
         """All values as numbers, in one transfer from each device."""
@@ -43,7 +42,7 @@ class Metrics:
             for key, values in self.values.items()
         }
 
-    def means(self, prefix: str) -> dict[str, float | None]:
+    def means(self) -> dict[str, float | None]:
         """Mean of each metric over all steps since the last call and over all processes; None where it is not finite.
 
         The keys are the union over the processes, each with its own count.
@@ -55,5 +54,5 @@ class Metrics:
             for key, (value, count) in part.items():
                 before = total.get(key, (0.0, 0))
                 total[key] = (before[0] + value, before[1] + count)
-        means = {prefix + key: value / count for key, (value, count) in total.items()}
+        means = {key: value / count for key, (value, count) in total.items()}
         return {key: mean if abs(mean) < float("inf") else None for key, mean in means.items()}

@@ -155,11 +155,11 @@ def build_models(needs: dict[str, Any], spec: dict[str, Any]) -> nn.ModuleDict:
 
 
 def recipe(
-    trainer: tuple[str, Any],
+    trainer: Any,
+    trainer_entry: tuple[str, Any],
     models: dict[str, tuple[str, Any]],
     loss: tuple[str, Any],
     plugins: Sequence[str],
-    own_policy: bool,
 ) -> dict[str, Any]:
     """How to build the acting module again: (name, options) of the components, as JSON holds them."""
 
@@ -167,11 +167,11 @@ def recipe(
         return {"name": name, "options": asdict(options)}
 
     return {
-        "trainer": entry(*trainer),
+        "trainer": entry(*trainer_entry),
         "models": {name: entry(*model) for name, model in models.items()},
         "loss": entry(*loss),
         "plugins": list(plugins),
-        "own_policy": own_policy,
+        "own_policy": callable(getattr(trainer, "policy", None)),
     }
 
 

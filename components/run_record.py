@@ -22,6 +22,8 @@ import torch
 from .checkpoint import write_json
 from .command_line import where
 from .errors import UserError
+from .evaluation import headline, scores
+from .tracking import Tracker
 
 PACKAGES = (
     "torch",
@@ -37,10 +39,11 @@ PACKAGES = (
 )
 
 
-class RunFolder:
-    """Files of one run, as a context that tells how the run ended. Rank 0 writes; elsewhere the methods do nothing.
+class Run:
+    """One run: its folder, its screen and its mirror, as a context that tells how the run ended.
 
-    What fails before `begin` leaves no folder behind; what fails later leaves its traceback in `error-rank<r>.txt`.
+    Rank 0 writes and shows; elsewhere most methods do nothing. What fails before `begin` leaves no folder behind; what
+    fails later leaves its traceback in `error-rank<r>.txt`.
 
     Args:
         path: The folder, which exists.
@@ -48,36 +51,86 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, rank: int) -> None:
-        self.path, self.rank, self.writes = path, rank, rank == 0
+        self.path, self.rank, self.first = path, rank, rank == 0
         self.begun, self.step = False, 0
-        self.lock = lock(path) if self.writes else None
+        self.lock = lock(path) if self.first else None
+        self.tracker, self.progress = Tracker(path), Progress(0, 0, shown=self.first)
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, SystemExit):
-            return
-        if not isinstance(error, UserError) and self.path.exists():
+        self.progress.close()
+        if error is not None and not isinstance(error, (UserError, SystemExit)) and self.path.exists():
             text = "".join(traceback.format_exception(error))
             (self.path / f"error-rank{self.rank}.txt").write_text(text)
-        if self.begun:
-            self.status("failed", self.step, f"{type(error).__name__}: {error}")
-        elif self.writes and isinstance(error, UserError):
+        if error is not None and self.begun:
+            self._status("failed", f"{type(error).__name__}: {error}")
+        elif error is not None and self.first:
             discard(self.path)
+        self.tracker.finish()
 
-    def begin(self, record: dict[str, Any], components: Iterable[type], step: int) -> None:
-        """Write `args.json`: from here on the folder holds a run."""
+    def begin(
+        self, record: dict[str, Any], components: Iterable[type], step: int, steps: int, track: dict[str, str] | None
+    ) -> None:
+        """Write `args.json`: from here on the folder holds a run.
+
+        Args:
+            record: What the run was asked for.
+            components: The classes chosen, whose versions are recorded.
+            step, steps: Where it starts and ends.
+            track: wandb's project, name and group; None does not track.
+        """
         self.begun, self.step = True, step
-        if self.writes:
+        if self.first:
             write_json(self.path / "args.json", record | environment(components))
-        self.status("running", step)
+            if track is not None:
+                self.tracker.start(record["args"], **track)
+        self.progress = Progress(steps, step, shown=self.first)
+        self._status("running")
 
-    def status(self, state: str, step: int, reason: str = "") -> None:
-        """Replace `status.json`: "running", "finished", "preempted" or "failed"."""
+    def say(self, text: str) -> None:
+        """Print a line, once."""
+        self.progress.say(text)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line of `metrics.jsonl`, on disk and on the screen."""
+        if self.first:
+            append_line(self.path / "metrics.jsonl", record)
+            self.tracker.log(record, record["step"])
+        self.progress.update(record["step"], record)
+
+    def evaluated(self, result: dict[str, Any]) -> None:
+        """One line of `eval.jsonl`."""
+        if self.first:
+            append_line(self.path / "eval.jsonl", result)
+            self.tracker.log(scores(result), result["step"])
+        self.say(f"step {result['step']}: {headline(result)}")
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of `step` counts."""
         self.step = step
-        if self.writes:
-            write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason})
+        self._status("running")
+
+    def preempted(self, step: int) -> None:
+        """The run stopped before its end, on request."""
+        self.step = step
+        self._status("preempted", "stopped by a signal")
+        self.say(f"stopped at step {step}; go on with --resume {self.path}")
+
+    def finished(self, step: int, film: Path | None) -> None:
+        """The run reached its last step."""
+        self.step = step
+        if self.first:
+            draw_curves([self.path], self.path / "curves.png")
+            if film is not None:
+                self.tracker.video(film, step)
+        self._status("finished")
+        self.say(f"finished: {self.path}")
+
+    def _status(self, state: str, reason: str = "") -> None:
+        if self.first:
+            write_json(self.path / "status.json", {"state": state, "step": self.step, "reason": reason})
 
     def finished_at(self) -> int:
         """The step at which the run finished; -1 when it did not."""
@@ -85,26 +138,15 @@ class RunFolder:
         status = json.loads(path.read_text()) if path.exists() else {}
         return status["step"] if status.get("state") == "finished" else -1
 
-    def append(self, name: str, record: dict[str, Any]) -> None:
-        """Append one object to a .jsonl file and put it on disk."""
-        if self.writes:
-            append_line(self.path / name, record)
-
     def rewind(self, step: int) -> None:
-        """Drop what the .jsonl files say of later steps, and a torn last line, before a run goes on from `step`."""
-        if self.writes:
-            for name in ("metrics.jsonl", "eval.jsonl"):
-                path = self.path / name
-                if path.exists():
-                    kept = "".join(line for line in path.read_text().splitlines(True) if _step_of(line) <= step)
-                    temporary = path.with_name(f".{name}-new")
-                    temporary.write_text(kept)
-                    os.replace(temporary, path)
-
-    def curves(self) -> None:
-        """Draw `curves.png`."""
-        if self.writes:
-            draw_curves([self.path], self.path / "curves.png")
+        """Drop what the .jsonl files say of later steps, and a torn last line, before the run goes on from `step`."""
+        for name in ("metrics.jsonl", "eval.jsonl") if self.first else ():
+            path = self.path / name
+            if path.exists():
+                kept = "".join(line for line in path.read_text().splitlines(True) if _step_of(line) <= step)
+                temporary = path.with_name(f".{name}-new")
+                temporary.write_text(kept)
+                os.replace(temporary, path)
 
 
 class StopRequest:
@@ -141,12 +183,10 @@ def run(main: Callable[[list[str]], int]) -> int:
     return code
 
 
-def start_logging(rank: int) -> Callable[[str], None]:
-    """Let components say things once: on the first process. Returns the function that the script says things with."""
+def start_logging(rank: int) -> None:
+    """Let components say things once: on the first process."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
     logging.getLogger("components").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-    logger = logging.getLogger("components.run")
-    return logger.info
 
 
 def open_folder(wanted: str, default_name: str, resume: str) -> str:
@@ -327,20 +367,18 @@ class Progress:
 
             self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
 
-    def update(self, step: int, metrics: dict[str, Any], samples_per_s: float) -> None:
+    def update(self, step: int, metrics: dict[str, Any]) -> None:
         """Show the losses, the speed and the time left."""
         losses = "  ".join(
             f"{k.removeprefix('train/')} {v:.4g}" for k, v in metrics.items() if "loss" in k and v is not None
         )
+        shown = f"{losses}  {metrics['samples_per_s']:.0f} samples/s"
         if self.bar is not None:
             self.bar.n = step
-            self.bar.set_postfix_str(f"{losses}  {samples_per_s:.0f} samples/s")
+            self.bar.set_postfix_str(shown)
         elif self.shown:
             left = (time.monotonic() - self.began) / max(step - self.start, 1) * (self.total - step)
-            print(
-                f"step {step}/{self.total}  {losses}  {samples_per_s:.0f} samples/s  {clock(left)} left",
-                flush=True,
-            )
+            print(f"step {step}/{self.total}  {shown}  {clock(left)} left", flush=True)
 
     def say(self, text: str) -> None:
         """Print a line, above the bar."""

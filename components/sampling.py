@@ -56,7 +56,7 @@ def fit_batch(batch_size: int, rows: int, parts: int, asked: bool) -> tuple[int,
         raise UserError(
             f"--batch-size {batch_size} is larger than the data, which has {rows} samples; use {fitting} or fewer"
         )
-    return fitting, f"(the default of {batch_size} shrunk to the data) "
+    return fitting, f" (the default of {batch_size} is more than the data)"
 
 
 class Batches:

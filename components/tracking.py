@@ -15,48 +15,44 @@ PATIENCE = 4.0  # seconds for each of: finding the server, joining it, sending t
 
 
 class Tracker:
-    """A wandb run on the process that records, and nothing anywhere else.
+    """A wandb run once it is started, and nothing before. A resumed run keeps its id, so that its curves go on.
 
     Args:
         folder: Run folder; wandb keeps its files there.
-        config: The run's options.
-        active: Whether this process tracks.
-        project, name, group: As wandb names them; the name is the folder's by default. A resumed run keeps its id, so
-            that its curves go on.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], active: bool, project: str, name: str, group: str) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.run: Any = None
-        if not active:
-            return
+
+    def start(self, config: dict[str, Any], project: str, name: str, group: str) -> None:
+        """Join the server, or go on offline within seconds.
+
+        Args:
+            config: The run's options.
+            project, name, group: As wandb names them; the name is the folder's by default.
+        """
         try:
             import wandb
         except ImportError:
             logger.warning("--track: wandb is missing (pip install wandb); the run goes on without it")
             return
-        id_file = folder / ".wandb-id"
+        id_file = self.folder / ".wandb-id"
         run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
         id_file.write_text(run_id)
-        options = {
-            "project": project,
-            "name": name or folder.name,
-            "group": group or None,
-            "id": run_id,
-            "resume": "allow",
-        }
-        options |= {"config": config, "dir": str(folder)}
-        mode = os.environ.get("WANDB_MODE") or ("online" if self._reachable(wandb) else "offline")
-        for mode in dict.fromkeys((mode, "offline")):
+        options = {"project": project, "name": name or self.folder.name, "group": group or None, "config": config}
+        options |= {"id": run_id, "resume": "allow", "dir": str(self.folder)}
+        wanted = os.environ.get("WANDB_MODE") or ("online" if self._reachable(wandb) else "offline")
+        for mode in dict.fromkeys((wanted, "offline")):
             try:
                 settings = wandb.Settings(init_timeout=PATIENCE, silent=True)
                 self.run = wandb.init(mode=mode, settings=settings, **options)  # type: ignore[arg-type]
-                break
             except Exception as error:
-                logger.warning(
-                    "--track: wandb %s failed (%s)", mode, str(error).splitlines()[0] if str(error) else error
-                )
-        if self.run is not None and mode == "offline":
-            logger.warning("--track: wandb is offline; send the run later with: wandb sync %s/wandb/offline-*", folder)
+                logger.warning("--track: wandb %s failed (%s)", mode, (str(error) or repr(error)).splitlines()[0])
+                continue
+            if mode == "offline":
+                logger.warning("--track: wandb is offline; later: wandb sync %s/wandb/offline-run-*", self.folder)
+            return
 
     @staticmethod
     def _reachable(wandb: Any) -> bool:
