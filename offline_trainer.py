@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -247,7 +248,7 @@ class StepHook:
             self.check()
         if self.args.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.args.grad_clip, norm)
-        self.metrics.add({f"grad_norm.{self.name}": norm})
+        self.metrics.add({f"train/grad_norm.{self.name}": norm})
 
     def average(self, parameters: list[Any], finite: torch.Tensor) -> torch.Tensor:
         """Average the gradients over processes in one flat vector; a parameter without any keeps None."""
@@ -419,13 +420,15 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
 
     # What acts, and where it is evaluated: in the environment asked for, or in the dataset's own.
     actor = policy.acting_policy(trainer, models, normaliser, spec)
-    asked = evaluation.choose_env(args.env, args.env_options, lambda name: cli.given(argv, name), data.get("env"))
-    env_name, env_options = asked if actor is not None and args.eval_episodes else ("none", None)
-    env_record = {"name": env_name, **asdict(env_options)} if env_name != "none" else None
-    seeds, envs = range(args.eval_seed, args.eval_seed + args.eval_episodes), None
-    if env_record is not None:
-        envs = build("env", env_name, env_options, min(args.eval_envs, -(-len(seeds) // world)), args.eval_seed)
-        evaluation.check_env(envs, spec, env_name)
+    env_name, env = evaluation.choose_env(args.env, args.env_options, partial(cli.given, argv), data.get("env"))
+    evaluator, env_record = None, None
+    if args.eval_episodes and actor is not None and env_name != "none":
+        seeds, env_record = (
+            range(args.eval_seed, args.eval_seed + args.eval_episodes),
+            {"name": env_name, **asdict(env)},
+        )
+        envs = build("env", env_name, env, min(args.eval_envs, -(-len(seeds) // world)), args.eval_seed)
+        evaluator = evaluation.Evaluator(actor, envs, env_record, seeds, rank, world)
     elif args.eval_episodes:
         run.say("no evaluation: " + ("no environment is known (see --env)" if actor else "no policy acts here"))
     holds_out = validation is not None and callable(getattr(trainer, "losses", None))
@@ -442,11 +445,7 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
         if kept := optimizers.kept_length(opts, args.steps):
             run.say(kept)
     step = progress["step"]
-    asked_for = {"args": asdict(args) | {"resume": ""}, "argv": argv, "env": env_record, "seed": args.seed}
-    asked_for |= {"world_size": world, "mixed_precision": accelerator.mixed_precision}
-    chosen = [REGISTRIES[option][name] for option in REGISTRIES if (name := getattr(args, option)) != "none"]
-    track = {"project": args.track_project, "name": args.track_name, "group": args.track_group}
-    run.begin(asked_for, chosen, step, args.steps, track if args.track else None)
+    config = run.begin(args, argv, env_record, step, accelerator.mixed_precision)
     run.say(f"{run.path}: {world} process(es), {len(dataset)} samples, batch {batch_size}{note}, {args.steps} steps")
 
     # The loop. Whatever depends on a clock or a signal is decided once for all processes, about once a second.
@@ -466,12 +465,12 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
             with accelerator.autocast(autocast_handler=precision):
                 metrics.add(trainer.train_step(batch, **{name: where[name] for name in passed}), "train/")
             data_s, step_s = data_s + loaded - began, step_s + time.perf_counter() - loaded
-        step += 1
+        run.step = step = step + 1
 
         # Evaluate: the held-out loss, and episodes in the environment.
         held_out: dict[str, float] = {}
         improved = False
-        if due(step, args.eval_every, args.steps) and (holds_out or envs is not None):
+        if due(step, args.eval_every, args.steps) and (holds_out or evaluator is not None):
             check(hooks)
             with evaluation_mode(models, opts, args):
                 if holds_out:
@@ -479,12 +478,12 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
                     held_out["val/loss"] = value = parallel.from_first(value)
                     if improved := progress["best_loss"] is None or value < progress["best_loss"]:
                         progress |= {"best_step": step, "best_loss": value}
-                if envs is not None:
-                    episodes, problem = evaluation.evaluate(actor, envs, seeds, rank, world)
-                    if problem:
+                if evaluator is not None:
+                    result, problem = evaluator.evaluate(step)
+                    if result is None:
                         run.say(f"the evaluation at step {step} failed, training goes on: {problem}")
                     else:
-                        run.evaluated(evaluation.summarise(episodes, env_record, step, actor))
+                        run.evaluated(result)
 
         # Log: means over the interval and over the processes.
         if due(step, args.log_every, args.steps) or held_out:
@@ -506,12 +505,12 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
             parallel.broadcast(models, buffers_only=True)
             shared = checkpoint.shared_state(models, opts, loss, trainer, progress | {"step": step})
             mine = {"random": get_random_state(), "metrics": metrics.floats()}
-            info = {"trainer": args.trainer, "config": asked_for["args"]}
+            info = {"trainer": args.trainer, "config": config}
             try:
                 root, best = run.path / "checkpoints", progress["best_step"]
                 checkpoint.save(root, step, shared, mine, info, args.keep_last, rank, best)
                 failed_saves = 0
-                run.saved(step)
+                run.saved()
             except Exception as error:
                 failed_saves += 1
                 run.say(f"CHECKPOINT AT STEP {step} FAILED, {failed_saves} in a row, older ones are kept: {error}")
@@ -521,20 +520,19 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
 
     # What is left behind: the policy, a film of it and the curves; or the word that there is more to do.
     if step < args.steps:
-        run.preempted(step)
+        run.preempted()
     else:
-        film = None
         with evaluation_mode(models, opts, args):
             if rank == 0 and actor is not None:
-                names = (args.trainer, args.trainer_options), factories, (args.loss, args.loss_options), args.plugins
-                policy.save_policy(run.path / "policy", actor, policy.recipe(trainer, *names))
-            if rank == 0 and envs is not None:
+                origin = (args.trainer, args.trainer_options), factories, (args.loss, args.loss_options), args.plugins
+                policy.save_policy(run.path / "policy", actor, *origin)
+            if rank == 0 and evaluator is not None:
                 film = run.path / "videos" / f"step-{step:09d}.mp4"
-                if problem := evaluation.record_video(actor, env_options, seeds[:3], film):
+                if problem := evaluator.film(film, env):
                     run.say(f"no video: {problem}")
-        run.finished(step, film)
-    if envs is not None:
-        envs.close()
+        run.finished()
+    if evaluator is not None:
+        evaluator.envs.close()
 
 
 def due(step: int, every: int, steps: int) -> bool:

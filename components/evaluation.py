@@ -154,26 +154,49 @@ def _success(info: dict[str, Any], slot: int) -> bool | None:
     return None
 
 
-def evaluate(
-    policy: Policy, envs: Any, seeds: Sequence[int], rank: int, world: int
-) -> tuple[list[dict[str, Any]], str]:
-    """Play this process's share of the episodes and gather all of them, in the order of their seeds.
+class Evaluator:
+    """Evaluates a policy in an environment, each process its share of the episodes.
 
-    Leaves the random generators as they were. Returns (episodes, problem): when it failed on any process, `problem` says
-    how on all of them, so that training can go on everywhere.
+    Args:
+        policy: What acts.
+        envs: Vector environment of this process.
+        env: {"name", options}, for the record.
+        seeds: One episode each, over all processes.
+        rank, world: This process, and how many there are.
+
+    Raises:
+        UserError: the environment's action or observation widths are not the data's.
     """
-    mine: list[dict[str, Any]] = []
-    problem = ""
-    with preserved():
-        try:
-            mine = run_episodes(policy, envs, list(seeds)[rank::world])
-        except Exception as error:
-            logger.debug("evaluation failed", exc_info=True)
-            problem = f"{type(error).__name__}: {error}"
-    gathered = parallel.gather((mine, problem))
-    problem = next((f"process {i}: {p}" for i, (_, p) in enumerate(gathered) if p), "")
-    episodes = sorted((e for part, _ in gathered for e in part), key=lambda episode: episode["seed"])
-    return episodes, problem
+
+    def __init__(self, policy: Policy, envs: Any, env: dict[str, Any], seeds: range, rank: int, world: int) -> None:
+        check_env(envs, policy.spec, env["name"])
+        self.policy, self.envs, self.env, self.seeds = policy, envs, env, seeds
+        self.rank, self.world = rank, world
+
+    def evaluate(self, step: int) -> tuple[dict[str, Any] | None, str]:
+        """Play the episodes; returns (the line for `eval.jsonl`, "") or, on all processes alike, (None, what failed).
+
+        Leaves the random generators as they were, so training goes on as if it had not happened.
+        """
+        mine: list[dict[str, Any]] = []
+        problem = ""
+        with preserved():
+            try:
+                mine = run_episodes(self.policy, self.envs, list(self.seeds)[self.rank :: self.world])
+            except Exception as error:
+                logger.debug("evaluation failed", exc_info=True)
+                problem = f"process {self.rank}: {type(error).__name__}: {error}"
+        gathered = parallel.gather((mine, problem))
+        if problems := [problem for _, problem in gathered if problem]:
+            return None, problems[0]
+        episodes = sorted((e for part, _ in gathered for e in part), key=lambda episode: episode["seed"])
+        return summarise(episodes, self.env, step, self.policy), ""
+
+    def film(self, path: Path, options: Any) -> str:
+        """Film the first three episodes in an environment made from `options`; returns why there is no film, or ""."""
+        if "rgb_array" not in (self.envs.metadata or {}).get("render_modes", ()):
+            return "the environment has no render mode 'rgb_array'"
+        return record_video(self.policy, options, self.seeds[:3], path)
 
 
 @torch.no_grad()

@@ -154,56 +154,50 @@ def build_models(needs: dict[str, Any], spec: dict[str, Any]) -> nn.ModuleDict:
     return nn.ModuleDict({name: factory.build(spec) for name, factory in needs.items()})
 
 
-def recipe(
-    trainer: Any,
-    trainer_entry: tuple[str, Any],
+def save_policy(
+    folder: Path,
+    policy: Policy,
+    trainer: tuple[str, Any],
     models: dict[str, tuple[str, Any]],
     loss: tuple[str, Any],
     plugins: Sequence[str],
-) -> dict[str, Any]:
-    """How to build the acting module again: (name, options) of the components, as JSON holds them."""
+) -> None:
+    """Write `model.safetensors` and `policy.json`, replacing the folder at once.
+
+    Args:
+        trainer, models, loss: (registry name, options) of the components from which the acting module is built again.
+        plugins: Modules that register some of them.
+    """
+    from safetensors.torch import save_file
+
+    from . import TRAINER_REGISTRY
 
     def entry(name: str, options: Any) -> dict[str, Any]:
         return {"name": name, "options": asdict(options)}
 
-    return {
-        "trainer": entry(*trainer_entry),
+    description = {
+        "format": FORMAT,
+        "trainer": entry(*trainer),
         "models": {name: entry(*model) for name, model in models.items()},
         "loss": entry(*loss),
         "plugins": list(plugins),
-        "own_policy": callable(getattr(trainer, "policy", None)),
+        "own_policy": callable(getattr(TRAINER_REGISTRY[trainer[0]], "policy", None)),
+        "spec": policy.spec,
+        "normalisation": policy.normaliser.modes,
+        "inference": policy.inference,
     }
-
-
-def save_policy(folder: Path, policy: Policy, recipe: dict[str, Any]) -> None:
-    """Write `model.safetensors` and `policy.json`, replacing the folder at once.
-
-    Args:
-        recipe: What `recipe` returns.
-    """
-    from safetensors.torch import save_file
-
     temporary = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights = {key: value.detach().cpu().clone().contiguous() for key, value in policy.module.state_dict().items()}
     save_file(weights, temporary / "model.safetensors")
-    description = {
-        "format": FORMAT,
-        **recipe,
-        "spec": policy.spec,
-        "normalisation": policy.normaliser.modes,
-        "inference": policy.inference,
-    }
     (temporary / "policy.json").write_text(json.dumps(description, indent=1) + "\n")
+    old = folder.with_name(f".{folder.name}-old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
-        old = folder.with_name(f".{folder.name}-old")
-        shutil.rmtree(old, ignore_errors=True)
         os.rename(folder, old)
-        os.rename(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.rename(temporary, folder)
+    os.rename(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_policy(folder: str | Path) -> Policy:

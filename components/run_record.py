@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Container, Iterable
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .checkpoint import write_json
 from .command_line import where
 from .errors import UserError
 from .evaluation import headline, scores
+from .parallel import world_size
 from .tracking import Tracker
 
 PACKAGES = (
@@ -71,23 +73,31 @@ class Run:
         self.tracker.finish()
 
     def begin(
-        self, record: dict[str, Any], components: Iterable[type], step: int, steps: int, track: dict[str, str] | None
-    ) -> None:
-        """Write `args.json`: from here on the folder holds a run.
+        self, args: Any, argv: list[str], env: dict[str, Any] | None, step: int, precision: str
+    ) -> dict[str, Any]:
+        """Write `args.json`: from here on the folder holds a run. Returns the options as recorded.
 
         Args:
-            record: What the run was asked for.
-            components: The classes chosen, whose versions are recorded.
-            step, steps: Where it starts and ends.
-            track: wandb's project, name and group; None does not track.
+            args: The script's arguments.
+            argv: The command line behind them.
+            env: {"name", options} of the evaluation.
+            step: Where the run starts.
+            precision: What accelerate computes in.
         """
+        from . import REGISTRIES
+
         self.begun, self.step = True, step
+        config = asdict(args) | {"resume": ""}  # the same for a resumed run
+        record = {"args": config, "argv": argv, "command": sys.argv, "env": env, "seed": args.seed}
+        record |= {"world_size": world_size(), "mixed_precision": precision}
+        chosen = [registry[config[option]] for option, registry in REGISTRIES.items() if config[option] in registry]
         if self.first:
-            write_json(self.path / "args.json", record | environment(components))
-            if track is not None:
-                self.tracker.start(record["args"], **track)
-        self.progress = Progress(steps, step, shown=self.first)
+            write_json(self.path / "args.json", record | environment(chosen))
+            if args.track:
+                self.tracker.start(config, args.track_project, args.track_name, args.track_group)
+        self.progress = Progress(args.steps, step, shown=self.first)
         self._status("running")
+        return config
 
     def say(self, text: str) -> None:
         """Print a line, once."""
@@ -107,24 +117,21 @@ class Run:
             self.tracker.log(scores(result), result["step"])
         self.say(f"step {result['step']}: {headline(result)}")
 
-    def saved(self, step: int) -> None:
-        """A checkpoint of `step` counts."""
-        self.step = step
+    def saved(self) -> None:
+        """A checkpoint of this step counts."""
         self._status("running")
 
-    def preempted(self, step: int) -> None:
+    def preempted(self) -> None:
         """The run stopped before its end, on request."""
-        self.step = step
         self._status("preempted", "stopped by a signal")
-        self.say(f"stopped at step {step}; go on with --resume {self.path}")
+        self.say(f"stopped at step {self.step}; go on with --resume {self.path}")
 
-    def finished(self, step: int, film: Path | None) -> None:
+    def finished(self) -> None:
         """The run reached its last step."""
-        self.step = step
         if self.first:
             draw_curves([self.path], self.path / "curves.png")
-            if film is not None:
-                self.tracker.video(film, step)
+            for film in (self.path / "videos").glob(f"*{self.step}.mp4"):
+                self.tracker.video(film, self.step)
         self._status("finished")
         self.say(f"finished: {self.path}")
 

@@ -31,9 +31,10 @@ class GymnasiumEnv:
         if self.render_mode is not None and sys.platform == "linux":
             os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo's default needs a display
             os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # and so does pygame's
-        options = {} if self.max_episode_steps is None else {"max_episode_steps": self.max_episode_steps}
+        asked = {"max_episode_steps": self.max_episode_steps, "render_mode": self.render_mode}
+        options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         try:
-            envs = gym.make_vec(self.id, num_envs, vectorization_mode="sync", render_mode=self.render_mode, **options)
+            envs = gym.make_vec(self.id, num_envs, vectorization_mode="sync", **options)
         except gym.error.DependencyNotInstalled as error:
             raise UserError(f"--env.id {self.id}: {error}") from error
         except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:

@@ -1,0 +1,266 @@
+"""How fast behaviour cloning learns: the bare step, the script's loop around it, CORL's, and the data path.
+
+python tests/benchmarks/bc_updates.py
+python tests/benchmarks/bc_updates.py --corl ../CORL --json rows.json    # ../CORL: a checkout of tinkoff-ai/CORL
+python tests/benchmarks/bc_updates.py --corl ../CORL --clock wall --compile
+
+The problem has the size of CORL's published behaviour cloning: 1M transitions, observation 17, action 6, batch 256, two
+hidden layers of 256, MSE. Everything runs on one thread of the CPU in one process. Figures are measured in turns, in the
+other order every second round, after a round that does not count; a ratio is the median over the rounds' own ratios.
+The clock is the CPU time of the process, so that waiting for the disk and for other programs does not count; `--clock
+wall` counts it.
+"""
+
+import argparse
+import importlib.util
+import io
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import offline_trainer  # noqa: E402
+from components import REGISTRIES, features, losses, normalisation, optimizers, run_record  # noqa: E402
+from components.datasets.episodes import EpisodeDataset  # noqa: E402
+from components.models.mlp import MLP  # noqa: E402
+from components.sampling import Batches, batch_indices  # noqa: E402
+from components.trainers.bc import BC  # noqa: E402
+
+STATE, ACTION, BATCH, ROWS = "observation.state", "action", 256, 1_000_000
+WARM_UP = 50  # updates before each measurement
+SWITCHES = ("highest", "medium")  # of torch.set_float32_matmul_precision
+LOADER = "DataLoader"
+
+Figure = Callable[[], float]  # measures once; returns a rate per second
+clock = time.process_time
+
+
+def random_episodes(rows: int, state: int, action: int, **window: int) -> EpisodeDataset:
+    """Normally distributed data in episodes of 500 steps."""
+    generator = torch.Generator().manual_seed(0)
+    columns = {STATE: torch.randn(rows, state, generator=generator)}
+    columns[ACTION] = torch.randn(rows, action, generator=generator).clamp(-1, 1)
+    return EpisodeDataset(columns, torch.arange(500, rows + 1, 500), **window)
+
+
+def make_trainer(spec: dict[str, Any]) -> BC:
+    """The trainer as the script builds it, without the script's hooks."""
+    torch.manual_seed(0)
+    models = nn.ModuleDict({"policy": MLP(hidden_dims=(256, 256)).build(spec)})
+    optimizer = optimizers.Adam(lr=1e-3).build(models["policy"].parameters())
+    return BC(models, {"policy": optimizer}, losses.MSE().build())
+
+
+def repeated(step: Callable[[], Any], times: int, switch: str = "highest", samples: int = 1) -> Figure:
+    """The rate of a step that counts as so many samples."""
+
+    def rate() -> float:
+        torch.set_float32_matmul_precision(switch)
+        for _ in range(min(WARM_UP, times)):
+            step()
+        began = clock()
+        for _ in range(times):
+            step()
+        return samples * times / (clock() - began)
+
+    return rate
+
+
+class ClockedBC(BC):
+    """Behaviour cloning that notes when call WARM_UP and call `last` begin: whole turns of the loop lie between."""
+
+    last = 0
+    noted: list[float] = []
+
+    def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
+        self.calls = getattr(self, "calls", -1) + 1
+        if self.calls in (WARM_UP, self.last):
+            self.noted.append(clock())
+        return super().train_step(data)
+
+
+def script(dataset: EpisodeDataset, stats: dict[str, Any], folder: str, updates: int, switch: str) -> Figure:
+    """The rate of the loop of `offline_trainer.py` itself, with its logging and without its set-up."""
+
+    @dataclass(frozen=True)
+    class RandomData:
+        def build(self, **keywords: Any) -> dict[str, Any]:
+            return {"dataset": dataset, "norm_stats": stats}
+
+    REGISTRIES["dataset"]["random"], REGISTRIES["trainer"]["clocked_bc"] = RandomData, ClockedBC
+    options = "--trainer clocked_bc --dataset random --loss mse --optimizer adam --optimizer.lr 1e-3".split()
+    options += "--model mlp --model.hidden-dims 256 256 --eval-episodes 0 --log-every 50 --save-every 0".split()
+    options += ["--batch-size", str(BATCH), "--steps", str(WARM_UP + updates + 1)]
+
+    def rate() -> float:
+        torch.set_float32_matmul_precision(switch)
+        ClockedBC.last, ClockedBC.noted = WARM_UP + updates, []
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            offline_trainer.main([*options, "--run-dir", tempfile.mkdtemp(dir=folder)])
+        first, last = ClockedBC.noted
+        return updates / (last - first)
+
+    return rate
+
+
+def corl_step(checkout: Path, dataset: EpisodeDataset) -> Callable[[], Any]:
+    """One update of CORL's own classes; what they import for their environments and logs is left out."""
+    path = checkout / "algorithms" / "offline" / "any_percent_bc.py"
+    spec = importlib.util.spec_from_file_location("any_percent_bc", path)
+    corl = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in ("d4rl", "gym", "pyrallis", "wandb")}):
+        spec.loader.exec_module(corl)
+    states, actions = dataset.columns[STATE].numpy(), dataset.columns[ACTION].numpy()
+    data = {"observations": states, "actions": actions, "next_observations": np.roll(states, -1, 0)}
+    data |= {"rewards": np.zeros(len(states), np.float32), "terminals": np.zeros(len(states), np.float32)}
+    buffer = corl.ReplayBuffer(states.shape[1], actions.shape[1], len(states))
+    with redirect_stdout(io.StringIO()):
+        buffer.load_d4rl_dataset(data)
+    actor = corl.Actor(states.shape[1], actions.shape[1], max_action=1.0)
+    trainer = corl.BC(max_action=1.0, actor=actor, actor_optimizer=torch.optim.Adam(actor.parameters(), lr=1e-3))
+    return lambda: trainer.train(buffer.sample(BATCH))
+
+
+def bc_figures(args: argparse.Namespace, folder: str) -> dict[str, Figure]:
+    """Updates per second of all that can be compared, under both switches."""
+    dataset = random_episodes(ROWS, 17, 6)
+    stats = {key: normalisation.statistics(column) for key, column in dataset.columns.items()}
+    spec = features.describe(dataset[0], stats)
+    normaliser = normalisation.Normaliser(spec)
+    indices = itertools.cycle([batch_indices(ROWS, BATCH, 0, step) for step in range(ROWS // BATCH)])
+    prepared = itertools.cycle([normaliser(dataset.get_batch(next(indices))) for _ in range(64)])
+    stream = Batches(dataset, BATCH, seed=0).stream(0)
+    trainer = make_trainer(spec)
+    steps = {
+        "train_step": lambda: trainer.train_step(next(prepared)),
+        "get_batch + train_step": lambda: trainer.train_step(dataset.get_batch(next(indices))),
+        "batch + normalise + train_step": lambda: trainer.train_step(normaliser(next(stream))),
+    }
+    if args.compile:
+        compiled = make_trainer(spec)
+        compiled.losses = torch.compile(compiled.losses)
+        steps["the same, compiled"] = lambda: compiled.train_step(normaliser(next(stream)))
+    if args.corl:
+        steps["CORL"] = corl_step(args.corl, dataset)
+    figures = {
+        f"{name}, {switch}": repeated(step, args.updates, switch) for switch in SWITCHES for name, step in steps.items()
+    }
+    return figures | {
+        f"script's loop, {switch}": script(dataset, stats, folder, args.updates, switch) for switch in SWITCHES
+    }
+
+
+def data_figures(updates: int) -> dict[str, Figure]:
+    """Samples per second of windows of states: the resident path and torch's loader over the same items."""
+    dataset = random_episodes(25_000, 39, 4, obs_steps=2, action_steps=16)
+    stream = Batches(dataset, BATCH, seed=0).stream(0)
+    loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, drop_last=True)
+    endless = itertools.chain.from_iterable(itertools.repeat(loader))
+    loads = max(updates // 50, 2)
+    return {
+        "windows, get_batch": repeated(lambda: next(stream), updates, samples=BATCH),
+        f"windows, {LOADER}": repeated(lambda: next(endless), loads, samples=BATCH),
+    }
+
+
+def measure(figures: dict[str, Figure], rounds: int) -> dict[str, list[float]]:
+    """The rate of each figure in each round."""
+    rates: dict[str, list[float]] = {name: [] for name in figures}
+    for round_ in range(rounds + 1):
+        for name in list(figures)[:: -1 if round_ % 2 else 1]:
+            rate = figures[name]()
+            if round_:
+                rates[name].append(rate)
+    return rates
+
+
+def row(rates: dict[str, list[float]], name: str, ours: str, peer: str) -> dict[str, Any]:
+    """One comparison: the ratio is above 1 when ours is faster."""
+    ratios = [a / b for a, b in zip(rates[ours], rates[peer], strict=True)]
+    result = {"name": name, "ours_per_s": statistics.median(rates[ours])}
+    result |= {"peer": peer, "peer_per_s": statistics.median(rates[peer])}
+    return result | {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+
+
+def show(result: dict[str, Any], goal: float, overhead: bool = False) -> None:
+    """Print a comparison as a factor, or as what ours adds to the time of its peer in per cent."""
+    numbers = [result[key] for key in ("ratio", "ratio_min", "ratio_max")]
+    met = "met" if numbers[0] >= goal else "MISSED"
+    if overhead:
+        middle, most, least = (100 / ratio - 100 for ratio in numbers)
+        text, aim = f"adds {middle:5.1f} % [{least:.1f}..{most:.1f}]", f"below {100 / goal - 100:.0f} %"
+    else:
+        text, aim = f"{numbers[0]:7.2f}x [{numbers[1]:.2f}..{numbers[2]:.2f}]", f"{goal:g}x"
+    print(f"{result['name']:64} {text:28} goal {aim}: {met}")
+
+
+def matmul_error(switch: str) -> float:
+    """Largest error of a product of 256 x 256 normal matrices; float32 leaves some 1e-5, bfloat16 some 1e-1."""
+    torch.set_float32_matmul_precision(switch)
+    a, b = torch.randn(2, 256, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).float()
+    return float((a @ b - a.double() @ b.double()).abs().max())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--corl", type=Path, help="checkout of tinkoff-ai/CORL to compare with")
+    parser.add_argument("--json", type=Path, help="file for the comparisons")
+    parser.add_argument("--updates", type=int, default=1000, help="updates of each figure in each round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu")
+    parser.add_argument("--compile", action="store_true", help="also measure compiled losses; compiling takes a minute")
+    args = parser.parse_args()
+    global clock
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    torch.set_num_threads(1)
+
+    machine = run_record.environment(())["machine"]
+    print(f"torch {torch.__version__}, {machine['cpu']}, {torch.get_num_threads()} thread, {args.clock} clock")
+    for switch in SWITCHES:
+        error = matmul_error(switch)
+        kind = "float32" if error < 1e-3 else "NOT float32"
+        print(f"matmul precision {switch!r}: largest error {error:.1e}, {kind}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        rates = measure(bc_figures(args, folder), args.rounds)
+    rates |= measure(data_figures(args.updates), args.rounds)
+    print(f"\nper second: median [min..max] of {args.rounds} rounds of {args.updates} updates ({LOADER}: a fiftieth)")
+    for name, values in rates.items():
+        print(f"{name:40} {statistics.median(values):10.1f} [{min(values):.1f}..{max(values):.1f}]")
+
+    print("\nours / peer: median [min..max] of the ratios of the rounds")
+    rows = []
+    for switch in SWITCHES:
+        for peer in ("train_step", "get_batch + train_step"):
+            name = f"script's loop beside a bare {peer}, {switch}"
+            rows.append(row(rates, name, f"script's loop, {switch}", f"{peer}, {switch}"))
+            show(rows[-1], 1 / 1.1, overhead=True)
+    bodies = ["batch + normalise + train_step", *(["the same, compiled"] if args.compile else []), "script's loop"]
+    for body in bodies if args.corl else []:
+        for ours, theirs in (("highest", "highest"), ("medium", "medium"), ("medium", "highest")):
+            name = f"{body} ({ours}) / CORL ({theirs})"
+            rows.append(row(rates, name, f"{body}, {ours}", f"CORL, {theirs}"))
+            show(rows[-1], 1.5 if ours == theirs else 2.0)
+    rows.append(row(rates, f"windows: get_batch / {LOADER}", "windows, get_batch", f"windows, {LOADER}"))
+    show(rows[-1], 50.0)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""A plugin for the tests: a linear expert, its environment, and trainers as users write them."""
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import nn
+
+from components import (
+    DATASET_BUILDER_REGISTRY,
+    LOSS_BUILDER_REGISTRY,
+    MODEL_BUILDER_REGISTRY,
+    TRAINER_REGISTRY,
+)
+from components.datasets.episodes import build_episodes
+
+STATE, ACTION, LENGTH = 5, 2, 10
+EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
+
+
+class ToyEnv(gym.Env):
+    """The state drifts at random; success when every action was within 0.5 of the expert's."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (STATE,), np.float32)
+    action_space = gym.spaces.Box(-5, 5, (ACTION,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.good, self.count = True, 0
+        self.state = self.np_random.normal(size=STATE).astype(np.float32)
+        return self.state, {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        error = float(np.abs(action - self.state @ EXPERT.numpy()).max())
+        self.good &= error < 0.5
+        self.count += 1
+        self.state = (0.5 * self.state + self.np_random.normal(size=STATE)).astype(np.float32)
+        return self.state, -error, False, self.count == LENGTH, {"success": self.good}
+
+
+gym.register("TendonToy-v0", entry_point=ToyEnv)
+
+
+@dataclass(frozen=True)
+class ToyData:
+    """Episodes of the linear expert."""
+
+    episodes: int = 20
+    """Number of episodes."""
+    obs_steps: int = 1
+    """Observation steps."""
+    action_steps: int = 1
+    """Action steps."""
+    action_dim: int = ACTION
+    """Width of the action."""
+    nan: bool = False
+    """Put a NaN into the fourth episode's third step."""
+
+    def build(self, **kwargs: Any) -> dict[str, Any]:
+        """Resident episodes with rewards and successors."""
+        generator = torch.Generator().manual_seed(0)
+        state = torch.randn(self.episodes * LENGTH, STATE, generator=generator)
+        action = (state @ EXPERT)[:, :1].repeat(1, self.action_dim) if self.action_dim != ACTION else state @ EXPERT
+        if self.nan:
+            state[3 * LENGTH + 2, 1] = float("nan")
+        columns = {
+            "observation.state": state,
+            "action": action,
+            "reward": -state[:, 0].abs(),
+            "terminated": torch.arange(len(state)) % LENGTH == LENGTH - 1,
+            "next.observation.state": torch.randn(len(state), STATE, generator=generator),
+        }
+        ends = torch.arange(1, self.episodes + 1) * LENGTH
+        built = build_episodes(columns, ends, "toy", self.obs_steps, self.action_steps)
+        return built | {"env": {"name": "gymnasium", "id": "TendonToy-v0"}}
+
+
+DATASET_BUILDER_REGISTRY["toy"] = ToyData
+
+
+class MinimalData:
+    """As small as a user's dataset gets: statistics for the action only."""
+
+    def build(self, **kwargs: Any) -> dict[str, Any]:
+        states = torch.randn(64, STATE, generator=torch.Generator().manual_seed(0))
+        items = [{"observation.state": state, "action": state @ EXPERT} for state in states]
+        return {"dataset": items, "norm_stats": {"action": {"mean": [0.0] * ACTION, "std": np.ones(ACTION)}}}
+
+
+DATASET_BUILDER_REGISTRY["minimal_data"] = MinimalData
+
+
+class Minimal:
+    """As small as a user's trainer gets; generic over `models`."""
+
+    def __init__(self, models: Any, optimizers: Any, loss: Any, device: Any) -> None:
+        self.models, self.optimizers, self.loss, self.device = models, optimizers, loss, device
+
+    def train_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        metrics = {}
+        for name, model in self.models.items():
+            loss = self.loss(model(data["observation.state"]), data["action"])
+            self.optimizers[name].zero_grad()
+            loss.backward()
+            self.optimizers[name].step()
+            metrics[f"loss_{name}"] = loss
+        return metrics
+
+
+TRAINER_REGISTRY["minimal"] = Minimal
+
+
+class WithKeywords(Minimal):
+    """Takes whatever the loop passes; writes down what it got."""
+
+    def train_step(self, data: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return super().train_step(data) | kwargs
+
+
+TRAINER_REGISTRY["with_keywords"] = WithKeywords
+
+
+@dataclass(frozen=True)
+class Critic:
+    """Q(s, a) as a plain network."""
+
+    width: int = 16
+    """Hidden units."""
+
+    def build(self, spec: dict[str, Any]) -> nn.Module:
+        inputs = spec["observation.state"]["shape"][-1] + spec["action"]["shape"][-1]
+        return nn.Sequential(nn.Linear(inputs, self.width), nn.Tanh(), nn.Linear(self.width, 1))
+
+
+MODEL_BUILDER_REGISTRY["toy_critic"] = Critic
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A policy that is a plain torch module, called with the state alone."""
+
+    def build(self, spec: dict[str, Any]) -> nn.Module:
+        return nn.Linear(spec["observation.state"]["shape"][-1], spec["action"]["shape"][-1])
+
+
+MODEL_BUILDER_REGISTRY["plain"] = Plain
+
+
+class ActorCritic:
+    """Two optimizers, a target network, a critic that is called but not trained in the actor's loss."""
+
+    needs = {"policy": "mlp", "critic": "toy_critic"}
+    defaults = {"optimizer": "sgd", "optimizer.lr": 0.02, "batch-size": 16, "steps": 50, "model": "mlp"}
+
+    @dataclass(frozen=True)
+    class Config:
+        """Actor and critic."""
+
+        discount: float = 0.9
+        """Discount factor."""
+        skip_on_rank: int = -1
+        """Process that leaves out one actor step, to be found out."""
+
+    def __init__(self, models: Any, optimizers: Any, loss: Any, config: Any) -> None:
+        self.models, self.optimizers, self.config, self.calls = models, optimizers, config, 0
+        models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
+
+    def train_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        m, state, following = self.models, data["observation.state"], data["next.observation.state"]
+        with torch.no_grad():
+            q = m["target_critic"](torch.cat([following, m["policy"](following)], 1)).squeeze(1)
+            target = data["reward"] + self.config.discount * (~data["terminated"]).float() * q
+        critic_loss = (m["critic"](torch.cat([state, data["action"]], 1)).squeeze(1) - target).square().mean()
+        self.optimizers["critic"].zero_grad()
+        critic_loss.backward()
+        self.optimizers["critic"].step()
+        actor_loss = -m["critic"](torch.cat([state, m["policy"](state)], 1)).mean()
+        self.optimizers["policy"].zero_grad()
+        actor_loss.backward()
+        self.calls += 1
+        if not (self.calls == 3 and self.config.skip_on_rank == int(os.environ.get("RANK", "0"))):
+            self.optimizers["policy"].step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(m["target_critic"].parameters()), list(m["critic"].parameters()), 0.05)
+        return {"critic_loss": critic_loss, "actor_loss": actor_loss, "q": q.mean()}
+
+
+TRAINER_REGISTRY["actor_critic"] = ActorCritic
+
+
+@dataclass(frozen=True)
+class BadLoss:
+    """Not finite from one step on, with a gradient that is."""
+
+    kind: str = "inf"
+    """What is added to the loss."""
+    at: int = 20
+    """Calls before."""
+    rank: int = 0
+    """Process on which it happens."""
+
+    def build(self) -> nn.Module:
+        options = self
+
+        class Loss(nn.Module):
+            calls = 0
+
+            def forward(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+                self.calls += torch.is_grad_enabled()
+                loss = (prediction - target).square().mean()
+                here = int(os.environ.get("RANK", "0")) == options.rank
+                return loss + float(options.kind) if here and self.calls == options.at + 1 else loss
+
+        return Loss()
+
+
+LOSS_BUILDER_REGISTRY["bad"] = BadLoss
+
+
+class ManyUpdates(Minimal):
+    """Twenty updates in one call; autocast must not serve weights from before a step."""
+
+    def train_step(self, data: dict[str, Any]) -> dict[str, Any]:
+        for _ in range(20):
+            metrics = super().train_step(data)
+        return metrics
+
+
+TRAINER_REGISTRY["many_updates"] = ManyUpdates
