@@ -95,7 +95,7 @@ class Args(Names):
     """Folder of the run; by default one under runs/ with the time in its name."""
     log_every: int = 50
     """Updates between lines of metrics.jsonl."""
-    eval_every: int = 1000
+    eval_every: int = 500
     """Updates between evaluations; 0 evaluates at the end only."""
     eval_episodes: int = 50
     """Episodes of an evaluation; 0 for none."""

@@ -215,7 +215,7 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple
     rate, n = successes / episodes, episodes
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
 def summarise(episodes: list[dict[str, Any]], env: dict[str, Any], step: int, policy: Policy) -> dict[str, Any]:

@@ -17,24 +17,24 @@ from .errors import UserError, require
 Schedule = Literal["constant", "cosine", "onecycle"]
 
 
-def learning_rate_factor(schedule: str, update: int, length: int, warmup: int) -> float:
+def learning_rate_factor(schedule: str, update: int, length: int | None, warmup: int) -> float:
     """Factor on the base learning rate at `update` (0 is the first); past `length` the last value holds.
 
     `constant` and `cosine` (to 0; Loshchilov & Hutter, 2017) rise linearly over `warmup` updates. `onecycle` (Smith &
     Topin, 2019) rises from 1/25 by half a cosine over 30 % of the length and falls to 1/250 000. Deviation from the
     paper: the momentum stays as it is.
     """
-    update = min(update, max(length - 1, 0))
-    if schedule == "onecycle":
-        rise = max(round(0.3 * length), 1)
-        if update < rise:
-            return 1 / 25 + (1 - 1 / 25) * _half_cosine(update / rise)
-        return 1 - (1 - 1 / 250_000) * _half_cosine((update - rise + 1) / max(length - rise, 1))
-    if update < warmup:
+    update = update if length is None else min(update, length - 1)
+    if update < warmup and schedule != "onecycle":
         return (update + 1) / warmup
+    if schedule == "constant" or length is None:
+        return 1.0
     if schedule == "cosine":
         return 1 - _half_cosine((update - warmup) / max(length - warmup, 1))
-    return 1.0
+    peak = max(round(0.3 * length) - 1, 1)
+    if update <= peak:
+        return 1 / 25 + (1 - 1 / 25) * _half_cosine(update / peak)
+    return 1 - (1 - 1 / 250_000) * _half_cosine((update - peak) / max(length - 1 - peak, 1))
 
 
 def _half_cosine(fraction: float) -> float:
@@ -49,8 +49,8 @@ def carry_schedule(optimizer: torch.optim.Optimizer, schedule: str, length: int 
 
     def set_learning_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
-            steps = group["schedule_steps"] or 0
-            group["lr"] = group["initial_lr"] * learning_rate_factor(schedule, group["updates"], steps, warmup)
+            factor = learning_rate_factor(schedule, group["updates"], group["schedule_steps"], warmup)
+            group["lr"] = group["initial_lr"] * factor
             group["updates"] += 1
 
     optimizer.register_step_pre_hook(set_learning_rates)
@@ -181,7 +181,7 @@ def for_model(factory: Any, model: str, known: Iterable[str]) -> Any:
     Raises UserError: an entry names no model, or its factor is no number above 0.
     """
     scale = 1.0
-    for entry in getattr(factory, "lr_scale", ()):
+    for entry in factory.lr_scale if hasattr(factory, "lr_scale") else ():
         name, _, factor = entry.partition("=")
         if name not in set(known):
             raise UserError(f"--optimizer.lr-scale {entry}: no trainable model {name!r}; known: {', '.join(known)}")

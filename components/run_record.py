@@ -141,9 +141,8 @@ class Run:
 
     def finished_at(self) -> int:
         """The step at which the run finished; -1 when it did not."""
-        path = self.path / "status.json"
-        status = json.loads(path.read_text()) if path.exists() else {}
-        return status["step"] if status.get("state") == "finished" else -1
+        status = read_status(self.path)
+        return status["step"] if status["state"] == "finished" else -1
 
     def rewind(self, step: int) -> None:
         """Drop what the .jsonl files say of later steps, and a torn last line, before the run goes on from `step`."""
@@ -309,6 +308,12 @@ def read_args(run: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({error})") from error
 
 
+def read_status(run: Path) -> dict[str, Any]:
+    """A run's `status.json`; a run that was killed before it wrote one is at step 0."""
+    path = run / "status.json"
+    return json.loads(path.read_text()) if path.exists() else {"state": "unknown", "step": 0, "reason": ""}
+
+
 def environment(components: Iterable[type]) -> dict[str, Any]:
     """Versions, commit and machine: what else decides a run's numbers. No environment variables, so no secrets."""
     packages = {}
@@ -435,7 +440,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
                 axis.set_yscale("log")
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(which="both", labelsize=7)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")

@@ -1,0 +1,91 @@
+"""Evaluate a finished run again.
+
+python -m components.evaluate runs/x --eval-episodes 200
+python -m components.evaluate runs/x --env.max-episode-steps 500 --video
+"""
+
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from . import ENV_BUILDER_REGISTRY, load_policy, run_record
+from .command_line import import_plugins, one_line, options_of, parse, parse_names, pick
+from .errors import UserError
+from .evaluation import Evaluator, headline
+
+
+@dataclass(kw_only=True)
+class Names:
+    """What the first pass reads."""
+
+    run: Annotated[str, tyro.conf.Positional] = ""
+    env: str = ""
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True)
+class Args(Names):
+    """Evaluate the policy of a run and append a line to its eval.jsonl."""
+
+    run: Annotated[str, tyro.conf.Positional] = ""
+    """Run folder."""
+    env: str = ""
+    """Environment; by default the run's own."""
+    plugins: tuple[str, ...] = ()
+    """Modules to import first, besides those of the run."""
+    eval_episodes: int = 50
+    """Number of episodes."""
+    eval_envs: int = 10
+    """Environments that are stepped together."""
+    eval_seed: int = 1_000_000
+    """Seed of the first episode; the others follow."""
+    video: bool = False
+    """Film the first three episodes into the run's videos/."""
+    env_options: Annotated[Any, tyro.conf.arg(name="env")]
+
+
+def main(argv: list[str]) -> int:
+    """Load, play, append; returns the exit code."""
+    run_record.start_logging(rank=0)
+    names = parse_names(Names, [word for word in argv if word not in ("-h", "--help")])
+    if not names.run:
+        parse(Args, argv, Args(env_options=options_of(object)))
+        raise UserError("which run? python -m components.evaluate RUN [--eval-episodes N]")
+    run = Path(names.run)
+    record = run_record.read_args(run)
+    import_plugins([*dict.fromkeys([*record["args"]["plugins"], *names.plugins])])
+    known = record["env"] or {"name": "none"}
+    name = names.env or known["name"]
+    if name == "none":
+        raise UserError(f"{run} has no environment of its own; name one with --env")
+    options = {key: value for key, value in known.items() if key != "name"} if name == known["name"] else {}
+    default = Args(run=str(run), env=name, env_options=options_of(pick(ENV_BUILDER_REGISTRY, "env", name), options))
+    args = parse(Args, argv, default)
+    for option, least in {"eval_episodes": 1, "eval_envs": 1, "eval_seed": 0}.items():
+        if getattr(args, option) < least:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} must be {least} or more")
+    policy = load_policy(run)
+    with one_line(f"env {name!r}"):
+        envs = args.env_options.build(min(args.eval_envs, args.eval_episodes), args.eval_seed)
+    seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
+    evaluator = Evaluator(policy, envs, {"name": name, **asdict(args.env_options)}, seeds, rank=0, world=1)
+    step = run_record.read_status(run)["step"]
+    result, problem = evaluator.evaluate(step)
+    if result is None:
+        raise RuntimeError(f"the evaluation failed: {problem}")
+    run_record.append_line(run / "eval.jsonl", result)
+    print(f"step {step}: {headline(result)}")
+    if args.video:
+        film = run / "videos" / f"step-{step:09d}-seed-{args.eval_seed}.mp4"
+        print(evaluator.film(film, replace(args.env_options)) or f"film: {film}")
+    envs.close()
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.pop("RANK", None)
+    sys.exit(run_record.run(main))

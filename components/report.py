@@ -1,0 +1,154 @@
+"""One table over runs, and their curves over each other.
+
+python -m components.report runs/*                                       # runs that differ in nothing but the seed are one row
+python -m components.report --results tests/results/offline_rl.json      # the table of a results file, as Markdown
+"""
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from . import run_record
+from .command_line import parse
+from .errors import UserError
+
+# Student's t for a two-sided 95 % interval, by degrees of freedom; 1.96 beyond.
+T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Print one table over runs and draw their curves."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Run folders."""
+    results: tuple[Path, ...] = ()
+    """Files of results (one row a run) to print as Markdown tables instead."""
+    out: Path = Path("report.png")
+    """Where to draw the curves."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the table; returns the exit code."""
+    args = parse(Args, argv)
+    if args.results:
+        for path in args.results:
+            print(results_table(path))
+        return 0
+    if not args.runs:
+        raise UserError("which runs? python -m components.report runs/*")
+    runs = [run for run in args.runs if (run / "args.json").exists()]
+    for run in set(args.runs) - set(runs):
+        print(f"{run}: no run here, left out", file=sys.stderr)
+    if not runs:
+        raise UserError("none of these folders holds a run (args.json)")
+    print(runs_table(runs))
+    run_record.draw_curves(runs, args.out)
+    print(f"curves: {args.out}")
+    return 0
+
+
+def runs_table(runs: list[Path]) -> str:
+    """A row for each group of runs that differ in the seed alone: the last evaluation's mean and 95 % interval."""
+    groups: dict[str, list[Path]] = {}
+    for run in runs:
+        config = run_record.read_args(run)["args"]
+        same = {key: value for key, value in config.items() if key not in ("seed", "run_dir") and "track" not in key}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+    rows = []
+    for members in groups.values():
+        config = run_record.read_args(members[0])["args"]
+        scores = [score for run in members if (score := last_score(run)) is not None]
+        metric = scores[0][0] if scores else "-"
+        status = [run_record.read_status(run) for run in members]
+        seconds = [run_seconds(run) for run in members]
+        rows.append(
+            [
+                members[0].name if len(members) == 1 else f"{members[0].name} (+{len(members) - 1})",
+                config["trainer"],
+                config["dataset"],
+                str(len(members)),
+                metric,
+                with_interval([value for _, value in scores]),
+                "/".join(sorted({str(s["step"]) for s in status})),
+                f"{sum(seconds) / len(seconds):.0f}",
+                "/".join(sorted({s["state"] for s in status})),
+            ]
+        )
+    return markdown(["run", "trainer", "dataset", "seeds", "metric", "mean [95 %]", "steps", "train s", "state"], rows)
+
+
+def last_score(run: Path) -> tuple[str, float] | None:
+    """Name and value of the last evaluation in the run's own environment: success rate if it has one, else mean return."""
+    own = run_record.read_args(run)["env"]
+    lines = [line for line in run_record.read_lines(run / "eval.jsonl") if line["env"] == own]
+    if not lines:
+        return None
+    metric = "success_rate" if lines[-1]["success_rate"] is not None else "return_mean"
+    return metric, lines[-1][metric]
+
+
+def run_seconds(run: Path) -> float:
+    """Seconds spent loading data and in `train_step`, from the log."""
+    seconds, before = 0.0, 0
+    for line in run_record.read_lines(run / "metrics.jsonl"):
+        seconds += (line["data_s"] + line["step_s"]) * (line["step"] - before)
+        before = line["step"]
+    return seconds
+
+
+def with_interval(values: list[float]) -> str:
+    """Mean over seeds, and Student's 95 % interval where there are two or more."""
+    if not values:
+        return "-"
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return f"{mean:.3g}"
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+    half = (T95[n - 2] if n - 2 < len(T95) else 1.96) * deviation / math.sqrt(n)
+    return f"{mean:.3g} [{mean - half:.3g}, {mean + half:.3g}]"
+
+
+def results_table(path: Path) -> str:
+    """The rows of a results file, one line for each suite, task and trainer. Raises UserError for a damaged file."""
+    try:
+        rows = json.loads(path.read_text())
+        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for row in rows:
+            groups.setdefault((row["suite"], row["task"], row["trainer"], str(row["steps"]), row["metric"]), []).append(
+                row
+            )
+        table = [
+            [
+                *key,
+                str(len(members)),
+                with_interval([row["value"] for row in members]),
+                str(members[0]["episodes"]),
+                f"{sum(row['train_seconds'] for row in members) / len(members):.0f}",
+            ]
+            for key, members in groups.items()
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no results file ({type(error).__name__}: {error})") from error
+    head = ["suite", "task", "trainer", "steps", "metric", "seeds", "mean [95 %]", "episodes", "train s"]
+    return markdown(head, table)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table that reads well as text, too."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+if __name__ == "__main__":
+    os.environ.pop("RANK", None)
+    sys.exit(run_record.run(main))

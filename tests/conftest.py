@@ -1,0 +1,103 @@
+"""Fixtures: the scripts in this process, and one job of two processes for everything that needs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import offline_trainer  # noqa: E402
+import toy  # noqa: E402, F401  (registers the components that the tests use)
+from components import checkpoint  # noqa: E402
+from components.run_record import read_lines  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start processes come last."""
+    items.sort(key=lambda item: item.get_closest_marker("launched") is not None)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Run the offline script in this process on the toy data; returns its run folder."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(*options: object, folder: str = "run") -> Path:
+        argv = [str(option) for option in options]
+        if "--resume" not in argv:
+            argv = ["--run-dir", str(tmp_path / folder), *argv]
+        if "--dataset" not in argv and "--resume" not in argv:
+            argv += ["--dataset", "toy"]
+        if not any(word in argv for word in ("--batch-size", "--resume")):
+            argv += ["--batch-size", "16"]
+        if not any(word in argv for word in ("--eval-episodes", "--resume")):
+            argv += ["--eval-episodes", "0"]
+        AcceleratorState._reset_state(True)
+        PartialState._reset_state()
+        offline_trainer.main(argv)
+        return tmp_path / folder
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def weights(run: Path, model: str = "policy") -> dict[str, torch.Tensor]:
+    """A model's weights in the newest checkpoint of a run."""
+    folder, _ = checkpoint.newest(run / "checkpoints")
+    return checkpoint.read_tree(folder / f"model-{model}.safetensors")
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest difference of two sets of weights."""
+    assert a.keys() == b.keys()
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+def learned(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without the times."""
+    times = ("data_s", "step_s", "samples_per_s")
+    lines = read_lines(run / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+
+
+def states(run: Path) -> dict[str, bytes]:
+    """Every file of the newest checkpoint."""
+    folder, _ = checkpoint.newest(run / "checkpoints")
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def command(*words: object, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line as a user would."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "WANDB_"))}
+    clean |= {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", **env}
+    texts = [str(word) for word in words]
+    return subprocess.run(texts, cwd=cwd, env=clean, capture_output=True, text=True, timeout=timeout)
+
+
+def two_processes(*words: object, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python file on two processes of this machine's CPU."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--multi_gpu", "--num_processes", "2"]
+    return command(*launcher, *words, cwd=cwd, timeout=timeout, ACCELERATE_USE_CPU="true", **env)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the runs that `tests/on_two_processes.py` made, in one job of two processes."""
+    folder = tmp_path_factory.mktemp("pair")
+    done = two_processes(ROOT / "tests" / "on_two_processes.py", folder, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((folder / "world.json").read_text()) == 2
+    return folder
