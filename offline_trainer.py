@@ -37,7 +37,7 @@ from components.sampling import Batches, derive_seed, fit_batch, to_device
 class Names:
     """What the first pass over the command line reads: the components bring the options of the second."""
 
-    trainer: str = "bc"
+    trainer: str = ""
     dataset: str = ""
     model: str = ""
     loss: str = ""
@@ -145,6 +145,7 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
         argv = [*stored["argv"], *cli.without(argv, "--resume")]
         names = cli.parse_names(Names, argv)
     cli.import_plugins(names.plugins)
+    names.trainer = names.trainer or "bc"
     trainer = cli.pick(REGISTRIES["trainer"], "trainer", names.trainer)
     suits = {"dataset": "metaworld", "loss": "mse", "optimizer": "adamw", **getattr(trainer, "defaults", {})}
     needs = needed_models(trainer, names.model)
@@ -217,7 +218,7 @@ class StepHook:
         self, accelerator: Accelerator, index: int, name: str, optimizer: Any, args: Args, metrics: Metrics
     ) -> None:
         self.accelerator, self.index, self.name, self.args, self.metrics = accelerator, index, name, args, metrics
-        self.iterations, self.count = 0, 0
+        self.iterations, self.count, self.waits = 0, 0, accelerator.device.type != "cuda"
         self.loss_is_finite = torch.ones((), dtype=torch.bool, device=accelerator.device)  # `watch_loss` sees to it
         self.first_bad = torch.full((), -1, device=accelerator.device)  # iteration of the first non-finite gradient
         optimizer.register_step_pre_hook(self)
@@ -239,7 +240,7 @@ class StepHook:
             torch._foreach_div_(gradients, self.args.grad_accumulation)
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = norm.isfinite() & finite
-        if finite.is_cuda:  # no synchronisation here: the update is gated on the device, `check` reads the flag later
+        if not self.waits:  # no synchronisation on a GPU: the update is gated there, `check` reads the flag later
             self.first_bad = torch.where((self.first_bad < 0) & ~finite, self.iterations, self.first_bad)
             for gradient in gradients:
                 gradient.masked_fill_(self.first_bad >= 0, 0.0)
@@ -354,7 +355,7 @@ def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, devic
             if not callable(getattr(trainer, "losses", None)):
                 raise UserError("--compile needs a trainer with losses(data)")
             trainer.losses = torch.compile(trainer.losses)
-    return trainer, protocols.accepted(trainer.train_step, ("epoch", "total_epochs", "iterations"))
+    return trainer, protocols.accepted(trainer.train_step, protocols.LOOP_PASSES)
 
 
 def main(argv: list[str]) -> int:
@@ -505,7 +506,7 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
             parallel.broadcast(models, buffers_only=True)
             shared = checkpoint.shared_state(models, opts, loss, trainer, progress | {"step": step})
             mine = {"random": get_random_state(), "metrics": metrics.floats()}
-            info = {"trainer": args.trainer, "config": config}
+            info = {"trainer": args.trainer, "config": {key: config[key] for key in config if key != "run_dir"}}
             try:
                 root, best = run.path / "checkpoints", progress["best_step"]
                 checkpoint.save(root, step, shared, mine, info, args.keep_last, rank, best)

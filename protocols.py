@@ -88,6 +88,9 @@ class EnvFactory(Protocol):
     def build(self, num_envs: int, seed: int) -> Any: ...
 
 
+# What the loop passes to a `train_step` that names it: pass over the data, number of passes, calls that took effect.
+LOOP_PASSES = ("epoch", "total_epochs", "iterations")
+
 # How the scripts call each method: (method, positional arguments, keyword arguments).
 CALLS: dict[type, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     Trainer: ("train_step", ("data",), ()),
@@ -107,6 +110,8 @@ def violation(component: object, protocol: type) -> str:
     if not isinstance(component, protocol) or not callable(found):
         have = "is missing" if found is None else f"is a {type(found).__name__}"
         return f"{protocol.__name__} needs {expected}, but {type(component).__name__}.{method} {have}"
+    if protocol is Trainer:
+        keywords = tuple(accepted(found, LOOP_PASSES))
     return unbindable(found, method, positional, keywords)
 
 

@@ -71,6 +71,8 @@ class Run:
         elif error is not None and self.first:
             discard(self.path)
         self.tracker.finish()
+        if self.lock is not None:
+            self.lock.close()
 
     def begin(
         self, args: Any, argv: list[str], env: dict[str, Any] | None, step: int, precision: str
@@ -191,7 +193,7 @@ def run(main: Callable[[list[str]], int]) -> int:
 
 def start_logging(rank: int) -> None:
     """Let components say things once: on the first process."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout, force=True)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("components").setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 
