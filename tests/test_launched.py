@@ -1,0 +1,119 @@
+"""Two processes, really launched: they train what one trains, agree on everything, and fail together."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, difference, learned, states, two_processes, weights
+
+from components.run_record import read_lines
+
+pytestmark = pytest.mark.launched
+SGD = ("--optimizer", "sgd", "--optimizer.lr", 0.1, "--steps", 50)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "models"),
+    [
+        ("bc", ("--trainer", "bc", *SGD), ["policy"]),
+        ("clipped", ("--trainer", "bc", *SGD, "--grad-clip", 0.3), ["policy"]),
+        ("accumulated", ("--trainer", "bc", *SGD), ["policy"]),
+        ("actor_critic", ("--trainer", "actor_critic"), ["policy", "critic", "target_critic"]),
+    ],
+)
+def test_two_processes_train_what_one_trains(
+    pair: Path, script: Callable[..., Path], name: str, options: tuple, models: list[str]
+) -> None:
+    alone = script(*options)
+    for model in models:
+        assert 0 < difference(weights(alone, model), weights(pair / name, model)) < 1e-6
+    one, two = (read_lines(run / "metrics.jsonl") for run in (alone, pair / name))
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5) for key in a if "train/" in key or "val/" in key)
+
+
+@pytest.mark.parametrize("name", ["minimal", "with_keywords"])
+def test_minimal_components_on_two_processes(pair: Path, name: str) -> None:
+    status = json.loads((pair / name / "status.json").read_text())
+    assert status == {"state": "finished", "step": 20, "reason": ""}
+
+
+def test_evaluation_is_shared_out(pair: Path, script: Callable[..., Path]) -> None:
+    alone = script("--trainer", "bc", *SGD, "--eval-episodes", 7)
+    one, two = (read_lines(run / "eval.jsonl")[-1] for run in (alone, pair / "evaluated"))
+    assert one["seeds"] == two["seeds"] and one["success_rate"] == two["success_rate"]
+    assert one["return_mean"] == pytest.approx(two["return_mean"], rel=1e-4)
+
+
+def test_resume_on_two_processes_equals_a_run_that_never_stopped(pair: Path) -> None:
+    assert "killed" in (pair / "resumed-error-0.txt").read_text()
+    assert states(pair / "resumed") == states(pair / "whole")
+    assert learned(pair / "resumed") == learned(pair / "whole")
+
+
+def test_resume_on_another_number_of_processes(
+    pair: Path, script: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pair / "whole"
+    script("--resume", run, "--steps", 35)
+    assert read_lines(run / "metrics.jsonl")[-1]["step"] == 35
+
+
+def test_a_crash_on_one_process_is_everybodys(pair: Path) -> None:
+    assert json.loads((pair / "crashed" / "status.json").read_text())["state"] == "finished"
+    assert not (pair / "crashed" / "eval.jsonl").exists()
+
+
+def test_what_one_process_has_alone(pair: Path) -> None:
+    line = read_lines(pair / "one_rank" / "metrics.jsonl")[-1]
+    assert line["train/rank"] == 0.5 and line["train/only_on_one"] == 3.0  # (sum, count) over the union of the keys
+    policy = weights(pair / "one_rank")
+    assert torch.equal(policy["unused"], torch.ones(3, 3))  # no gradient anywhere: weight decay leaves it alone
+    assert (policy["sometimes"] < 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("skipped", "RuntimeError: model 'policy': a process skipped one of its optimizer steps (step"),
+        ("bad_on_one", "FloatingPointError: loss or gradient of model 'policy' is not finite at step 20"),
+        ("closure", "RuntimeError: model 'policy': step(closure) works on one process only"),
+        ("bad_data", "UserError: dataset 'toy': toy: 1 NaN or Inf values in 'observation.state'"),
+    ],
+)
+def test_processes_fail_together(pair: Path, name: str, message: str) -> None:
+    errors = [(pair / f"{name}-error-{rank}.txt").read_text() for rank in range(2)]
+    if name == "skipped":  # each names the model that it was about to step
+        assert all("a process skipped one of its optimizer steps" in error for error in errors)
+        assert any(message in error for error in errors)
+    else:
+        assert all(message in error for error in errors)
+
+
+def test_moments_over_processes(pair: Path) -> None:
+    expected = [4.0, math.sqrt(5.0), 4.0]  # of 1, 3, 5, 7
+    for rank in range(2):
+        assert json.loads((pair / f"moments-{rank}.json").read_text()) == pytest.approx(expected)
+
+
+def test_help_and_errors_appear_once(tmp_path: Path) -> None:
+    bad = two_processes(ROOT / "offline_trainer.py", "--trainer", "bcc", cwd=tmp_path)
+    assert bad.returncode != 0 and bad.stderr.count("error: --trainer bcc: unknown trainer; nearest: bc") == 1
+    shown = two_processes(ROOT / "offline_trainer.py", "--help", cwd=tmp_path)
+    assert shown.returncode == 0 and shown.stdout.count("--grad-accumulation") == 1
+
+
+def test_a_launch_of_two_that_would_be_two_of_one_is_refused(tmp_path: Path) -> None:
+    """Without ACCELERATE_USE_CPU each process would believe that it is alone."""
+    from conftest import command
+
+    if torch.cuda.is_available():
+        pytest.skip("with GPUs this launch is right")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--multi_gpu", "--num_processes", "2"]
+    done = command(*launcher, ROOT / "offline_trainer.py", "--trainer", "bc", cwd=tmp_path)
+    assert done.returncode != 0 and done.stderr.count("WORLD_SIZE is 2, but accelerate sees 1 process") == 1
