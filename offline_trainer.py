@@ -439,12 +439,11 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
     training_mode(models, opts, args)
     progress: dict[str, Any] = {"step": 0, "best_step": -1, "best_loss": None}
     if args.resume:
-        saved, manifest = parallel.on_first(rank, lambda: checkpoint.newest(run.path / "checkpoints"))
-        progress = checkpoint.restore(saved, manifest, models, opts, loss, trainer, args.trainer)
-        metrics.values = checkpoint.restore_rank(saved, manifest, rank, derive_seed(args.seed, rank, progress["step"]))
+        if found := parallel.on_first(rank, lambda: checkpoint.latest(run.path / "checkpoints")):
+            progress = checkpoint.restore(*found, models, opts, loss, trainer, args.trainer)
+            metrics.values = checkpoint.restore_rank(*found, rank, derive_seed(args.seed, rank, progress["step"]))
         run.rewind(progress["step"])
-        if kept := optimizers.kept_length(opts, args.steps):
-            run.say(kept)
+        run.say(f"going on from step {progress['step']}{optimizers.kept_length(opts, args.steps)}")
     step = progress["step"]
     config = run.begin(args, argv, env_record, step, accelerator.mixed_precision)
     run.say(f"{run.path}: {world} process(es), {len(dataset)} samples, batch {batch_size}{note}, {args.steps} steps")

@@ -105,12 +105,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file at once: a reader sees the old one or the new one."""
     temporary = path.with_name(f".{path.name}-new")
     with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+        file.write(_as_json(value))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -233,8 +236,9 @@ def verify(folder: Path) -> dict[str, Any]:
     """Return the manifest. Raises DamagedError naming the file that is missing, changed or unexpected."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
-        if manifest["sha256"] != _own_hash(manifest):
+        text = path.read_text()
+        manifest = json.loads(text)
+        if manifest["sha256"] != _own_hash(manifest) or text != _as_json(manifest):
             raise DamagedError(f"{path}: its own hash does not fit")
         names = {entry.name for entry in folder.iterdir()} - {"manifest.json"}
         if names != set(manifest["files"]):
@@ -266,6 +270,12 @@ def newest(root: Path, set_aside: bool = True) -> tuple[Path, dict[str, Any]]:
     if damaged:
         raise UserError(f"{root}: every checkpoint is damaged ({damaged[0]}); start a new run in another folder")
     raise UserError(f"{root}: no checkpoint here; expected folders such as step-000001000")
+
+
+def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """`newest` for a run that goes on; None when it was stopped before its first checkpoint, so that nothing is lost."""
+    ever_saved = steps(root) or (root.is_dir() and any(root.glob(".damaged-*")))
+    return newest(root) if ever_saved else None
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:

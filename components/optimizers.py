@@ -206,7 +206,9 @@ def kept_length(optimizers: dict[str, torch.optim.Optimizer], steps: int) -> str
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     lengths = {g["schedule_steps"] for g in groups if g.get("schedule", "constant") != "constant"}
     short = [length for length in lengths if length is not None and length < steps]
-    return f"the learning-rate schedule keeps its length of {min(short)} updates; its last value holds" if short else ""
+    return (
+        f"; the learning-rate schedule keeps its length of {min(short)} updates, its last value holds" if short else ""
+    )
 
 
 def set_mode(optimizers: dict[str, torch.optim.Optimizer], training: bool) -> None:

@@ -1,0 +1,75 @@
+"""Minutes long: the default command as a user runs it, kill -9, and the compiled losses."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command, difference, two_processes, weights
+
+from components import load_policy
+from components.run_record import read_lines
+
+pytestmark = [pytest.mark.slow, pytest.mark.launched]
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--quiet")
+
+
+def check_default_run(run: Path) -> None:
+    """What the README promises of the default command."""
+    last = read_lines(run / "eval.jsonl")[-1]
+    assert last["success_rate"] >= 0.95 and last["episodes"] == 50
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    for name in ("args.json", "metrics.jsonl", "curves.png", "policy/model.safetensors", "policy/policy.json"):
+        assert (run / name).stat().st_size > 0
+    assert load_policy(run).inference["obs_steps"] == 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_default_command_reaches_095_on_goals_it_has_not_seen(tmp_path: Path, seed: int) -> None:
+    done = command(*LAUNCH, ROOT / "offline_trainer.py", "--trainer", "bc", "--seed", seed, cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    check_default_run(run)
+    if not (run / "videos").exists():
+        assert done.stdout.count("no video: ") == 1
+    again = command(sys.executable, "-m", "components.evaluate", run, "--eval-episodes", 10, cwd=ROOT)
+    assert again.returncode == 0 and read_lines(run / "eval.jsonl")[-1]["episodes"] == 10
+    report = command(sys.executable, "-m", "components.report", run, "--out", tmp_path / "report.png", cwd=ROOT)
+    assert "success_rate" in report.stdout and (tmp_path / "report.png").stat().st_size > 10_000
+
+
+def test_the_default_command_on_two_processes(tmp_path: Path) -> None:
+    done = two_processes(ROOT / "offline_trainer.py", "--trainer", "bc", cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    check_default_run(run)
+    assert json.loads((run / "args.json").read_text())["world_size"] == 2
+
+
+def test_lerobot_files_through_the_launcher(tmp_path: Path) -> None:
+    path = ROOT / "tests" / "fixtures" / "lerobot_v30"
+    options = ("--trainer", "bc", "--dataset", "lerobot", "--dataset.path", path, "--steps", 200)
+    done = command(*LAUNCH, "--mixed_precision", "bf16", ROOT / "offline_trainer.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "no environment is known" in done.stdout and "the default of 256 is more than the data" in done.stdout
+    (run,) = (tmp_path / "runs").iterdir()
+    lines = read_lines(run / "metrics.jsonl")
+    assert lines[-1]["train/loss"] < 0.5 * lines[0]["train/loss"]
+    assert json.loads((run / "args.json").read_text())["mixed_precision"] == "bf16"
+
+
+@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 20)])
+def test_kill_9_at_random_moments_loses_nothing(processes: int, kills: int) -> None:
+    options = ("--processes", processes, "--kills", kills, "--seed", 1)
+    done = command(sys.executable, ROOT / "tests" / "killer.py", *options, cwd=ROOT, timeout=400)
+    assert done.returncode == 0 and " 0 lost, 0 different" in done.stdout, done.stdout + done.stderr
+
+
+def test_compiled_losses_train_the_same(script: Callable[..., Path]) -> None:
+    options = ("--trainer", "bc", "--optimizer", "sgd", "--optimizer.lr", 0.1, "--steps", 30)
+    eager = script(*options, folder="eager")
+    compiled = script(*options, "--compile", folder="compiled")
+    torch._dynamo.reset()
+    assert difference(weights(eager), weights(compiled)) < 1e-5
