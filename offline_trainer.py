@@ -134,8 +134,8 @@ RESUME_MAY_CHANGE = {"steps", "log_every", "eval_every", "save_every", "eval_epi
 def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
     """Parse the names first, then everything.
 
-    Returns the arguments, the command line that gives them (of a resumed run: its own, and what is given beside it), and
-    the record of the run that is resumed.
+    Returns the arguments, the command line that gives them (of a resumed run: its own, and what is given beside it),
+    and the record of the run that is resumed.
     """
     names, stored = cli.parse_names(Names, argv), {}
     if resumed := names.resume:  # the run's own command line, and what is given beside it
@@ -153,7 +153,7 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
     for option in ("dataset", "loss", "optimizer"):
         setattr(names, option, getattr(names, option) or suits[option])
     dataset = cli.pick(REGISTRIES["dataset"], "dataset", names.dataset)
-    names.env = names.env or suits.get("env") or getattr(dataset, "env_name", "none")
+    names.env = names.env or str(suits.get("env") or getattr(dataset, "env_name", "none"))
 
     def options(option: str, name: str) -> Any:
         component = object if (option, name) == ("env", "none") else cli.pick(REGISTRIES[option], option, name)
@@ -201,8 +201,8 @@ def start_accelerator(mixed_precision: str | None) -> Accelerator:
         )
     if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
         raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate sees {accelerator.num_processes} process; on a CPU,"
-            " launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate sees {accelerator.num_processes} process;"
+            " on a CPU, launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
         )
     return accelerator
 
@@ -276,7 +276,7 @@ class StepHook:
 
 
 def watch_loss(loss: torch.nn.Module, hooks: list[StepHook]) -> None:
-    """Tell the next optimizer step when the loss module gave no finite number; the gradient may be finite all the same."""
+    """Tell the next optimizer step when the loss is not finite; its gradient may be finite all the same."""
 
     def look(module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and torch.is_grad_enabled():
@@ -287,7 +287,7 @@ def watch_loss(loss: torch.nn.Module, hooks: list[StepHook]) -> None:
 
 
 def accumulate(optimizer: Any, micro_steps: int) -> None:
-    """Make every n-th `step` real, and `zero_grad` only after a real `step`; exact in both usual orders of the calls."""
+    """Make every n-th `step` real, and `zero_grad` only after a real one; exact in both usual orders of the calls."""
     real_step, real_zero_grad = optimizer.step, optimizer.zero_grad
     calls = 0
 
@@ -323,7 +323,11 @@ def training_mode(models: Any, opts: dict[str, Any], args: Args) -> None:
 
 # ---- the run -------------------------------------------------------------------------------------------------------
 
-PROTOCOLS = {"dataset": protocols.DatasetFactory, "model": protocols.ModelFactory, "loss": protocols.LossFactory}
+PROTOCOLS: dict[str, type] = {
+    "dataset": protocols.DatasetFactory,
+    "model": protocols.ModelFactory,
+    "loss": protocols.LossFactory,
+}
 PROTOCOLS |= {"optimizer": protocols.OptimizerFactory, "env": protocols.EnvFactory, "trainer": protocols.Trainer}
 
 

@@ -26,15 +26,16 @@ from torch.optim import Optimizer
 
 @runtime_checkable
 class Trainer(Protocol):
-    """One algorithm. It calls `loss.backward()`, `optimizer.step()` and `optimizer.zero_grad()`; the script does the rest.
+    """One algorithm. It calls `loss.backward()`, `optimizer.step()`, `optimizer.zero_grad()`; the script does the rest.
 
     The constructor may also name any of `device`, `norm_stats`, `spec` and `config` (the instance of its own `Config`
     dataclass). Every tensor with state lives in `models`: the trainer adds target networks there.
 
     Optional: `needs` (model name -> default model), `defaults` (option -> value that suits it), `accumulates = True`
-    (one step of every optimizer per call, so that gradients may be accumulated), `losses(data) -> (loss, metrics)` (what
-    `--compile` compiles, and what the held-out loss is computed with), `policy() -> nn.Module` (normalised observations
-    in, normalised action or chunk out; otherwise `models["policy"]` acts), `state_dict()` and `load_state_dict()`.
+    (one step of every optimizer per call, so that gradients may be accumulated), `losses(data) -> (loss, metrics)`
+    (what `--compile` compiles, and what the held-out loss is computed with), `policy() -> nn.Module` (normalised
+    observations in, normalised action or chunk out; otherwise `models["policy"]` acts), `state_dict()` and
+    `load_state_dict()` (tensors and JSON values).
     """
 
     def __init__(self, models: nn.ModuleDict, optimizers: dict[str, Optimizer], loss: nn.Module) -> None: ...
@@ -49,7 +50,7 @@ class DatasetFactory(Protocol):
     """Reads or makes data. Called as `build(opt_params={"local_rank", "dist_enabled", "save_dir"}, params=options)`."""
 
     def build(self, **kwargs: Any) -> dict[str, Any]:
-        """Return {"dataset": map-style Dataset of dicts, "norm_stats": {key: {"mean", "std", "min", "max", "q01", ...}}}.
+        """Return {"dataset": map-style Dataset of dicts, "norm_stats": {key: {"mean", "std", "min", "max", ...}}}.
 
         Optional entries: "validation" (another Dataset) and "env" ({"name": environment, its options}). A dataset may
         offer `get_batch(indices [B], seed) -> dict of batched tensors`, which resident data should have.
@@ -83,7 +84,7 @@ class ModelFactory(Protocol):
 
 @runtime_checkable
 class EnvFactory(Protocol):
-    """Makes `num_envs` environments as one `gymnasium.vector.VectorEnv`; `reset(seed=[...])` then fixes each episode."""
+    """Makes `num_envs` environments as one `gymnasium.vector.VectorEnv`; `reset(seed=[...])` fixes the episodes."""
 
     def build(self, num_envs: int, seed: int) -> Any: ...
 
@@ -103,7 +104,7 @@ CALLS: dict[type, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 
 
 def violation(component: object, protocol: type) -> str:
-    """Say in one line how `component` breaks `protocol`, or return "" when it can be called as the scripts will call it."""
+    """Say in one line how `component` breaks `protocol`, or return "" when the scripts can call it."""
     method, positional, keywords = CALLS[protocol]
     expected = f"{method}({', '.join(positional + tuple(f'{name}=...' for name in keywords))})"
     found = getattr(component, method, None)
@@ -120,7 +121,8 @@ def misfit(product: object, protocol: type) -> str:
     if protocol is DatasetFactory:
         entries = {"dataset", "norm_stats"}
         return "" if isinstance(product, dict) and entries <= set(product) else f"a dict with {sorted(entries)}"
-    wanted = {LossFactory: nn.Module, ModelFactory: nn.Module, OptimizerFactory: Optimizer}.get(protocol, object)
+    kinds: dict[type, type] = {LossFactory: nn.Module, ModelFactory: nn.Module, OptimizerFactory: Optimizer}
+    wanted = kinds.get(protocol, object)
     return "" if isinstance(product, wanted) else f"a {wanted.__name__}, found {type(product).__name__}"
 
 

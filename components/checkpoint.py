@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent: written beside, hashed, renamed; safetensors and JSON only, no pickle anywhere.
 
-    checkpoints/step-000001000/   <name>.safetensors (state shared by all processes), rank-<r>.safetensors, manifest.json
+    checkpoints/step-000001000/   <name>.safetensors (shared by all processes), rank-<r>.safetensors, manifest.json
     checkpoints/best              link to the step with the lowest held-out loss
 
 A folder's rename is the moment from which it counts. The newest one whose manifest verifies is the latest. Names that
@@ -273,7 +273,7 @@ def newest(root: Path, set_aside: bool = True) -> tuple[Path, dict[str, Any]]:
 
 
 def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """`newest` for a run that goes on; None when it was stopped before its first checkpoint, so that nothing is lost."""
+    """`newest` for a run that goes on; None when it was stopped before its first checkpoint: nothing is lost."""
     ever_saved = steps(root) or (root.is_dir() and any(root.glob(".damaged-*")))
     return newest(root) if ever_saved else None
 
@@ -284,9 +284,8 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     for key in {**expected, **found}:
         have, want = found.get(key), expected.get(key)
         if have != want and not (have is not None and want is not None and list(have) == list(want)):
-            lines.append(
-                f"{key}: {'absent' if have is None else list(have)} there, {'absent' if want is None else list(want)} here"
-            )
+            there, here = ("absent" if shape is None else str(list(shape)) for shape in (have, want))
+            lines.append(f"{key}: {there} there, {here} here")
     return lines
 
 

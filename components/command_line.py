@@ -11,8 +11,6 @@ from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import tyro
-
 from .errors import UserError, nearest
 
 T = TypeVar("T")
@@ -40,10 +38,10 @@ def where(error: BaseException) -> str:
     """The file and line of the innermost frame of user code in which `error` was raised."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = list(traceback.extract_tb(error.__traceback__))
     own = [frame for frame in frames if "site-packages" not in frame.filename and "importlib" not in frame.filename]
-    frame = (own or list(frames) or [None])[-1]
-    return f"{frame.filename}:{frame.lineno}" if frame else "unknown place"
+    frames = own or frames
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"
 
 
 def pick(registry: dict[str, type], option: str, name: str) -> type:
@@ -74,8 +72,13 @@ class NoOptions:
     """No options."""
 
 
+# tyro is imported where it is used, so that a copy of this folder works without it.
+
+
 def model_options(defaults: dict[str, Any]) -> Any:
     """One group of options for all models: `--model.X` for the policy, `--model.<name>.X` for another."""
+    import tyro
+
     fields_ = [(name, Annotated[Any, tyro.conf.arg(name="" if name == "policy" else name)]) for name in defaults]
     return make_dataclass("Models", fields_, frozen=True)(**defaults)
 
@@ -117,6 +120,8 @@ def one_line(subject: str) -> Iterator[None]:
 
 def choose(registry: dict[str, type], *more: str) -> Any:
     """Let a `str` option take the registry's names, plugins' included, and show its default plainly."""
+    import tyro
+
     return tyro.conf.arg(
         constructor_factory=lambda: tyro.extras.literal_type_from_choices([*registry, *more]),
         help_behavior_hint=lambda default: f"(default: {default.strip(chr(39) + '[]')})",
@@ -137,7 +142,7 @@ def parse(options: type[T], argv: Sequence[str], default: T | None = None, quiet
     extra = {} if default is None else {"default": default}
     try:
         parsed, unknown = _tyro(options, argv, **extra)
-    except _Help as text:
+    except _HelpText as text:
         if not quiet:
             print(text, end="")
         raise SystemExit(0) from None
@@ -145,25 +150,27 @@ def parse(options: type[T], argv: Sequence[str], default: T | None = None, quiet
     if unknown_options:
         try:
             _tyro(options, ["--help"], **extra)
-        except _Help as text:
+        except _HelpText as text:
             word = unknown_options[0].partition("=")[0]
             known = set(re.findall(r"--[\w.-]+", str(text))) - {"--help"}
             raise UserError(f"unknown option {word}; {nearest(word, known)}") from None
     return parsed
 
 
-class _Help(Exception):
+class _HelpText(Exception):  # noqa: N818  (no error)
     """tyro's help text."""
 
 
 def _tyro(options: type[T], argv: Sequence[str], **extra: Any) -> tuple[T, list[str]]:
     """What tyro parses and the words it does not know; its box with an error becomes one line."""
+    import tyro
+
     out = io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             return tyro.cli(options, args=list(argv), return_unknown_args=True, **extra)
     except SystemExit as stop:
         if not stop.code:
-            raise _Help(out.getvalue()) from None
+            raise _HelpText(out.getvalue()) from None
         box = re.sub(r"\n│ ─+.*", "", out.getvalue(), flags=re.DOTALL)
         raise UserError(re.sub(r"[\s╭╮╰╯│─]+", " ", box).strip()) from None

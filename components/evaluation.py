@@ -25,9 +25,9 @@ MAX_STEPS = 100_000  # an episode that is longer has no end: the environment lac
 def observation_batch(observation: Any) -> dict[str, np.ndarray]:
     """Name an environment's observations as the data does.
 
-    A vector `[N, D]` is `observation.state`, a picture `[N, H, W, C]` `observation.images.camera` (channels first). In a
-    dict, `agent_pos` and `observation` are the state, `environment_state` keeps its name, `pixels` holds pictures, and
-    keys that begin with `observation.` stay.
+    A vector `[N, D]` is `observation.state`, a picture `[N, H, W, C]` `observation.images.camera` (channels first). In
+    a dict, `agent_pos` and `observation` are the state, `environment_state` keeps its name, `pixels` holds pictures; keys
+    that begin with `observation.` stay.
     """
     if not isinstance(observation, dict):
         array = np.asarray(observation)
@@ -131,15 +131,15 @@ def run_episodes(
             returns[running] += np.asarray(reward)[running]
             lengths[running] += 1
             for slot in np.flatnonzero(running):
-                success = _success(info, slot)
+                success = _success(info, int(slot))
                 if success is not None:
                     once[slot], at_end[slot] = bool(once[slot]) or success, success
             running &= ~(np.asarray(terminated) | np.asarray(truncated))
             if lengths.max() > MAX_STEPS:
                 raise RuntimeError(f"an episode is longer than {MAX_STEPS} steps; set --env.max-episode-steps")
-        for slot, seed in enumerate(chosen):
-            result = {"seed": seed, "success": once[slot], "success_at_end": at_end[slot]}
-            episodes.append(result | {"return": float(returns[slot]), "length": int(lengths[slot])})
+        for i, seed in enumerate(chosen):
+            result = {"seed": seed, "success": once[i], "success_at_end": at_end[i]}
+            episodes.append(result | {"return": float(returns[i]), "length": int(lengths[i])})
     return episodes
 
 
@@ -267,7 +267,8 @@ def record_video(policy: Policy, factory: Any, seeds: Sequence[int], path: Path,
         import av
 
         with preserved():
-            envs = replace(factory, render_mode="rgb_array").build(1, seeds[0])  # type: ignore[type-var]
+            filming: Any = replace(factory, render_mode="rgb_array")  # type: ignore[type-var]
+            envs = filming.build(1, seeds[0])
             try:
                 run_episodes(policy, envs, seeds, frames)
                 fps = max(1, round(envs.metadata.get("render_fps", 30) / every))
@@ -287,5 +288,5 @@ def record_video(policy: Policy, factory: Any, seeds: Sequence[int], path: Path,
     except Exception as error:
         path.unlink(missing_ok=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"{reason}; off-screen drawing needs EGL (Debian: apt-get install libegl1 libgl1-mesa-dri) and pip install av"
+        return f"{reason}; it needs EGL (Debian: apt-get install libegl1 libgl1-mesa-dri) and pip install av"
     return ""

@@ -14,7 +14,7 @@ MAX_SLOW_ROWS = 10_000  # items read one at a time to look for NaN; reading more
 
 
 def describe(item: Any, norm_stats: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Read `spec` off one item: {key: {"shape", "dtype", "stats"}}, JSON-able, tensors only ("task" texts are left out).
+    """Read `spec` off one item: {key: {"shape", "dtype", "stats"}}, JSON-able, of the tensors only (no texts).
 
     Raises UserError: an item is no dict, or a statistic is unknown, not finite or has another width than its key.
     """
@@ -61,7 +61,7 @@ def to_tensor(value: Any) -> Tensor:
 def read(dataset: Dataset, indices: Tensor, seed: int = 0) -> dict[str, Any]:
     """One batch of items, by the fast path where the dataset has one."""
     if hasattr(dataset, "get_batch"):
-        return dataset.get_batch(indices, seed)  # type: ignore[attr-defined]
+        return dataset.get_batch(indices, seed)
     return default_collate([dataset[i] for i in indices.tolist()])
 
 

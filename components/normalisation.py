@@ -24,8 +24,8 @@ def statistics(values: Tensor) -> dict[str, list[float]]:
 class Normaliser:
     """Maps each key that has statistics to (x - offset) / scale and back; other keys pass unchanged.
 
-    `mean_std` gives mean 0 and deviation 1; `min_max` and `quantile` map [min, max] and [q01, q99] to [-1, 1]. A feature
-    that is constant gets scale 1. `next.<key>` shares the statistics of `<key>`.
+    `mean_std` gives mean 0 and deviation 1; `min_max` and `quantile` map [min, max] and [q01, q99] to [-1, 1].
+    A constant feature gets scale 1. `next.<key>` shares the statistics of `<key>`.
 
     Args:
         spec: {key: {"shape", "dtype", "stats"}}.

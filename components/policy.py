@@ -97,8 +97,8 @@ class Policy:
         shape = getattr(self.module, "noise_shape", None)
         if shape is not None:
             rows = len(next(iter(batch.values())))
-            generators = self._generators or [None] * rows
-            noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+            sources: list[torch.Generator | None] = [*self._generators] or [None] * rows
+            noise = torch.stack([torch.randn(shape, generator=source) for source in sources])
             batch = {**batch, "noise": noise.to(next(iter(batch.values())).device)}
         return self.module(batch["observation.state"] if self.takes_tensor else batch)
 
@@ -137,7 +137,7 @@ class Policy:
 
 
 def acting_policy(trainer: Any, models: nn.ModuleDict, normaliser: Normaliser, spec: dict[str, Any]) -> Policy | None:
-    """What acts: the trainer's own `policy()`, or `models["policy"]`; None where there is neither, or nothing to act on.
+    """What acts: the trainer's own `policy()`, or `models["policy"]`; None without either, or with nothing to act on.
 
     Raises:
         UserError: it fails on an observation, or gives actions of another shape than the data's.

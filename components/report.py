@@ -1,7 +1,7 @@
 """One table over runs, and their curves over each other.
 
-python -m components.report runs/*                                       # runs that differ in nothing but the seed are one row
-python -m components.report --results tests/results/offline_rl.json      # the table of a results file, as Markdown
+python -m components.report runs/*                                   # runs that differ in the seed alone are one row
+python -m components.report --results tests/results/bc.json          # the table of a results file, as Markdown
 """
 
 import json
@@ -32,6 +32,8 @@ class Args:
     """Files of results (one row a run) to print as Markdown tables instead."""
     out: Path = Path("report.png")
     """Where to draw the curves."""
+    save: Path | None = None
+    """Results file to write, one row a run."""
 
 
 def main(argv: list[str]) -> int:
@@ -49,6 +51,9 @@ def main(argv: list[str]) -> int:
     if not runs:
         raise UserError("none of these folders holds a run (args.json)")
     print(runs_table(runs))
+    if args.save is not None:
+        args.save.write_text(json.dumps([result_row(run) for run in runs if last_score(run)], indent=1) + "\n")
+        print(f"results: {args.save}")
     run_record.draw_curves(runs, args.out)
     print(f"curves: {args.out}")
     return 0
@@ -85,13 +90,39 @@ def runs_table(runs: list[Path]) -> str:
 
 
 def last_score(run: Path) -> tuple[str, float] | None:
-    """Name and value of the last evaluation in the run's own environment: success rate if it has one, else mean return."""
-    own = run_record.read_args(run)["env"]
-    lines = [line for line in run_record.read_lines(run / "eval.jsonl") if line["env"] == own]
+    """The last evaluation in the run's own environment: success rate where there is one, else the mean return."""
+    lines = own_evaluations(run)
     if not lines:
         return None
     metric = "success_rate" if lines[-1]["success_rate"] is not None else "return_mean"
     return metric, lines[-1][metric]
+
+
+def own_evaluations(run: Path) -> list[dict[str, Any]]:
+    """The evaluations in the environment of the run, not those that were added in others."""
+    own = run_record.read_args(run)["env"]
+    return [line for line in run_record.read_lines(run / "eval.jsonl") if line["env"] == own]
+
+
+def result_row(run: Path) -> dict[str, Any]:
+    """One run as a row of a results file."""
+    record = run_record.read_args(run)
+    config, options = record["args"], record["args"]["dataset_options"]
+    score = last_score(run)
+    assert score is not None
+    return {
+        "suite": config["dataset"],
+        "task": options.get("task") or Path(options.get("path", "")).name,
+        "trainer": config["trainer"],
+        "seed": record["seed"],
+        "steps": run_record.read_status(run)["step"],
+        "metric": score[0],
+        "value": score[1],
+        "episodes": own_evaluations(run)[-1]["episodes"],
+        "train_seconds": round(run_seconds(run), 1),
+        "command": " ".join(["offline_trainer.py", *record["argv"]]),
+        "commit": record["git_commit"],
+    }
 
 
 def run_seconds(run: Path) -> float:

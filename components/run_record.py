@@ -1,5 +1,6 @@
 """The run folder: what was asked, what happened, how it ended, and the pictures that a person looks at first."""
 
+import contextlib
 import fcntl
 import hashlib
 import inspect
@@ -275,10 +276,8 @@ def discard(path: Path) -> None:
     """Remove a folder in which a run did not come to begin, when nothing else is in it."""
     if not (path / "args.json").exists():
         (path / ".lock").unlink(missing_ok=True)
-        try:
+        with contextlib.suppress(OSError):  # it may have been there before, with files of its own
             path.rmdir()
-        except OSError:
-            pass  # it was there before, with files of its own
 
 
 def lock(path: Path) -> Any:
@@ -318,7 +317,7 @@ def read_status(run: Path) -> dict[str, Any]:
 
 def environment(components: Iterable[type]) -> dict[str, Any]:
     """Versions, commit and machine: what else decides a run's numbers. No environment variables, so no secrets."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             packages[name] = version(name)

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (seed, step): nothing to save, exact resume, the same data for any number of processes."""
+"""Batches as a function of (seed, step): nothing to save, exact resume, the same data for any number of processes."""
 
 from collections.abc import Iterator
 from functools import lru_cache

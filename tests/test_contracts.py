@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toy
 import torch
-from conftest import ROOT
 from torch import nn
 
 import components
 import protocols
+import toy
 from components import REGISTRIES, UserError, register
 from components.command_line import instantiate, options_of
+from conftest import ROOT
 
 SPEC = {
     "observation.state": {"shape": (5,), "dtype": "float32"},

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from torch.utils.data import DataLoader
 
 from components import UserError, features
@@ -15,6 +14,7 @@ from components.datasets.episodes import EpisodeDataset, build_episodes, held_ou
 from components.datasets.lerobot import LeRobotDataset
 from components.datasets.metaworld import MetaWorldDemonstrations
 from components.normalisation import statistics
+from conftest import ROOT
 
 LEROBOT = ROOT / "tests" / "fixtures" / "lerobot_v30"
 

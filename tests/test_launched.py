@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, difference, learned, states, two_processes, weights
 
 from components.run_record import read_lines
+from conftest import ROOT, difference, learned, states, two_processes, weights
 
 pytestmark = pytest.mark.launched
 SGD = ("--optimizer", "sgd", "--optimizer.lr", 0.1, "--steps", 50)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, difference, learned, states, weights
 from torch import nn
 
 import offline_trainer
 from components import LOSS_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, checkpoint, load_policy
 from components.run_record import read_lines
+from conftest import ROOT, command, difference, learned, states, weights
 
 Script = Callable[..., Path]
 
@@ -99,7 +99,7 @@ def test_minimal_trainer_and_dataset(script: Script, trainer: str) -> None:
 def test_actor_critic_with_a_target_network(script: Script) -> None:
     run = script("--trainer", "actor_critic", "--model.critic.width", 8, "--model.hidden-dims", 12)
     assert weights(run, "critic")["0.weight"].shape == (8, 7) and weights(run)["net.0.weight"].shape == (12, 5)
-    assert 0 < difference(weights(run, "critic"), weights(run, "target_critic"))
+    assert difference(weights(run, "critic"), weights(run, "target_critic")) > 0
     assert {"train/lr.critic", "train/grad_norm.policy", "train/q"} <= set(read_lines(run / "metrics.jsonl")[-1])
 
 
@@ -286,7 +286,7 @@ def test_a_metric_that_is_no_scalar_is_named(script: Script, monkeypatch: pytest
 # ---- resume --------------------------------------------------------------------------------------------------------
 
 
-class Interrupt(Exception):
+class InterruptError(Exception):
     """Stands in for kill -9: nothing of the script runs after it."""
 
 
@@ -299,12 +299,12 @@ def interrupt_after(script: Script, calls: int, *options: object) -> None:
 
     def train_step(self: Any, data: dict[str, Any]) -> dict[str, Any]:
         if next(count) == calls:
-            raise Interrupt
+            raise InterruptError
         return whole(self, data)
 
     cls.train_step = train_step
     try:
-        with pytest.raises(Interrupt):
+        with pytest.raises(InterruptError):
             script(*options)
     finally:
         cls.train_step = whole

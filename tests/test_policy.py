@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command
 from torch import nn
 
 from components import UserError, load_policy
 from components.normalisation import Normaliser
 from components.policy import Policy
+from conftest import ROOT, command
 
 
 def spec(obs_steps: int = 1, action_steps: int = 1) -> dict[str, Any]:
@@ -181,7 +181,6 @@ def test_a_trainers_own_policy_is_saved_and_loaded(
     script: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import toy
-
     from components import TRAINER_REGISTRY
 
     class Doubled(toy.Minimal):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, difference, two_processes, weights
 
 from components import load_policy
 from components.run_record import read_lines
+from conftest import ROOT, command, difference, two_processes, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.launched]
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--quiet")

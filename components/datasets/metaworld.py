@@ -128,8 +128,8 @@ class MetaWorldDemonstrations:
                 pool.shutdown(cancel_futures=True)
         if len(episodes) < self.demos:
             raise UserError(
-                f"the expert of {self.task} solved {len(episodes)} of {attempts} goals within {self.max_episode_steps} steps,"
-                f" {self.demos} were wanted; raise --dataset.max-episode-steps or lower --dataset.demos"
+                f"the expert of {self.task} solved {len(episodes)} of {attempts} goals within {self.max_episode_steps}"
+                f" steps, {self.demos} were wanted; raise --dataset.max-episode-steps or lower --dataset.demos"
             )
         ends = torch.tensor([len(episode["action"]) for episode in episodes]).cumsum(0)
         columns = {key: torch.from_numpy(np.concatenate([e[key] for e in episodes])) for key in episodes[0]}

@@ -1,7 +1,7 @@
 """Meta-World's simulator as a Gymnasium environment whose `reset(seed=s)` alone fixes the goal (MIT, Yu et al., 2019).
 
-Meta-World's own `reset` ignores its seed: goals come from a list of 50 that the benchmark's constructor draws from *its*
-seed. Here seed s is goal `s % 50` of the list of seed `s // 50`, so an episode is known by one number.
+Meta-World's own `reset` ignores its seed: goals come from a list of 50 that the benchmark's constructor draws from
+*its* seed. Here seed s is goal `s % 50` of the list of seed `s // 50`, so an episode is known by one number.
 """
 
 import warnings
@@ -38,7 +38,7 @@ def goals(task: str, list_seed: int) -> list[Any]:
 
 def expert(task: str) -> Any:
     """Meta-World's scripted policy of a task; it may ask for actions outside [-1, 1]."""
-    return ENV_POLICY_MAP[task]()
+    return ENV_POLICY_MAP[task]()  # type: ignore[abstract]
 
 
 class MetaWorld(gym.Env):
@@ -57,10 +57,14 @@ class MetaWorld(gym.Env):
     ) -> None:
         check_task(task)
         self.task, self.max_episode_steps, self.render_mode = task, max_episode_steps, render_mode
-        view = {} if render_mode is None else {"camera_name": camera, "width": 256, "height": 256}
-        self.simulator = ALL_V3_ENVIRONMENTS[task](render_mode=render_mode, **view)
+        view: dict[str, Any] = (
+            {}
+            if render_mode is None
+            else {"render_mode": render_mode, "camera_name": camera, "width": 256, "height": 256}
+        )
+        self.simulator = ALL_V3_ENVIRONMENTS[task](**view)
         if render_mode is not None:
-            # MuJoCo's default quality costs 10 to 40 times more in software, and can only be set before the first frame.
+            # MuJoCo's default quality costs 10 to 40 times more in software; it can only be set before the first frame.
             model = self.simulator.model
             model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
             model.light_castshadow[:] = 0
