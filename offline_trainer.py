@@ -7,6 +7,7 @@ python offline_trainer.py --trainer bc --dataset lerobot --help           # the 
 python offline_trainer.py --resume runs/x                                 # go on where a run stopped
 """
 
+import math
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 import protocols
 from components import REGISTRIES, UserError, checkpoint, evaluation, features, optimizers, parallel, policy, run_record
@@ -219,7 +220,7 @@ class StepHook:
     ) -> None:
         self.accelerator, self.index, self.name, self.args, self.metrics = accelerator, index, name, args, metrics
         self.iterations, self.count, self.waits = 0, 0, accelerator.device.type != "cuda"
-        self.loss_is_finite = torch.ones((), dtype=torch.bool, device=accelerator.device)  # `watch_loss` sees to it
+        self.loss: Any = 0.0  # sum of the losses since the last step; `watch_loss` adds them
         self.first_bad = torch.full((), -1, device=accelerator.device)  # iteration of the first non-finite gradient
         optimizer.register_step_pre_hook(self)
         if args.grad_accumulation > 1:
@@ -227,35 +228,36 @@ class StepHook:
 
     def __call__(self, optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        finite, self.loss_is_finite = self.loss_is_finite, torch.ones_like(self.loss_is_finite)
+        loss, self.loss = self.loss, 0.0
         self.count += 1
         if self.accelerator.num_processes > 1:
             if len(arguments) > 1 or keywords.get("closure") is not None:
                 raise RuntimeError(f"model {self.name!r}: step(closure) works on one process only")
-            finite = self.average(parameters, finite)
+            loss = self.average(parameters, loss)
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return
         if self.args.grad_accumulation > 1:
             torch._foreach_div_(gradients, self.args.grad_accumulation)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        finite = norm.isfinite() & finite
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        total = norm + loss  # not finite where either is not
         if not self.waits:  # no synchronisation on a GPU: the update is gated there, `check` reads the flag later
+            finite = total.isfinite()
             self.first_bad = torch.where((self.first_bad < 0) & ~finite, self.iterations, self.first_bad)
             for gradient in gradients:
                 gradient.masked_fill_(self.first_bad >= 0, 0.0)
-        elif not finite:
+        elif not math.isfinite(total):
             self.first_bad.fill_(self.iterations)
             self.check()
         if self.args.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.args.grad_clip, norm)
         self.metrics.add({f"train/grad_norm.{self.name}": norm})
 
-    def average(self, parameters: list[Any], finite: torch.Tensor) -> torch.Tensor:
+    def average(self, parameters: list[Any], loss: Any) -> torch.Tensor:
         """Average the gradients over processes in one flat vector; a parameter without any keeps None."""
         mine = torch.tensor([self.index, self.count % 4096, 0.0], device=self.accelerator.device)
-        mine[2] = finite
-        index, count, finite = self.accelerator.reduce(mine, "mean")
+        mine[2] = loss
+        index, count, loss = self.accelerator.reduce(mine, "mean")
         if index != self.index or count != self.count % 4096:
             raise RuntimeError(
                 f"model {self.name!r}: a process skipped one of its optimizer steps (step {self.iterations})"
@@ -267,7 +269,7 @@ class StepHook:
         *means, has = self.accelerator.reduce(flat, "mean").split([p.numel() for p in parameters] + [len(has)])
         for parameter, mean, some in zip(parameters, means, has.tolist(), strict=True):
             parameter.grad = mean.view_as(parameter).to(parameter.dtype) if some else None
-        return finite == 1
+        return loss
 
     def check(self) -> None:
         """Stop when a loss or gradient was not finite; also called before every save and evaluation."""
@@ -281,7 +283,7 @@ def watch_loss(loss: torch.nn.Module, hooks: list[StepHook]) -> None:
     def look(module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and torch.is_grad_enabled():
             for hook in hooks:
-                hook.loss_is_finite = hook.loss_is_finite & output.detach().isfinite().all()
+                hook.loss = hook.loss + output.detach().sum()
 
     loss.register_forward_hook(look)
 
@@ -454,7 +456,8 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
 
     # The loop. Whatever depends on a clock or a signal is decided once for all processes, about once a second.
     stream, stop = batches.stream(step), run_record.StopRequest()
-    precision = AutocastKwargs(cache_enabled=False)  # its cache would serve weights from before a step in the same call
+    bf16 = accelerator.mixed_precision == "bf16"  # no cache: it would serve weights from before a step in the same call
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
     stopping, failed_saves, next_vote, saved_at = False, 0, step, time.monotonic()
     logged_at, data_s, step_s = step, 0.0, 0.0
     while step < args.steps and not stopping:
@@ -466,7 +469,7 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
             began = time.perf_counter()
             batch = normaliser(to_device(next(stream), device))
             loaded = time.perf_counter()
-            with accelerator.autocast(autocast_handler=precision):
+            with precision:
                 metrics.add(trainer.train_step(batch, **{name: where[name] for name in passed}), "train/")
             data_s, step_s = data_s + loaded - began, step_s + time.perf_counter() - loaded
         run.step = step = step + 1

@@ -76,10 +76,11 @@ class NoOptions:
 
 
 def model_options(defaults: dict[str, Any]) -> Any:
-    """One group of options for all models: `--model.X` for the policy, `--model.<name>.X` for another."""
+    """One group of options for all models: `--model.X` for the first, the policy, `--model.<name>.X` for another."""
     import tyro
 
-    fields_ = [(name, Annotated[Any, tyro.conf.arg(name="" if name == "policy" else name)]) for name in defaults]
+    prefixes = ["", *list(defaults)[1:]]
+    fields_ = [(n, Annotated[Any, tyro.conf.arg(name=prefix)]) for n, prefix in zip(defaults, prefixes, strict=True)]
     return make_dataclass("Models", fields_, frozen=True)(**defaults)
 
 

@@ -26,8 +26,8 @@ def observation_batch(observation: Any) -> dict[str, np.ndarray]:
     """Name an environment's observations as the data does.
 
     A vector `[N, D]` is `observation.state`, a picture `[N, H, W, C]` `observation.images.camera` (channels first). In
-    a dict, `agent_pos` and `observation` are the state, `environment_state` keeps its name, `pixels` holds pictures; keys
-    that begin with `observation.` stay.
+    a dict, `agent_pos` and `observation` are the state, `environment_state` keeps its name, `pixels` holds
+    pictures; keys that begin with `observation.` stay.
     """
     if not isinstance(observation, dict):
         array = np.asarray(observation)

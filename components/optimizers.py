@@ -59,6 +59,8 @@ def carry_schedule(optimizer: torch.optim.Optimizer, schedule: str, length: int 
 def decay_groups(params: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Decay touches weights with two or more dimensions; biases and normalisation scales keep their size."""
     params = list(params)
+    if not weight_decay:
+        return [{"params": params, "weight_decay": 0.0}]
     matrices = [p for p in params if p.ndim >= 2]
     others = [p for p in params if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

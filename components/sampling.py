@@ -109,10 +109,11 @@ class Batches:
         yield from DataLoader(self.dataset, batch_sampler=_Stream(rows), num_workers=self.workers, generator=own)
 
     def _resident(self, start: int) -> Iterator[dict[str, Any]]:
-        deterministic = getattr(self.dataset, "deterministic", False) or self.world * self.micro_steps == 1
+        fixed = getattr(self.dataset, "deterministic", False)
+        deterministic = fixed or self.world * self.micro_steps == 1
         get_batch = self.dataset.get_batch  # type: ignore[attr-defined]
         for step, indices, mine in self.indices(start):
-            seed = derive_seed(self.seed, step)
+            seed = 0 if fixed else derive_seed(self.seed, step)
             if deterministic:
                 yield get_batch(indices[mine], seed)
             else:

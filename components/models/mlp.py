@@ -64,5 +64,6 @@ class MLPPolicy(nn.Module):
         if isinstance(observation, Tensor):
             flat = observation.flatten(1)
         else:
-            flat = torch.cat([observation[key].flatten(1) for key in self.keys], dim=1)  # [B, sum of widths]
+            parts = [observation[key].flatten(1) for key in self.keys]
+            flat = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # [B, sum of widths]
         return self.net(flat).unflatten(1, self.action_shape)

@@ -1,14 +1,14 @@
 """How fast behaviour cloning learns: the bare step, the script's loop around it, CORL's, and the data path.
 
 python tests/benchmarks/bc_updates.py
-python tests/benchmarks/bc_updates.py --corl ../CORL --json rows.json    # ../CORL: a checkout of tinkoff-ai/CORL
+python tests/benchmarks/bc_updates.py --corl ../CORL --json rows.json        # ../CORL: a checkout of tinkoff-ai/CORL
 python tests/benchmarks/bc_updates.py --corl ../CORL --clock wall --compile
 
 The problem has the size of CORL's published behaviour cloning: 1M transitions, observation 17, action 6, batch 256, two
-hidden layers of 256, MSE. Everything runs on one thread of the CPU in one process. Figures are measured in turns, in the
-other order every second round, after a round that does not count; a ratio is the median over the rounds' own ratios.
-The clock is the CPU time of the process, so that waiting for the disk and for other programs does not count; `--clock
-wall` counts it.
+hidden layers of 256, MSE. Everything runs on one CPU thread of one process. Figures are measured in turns, in reverse
+order every second round, after a round that does not count; a ratio is the median of the rounds' own ratios. The clock
+is the CPU time of the process, which leaves out waiting for the disk and for other programs; `--clock wall` counts it.
+"highest" and "medium" are the settings of `torch.set_float32_matmul_precision`, which may choose another GEMM library.
 """
 
 import argparse
@@ -43,8 +43,9 @@ from components.trainers.bc import BC  # noqa: E402
 
 STATE, ACTION, BATCH, ROWS = "observation.state", "action", 256, 1_000_000
 WARM_UP = 50  # updates before each measurement
-SWITCHES = ("highest", "medium")  # of torch.set_float32_matmul_precision
-LOADER = "DataLoader"
+SWITCHES = ("highest", "medium")
+SCRIPT = "--trainer clocked_bc --dataset random --model mlp --model.hidden-dims 256 256 --loss mse --optimizer adam"
+SCRIPT += f" --optimizer.lr 1e-3 --batch-size {BATCH} --eval-episodes 0 --log-every 50 --save-every 0"
 
 Figure = Callable[[], float]  # measures once; returns a rate per second
 clock = time.process_time
@@ -103,15 +104,14 @@ def script(dataset: EpisodeDataset, stats: dict[str, Any], folder: str, updates:
             return {"dataset": dataset, "norm_stats": stats}
 
     REGISTRIES["dataset"]["random"], REGISTRIES["trainer"]["clocked_bc"] = RandomData, ClockedBC
-    options = "--trainer clocked_bc --dataset random --loss mse --optimizer adam --optimizer.lr 1e-3".split()
-    options += "--model mlp --model.hidden-dims 256 256 --eval-episodes 0 --log-every 50 --save-every 0".split()
-    options += ["--batch-size", str(BATCH), "--steps", str(WARM_UP + updates + 1)]
+    options = [*SCRIPT.split(), "--steps", str(WARM_UP + updates + 1), "--run-dir"]
 
     def rate() -> float:
         torch.set_float32_matmul_precision(switch)
         ClockedBC.last, ClockedBC.noted = WARM_UP + updates, []
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            offline_trainer.main([*options, "--run-dir", tempfile.mkdtemp(dir=folder)])
+            offline_trainer.main([*options, tempfile.mkdtemp(dir=folder)])
+        assert torch.get_float32_matmul_precision() == switch, "the script sets a precision of its own"
         first, last = ClockedBC.noted
         return updates / (last - first)
 
@@ -157,12 +157,11 @@ def bc_figures(args: argparse.Namespace, folder: str) -> dict[str, Figure]:
         steps["the same, compiled"] = lambda: compiled.train_step(normaliser(next(stream)))
     if args.corl:
         steps["CORL"] = corl_step(args.corl, dataset)
-    figures = {
-        f"{name}, {switch}": repeated(step, args.updates, switch) for switch in SWITCHES for name, step in steps.items()
-    }
-    return figures | {
-        f"script's loop, {switch}": script(dataset, stats, folder, args.updates, switch) for switch in SWITCHES
-    }
+    figures: dict[str, Figure] = {}
+    for switch in SWITCHES:
+        figures |= {f"{name}, {switch}": repeated(step, args.updates, switch) for name, step in steps.items()}
+        figures[f"script's loop, {switch}"] = script(dataset, stats, folder, args.updates, switch)
+    return figures
 
 
 def data_figures(updates: int) -> dict[str, Figure]:
@@ -171,10 +170,9 @@ def data_figures(updates: int) -> dict[str, Figure]:
     stream = Batches(dataset, BATCH, seed=0).stream(0)
     loader = DataLoader(dataset, batch_size=BATCH, shuffle=True, drop_last=True)
     endless = itertools.chain.from_iterable(itertools.repeat(loader))
-    loads = max(updates // 50, 2)
     return {
-        "windows, get_batch": repeated(lambda: next(stream), updates, samples=BATCH),
-        f"windows, {LOADER}": repeated(lambda: next(endless), loads, samples=BATCH),
+        "windows by get_batch": repeated(lambda: next(stream), updates, samples=BATCH),
+        "windows by DataLoader": repeated(lambda: next(endless), max(updates // 50, 2), samples=BATCH),
     }
 
 
@@ -189,24 +187,19 @@ def measure(figures: dict[str, Figure], rounds: int) -> dict[str, list[float]]:
     return rates
 
 
-def row(rates: dict[str, list[float]], name: str, ours: str, peer: str) -> dict[str, Any]:
-    """One comparison: the ratio is above 1 when ours is faster."""
+def compare(rates: dict[str, list[float]], ours: str, peer: str, goal: float, overhead: bool = False) -> dict[str, Any]:
+    """Print how many times as fast ours is, or what it adds to the peer's time in per cent; returns the row."""
     ratios = [a / b for a, b in zip(rates[ours], rates[peer], strict=True)]
-    result = {"name": name, "ours_per_s": statistics.median(rates[ours])}
-    result |= {"peer": peer, "peer_per_s": statistics.median(rates[peer])}
-    return result | {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
-
-
-def show(result: dict[str, Any], goal: float, overhead: bool = False) -> None:
-    """Print a comparison as a factor, or as what ours adds to the time of its peer in per cent."""
-    numbers = [result[key] for key in ("ratio", "ratio_min", "ratio_max")]
-    met = "met" if numbers[0] >= goal else "MISSED"
+    middle, least, most = statistics.median(ratios), min(ratios), max(ratios)
     if overhead:
-        middle, most, least = (100 / ratio - 100 for ratio in numbers)
-        text, aim = f"adds {middle:5.1f} % [{least:.1f}..{most:.1f}]", f"below {100 / goal - 100:.0f} %"
+        text = f"adds {100 / middle - 100:.1f} % [{100 / most - 100:.1f}..{100 / least - 100:.1f}]"
+        aim = f"below {100 / goal - 100:.0f} %"
     else:
-        text, aim = f"{numbers[0]:7.2f}x [{numbers[1]:.2f}..{numbers[2]:.2f}]", f"{goal:g}x"
-    print(f"{result['name']:64} {text:28} goal {aim}: {met}")
+        text, aim = f"{middle:.2f}x [{least:.2f}..{most:.2f}]", f"{goal:g}x"
+    name = f"{ours} / {peer}"
+    print(f"{name:68} {text:26} goal {aim}: {'met' if middle >= goal else 'MISSED'}")
+    speeds = {"ours_per_s": statistics.median(rates[ours]), "peer": peer, "peer_per_s": statistics.median(rates[peer])}
+    return {"name": name, **speeds, "ratio": middle, "ratio_min": least, "ratio_max": most}
 
 
 def matmul_error(switch: str) -> float:
@@ -239,25 +232,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rates = measure(bc_figures(args, folder), args.rounds)
     rates |= measure(data_figures(args.updates), args.rounds)
-    print(f"\nper second: median [min..max] of {args.rounds} rounds of {args.updates} updates ({LOADER}: a fiftieth)")
+    print(f"\nper second: median [min..max] of {args.rounds} rounds of {args.updates} updates (DataLoader: a fiftieth)")
     for name, values in rates.items():
-        print(f"{name:40} {statistics.median(values):10.1f} [{min(values):.1f}..{max(values):.1f}]")
+        print(f"{name:42} {statistics.median(values):10.1f} [{min(values):.1f}..{max(values):.1f}]")
 
-    print("\nours / peer: median [min..max] of the ratios of the rounds")
+    print(f"\nours / peer: median [min..max] of the ratios of {args.rounds} rounds")
     rows = []
     for switch in SWITCHES:
         for peer in ("train_step", "get_batch + train_step"):
-            name = f"script's loop beside a bare {peer}, {switch}"
-            rows.append(row(rates, name, f"script's loop, {switch}", f"{peer}, {switch}"))
-            show(rows[-1], 1 / 1.1, overhead=True)
+            rows.append(compare(rates, f"script's loop, {switch}", f"{peer}, {switch}", 1 / 1.1, overhead=True))
     bodies = ["batch + normalise + train_step", *(["the same, compiled"] if args.compile else []), "script's loop"]
     for body in bodies if args.corl else []:
         for ours, theirs in (("highest", "highest"), ("medium", "medium"), ("medium", "highest")):
-            name = f"{body} ({ours}) / CORL ({theirs})"
-            rows.append(row(rates, name, f"{body}, {ours}", f"CORL, {theirs}"))
-            show(rows[-1], 1.5 if ours == theirs else 2.0)
-    rows.append(row(rates, f"windows: get_batch / {LOADER}", "windows, get_batch", f"windows, {LOADER}"))
-    show(rows[-1], 50.0)
+            goal = 1.5 if ours == theirs else 2.0
+            rows.append(compare(rates, f"{body}, {ours}", f"CORL, {theirs}", goal))
+    rows.append(compare(rates, "windows by get_batch", "windows by DataLoader", 50.0))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,0 +1,88 @@
+"""The README's examples are what they claim to be: extracted, written to a folder, and run."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, command
+
+README = (ROOT / "README.md").read_text()
+FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.DOTALL))
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if "my_data" in line
+]
+
+
+def test_the_quick_start_is_what_ci_runs() -> None:
+    lines = re.search(r"```bash\n(.*?)```", README, re.DOTALL).group(1).splitlines()
+    start = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
+    assert lines == [start + "accelerate launch offline_trainer.py --trainer bc", start + "pytest"]
+    assert lines[1] in (ROOT / ".ci" / "run").read_text()
+
+
+def test_all_examples_are_here() -> None:
+    assert set(FILES) == {
+        "my_env.py",
+        "my_data.py",
+        "my_trainer.py",
+        "my_loss.py",
+        "my_optimizer.py",
+        "my_model.py",
+        "plain.py",
+    }
+    assert len(COMMANDS) == 5
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder with the plugins of the README in it."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=lambda line: line.split("--plugins ")[1].split(" --")[0])
+def test_examples_run(folder: Path, line: str) -> None:
+    words = shlex.split(line)
+    assert words[:2] == ["python", "offline_trainer.py"]
+    few = ["--steps", "600", "--eval-episodes", "10", "--eval-every", "0"]
+    done = command(sys.executable, ROOT / "offline_trainer.py", *words[2:], *few, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    rate = float(re.findall(r"success (\d\.\d\d)", done.stdout)[-1])
+    assert rate >= 0.8, done.stdout
+
+
+def test_components_alone_train_in_plain_pytorch(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "components", tmp_path / "components", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "plain.py").write_text(FILES["plain.py"])
+    assert len([line for line in FILES["plain.py"].splitlines() if line.strip()]) <= 30
+    blocked = "import sys; sys.modules.update(accelerate=None, tyro=None, wandb=None, protocols=None); "
+    code = blocked + "import runpy; runpy.run_path('plain.py')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[1]) for line in done.stdout.splitlines() if re.match(r"\d+ ", line)]
+    assert len(losses) == 4 and losses[-1] < 0.3 * losses[0]
+
+
+def test_nothing_but_the_fixed_files_at_the_top() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    visible = {name for name in top if not name.startswith(".")}
+    allowed = {"offline_trainer.py", "online_trainer.py", "components", "protocols.py", "tests"}
+    assert visible <= allowed | {"requirements.txt", "README.md", "LICENSE"}
