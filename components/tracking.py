@@ -1,6 +1,7 @@
 """Weights & Biases as a mirror of `metrics.jsonl`: it may fail, and then the run goes on without it."""
 
 import logging
+import netrc
 import os
 import socket
 import threading
@@ -42,7 +43,7 @@ class Tracker:
         id_file.write_text(run_id)
         options = {"project": project, "name": name or self.folder.name, "group": group or None, "config": config}
         options |= {"id": run_id, "resume": "allow", "dir": str(self.folder)}
-        wanted = os.environ.get("WANDB_MODE") or ("online" if self._reachable(wandb) else "offline")
+        wanted = os.environ.get("WANDB_MODE") or ("online" if self._reachable(wandb.Settings().base_url) else "offline")
         for mode in dict.fromkeys((wanted, "offline")):
             try:
                 settings = wandb.Settings(init_timeout=PATIENCE, silent=True)
@@ -55,18 +56,16 @@ class Tracker:
             return
 
     @staticmethod
-    def _reachable(wandb: Any) -> bool:
+    def _reachable(base_url: str) -> bool:
         """Whether there is a key and the server answers within seconds; wandb itself would wait for 100 s."""
         found: list[bool] = []
+        url = urlparse(base_url)
 
         def knock() -> None:
-            api = wandb.api
-            if not (os.environ.get("WANDB_API_KEY") or api.api_key):
-                return
-            url = urlparse(os.environ.get("WANDB_BASE_URL") or api.settings("base_url"))
-            port = url.port or (443 if url.scheme == "https" else 80)
-            with socket.create_connection((url.hostname or "", port), timeout=PATIENCE):
-                found.append(True)
+            if os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(url.hostname or ""):
+                port = url.port or (443 if url.scheme == "https" else 80)
+                with socket.create_connection((url.hostname or "", port), timeout=PATIENCE):
+                    found.append(True)
 
         _within(PATIENCE, knock)
         return bool(found)
