@@ -443,7 +443,7 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
     # From here on each process draws its own noise; a resumed run finds everything as it was.
     set_seed(derive_seed(args.seed, rank) % 2**32)
     training_mode(models, opts, args)
-    progress: dict[str, Any] = {"step": 0, "best_step": -1, "best_loss": None}
+    progress: dict[str, Any] = {"step": 0, "best_step": -1, "best_loss": math.inf}
     if args.resume:
         if found := parallel.on_first(rank, lambda: checkpoint.latest(run.path / "checkpoints")):
             progress = checkpoint.restore(*found, models, opts, loss, trainer, args.trainer)
@@ -483,7 +483,7 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
                 if holds_out:
                     value = evaluation.held_out_loss(trainer, validation, normaliser, batch_size, device)
                     held_out["val/loss"] = value = parallel.from_first(value)
-                    if improved := progress["best_loss"] is None or value < progress["best_loss"]:
+                    if improved := value < progress["best_loss"]:
                         progress |= {"best_step": step, "best_loss": value}
                 if evaluator is not None:
                     result, problem = evaluator.evaluate(step)

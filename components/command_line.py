@@ -86,7 +86,8 @@ def model_options(defaults: dict[str, Any]) -> Any:
 
 def given(argv: Sequence[str], option: str) -> bool:
     """Whether the command line itself sets `option` ("batch-size"), rather than leaving it at its default."""
-    names = {f"--{option}", f"--{option.rpartition('.')[0]}.no-{option.rpartition('.')[2]}".replace("--.", "--")}
+    group, _, name = option.rpartition(".")
+    names = {f"--{option}", f"--{group}.no-{name}" if group else f"--no-{name}"}
     return any(word.partition("=")[0].replace("_", "-") in names for word in argv)
 
 

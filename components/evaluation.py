@@ -128,6 +128,8 @@ def run_episodes(
                 frames.append(envs.render()[0])
             action = np.clip(policy.act(observation_batch(observation)), space.low, space.high).astype(space.dtype)
             observation, reward, terminated, truncated, info = envs.step(action)
+            if not np.isfinite(np.asarray(reward)[running]).all():
+                raise RuntimeError(f"a reward is not finite in the episodes of the seeds {chosen}")
             returns[running] += np.asarray(reward)[running]
             lengths[running] += 1
             for slot in np.flatnonzero(running):

@@ -42,8 +42,8 @@ class Metrics:
             for key, values in self.values.items()
         }
 
-    def means(self) -> dict[str, float | None]:
-        """Mean of each metric over all steps since the last call and over all processes; None where it is not finite.
+    def means(self) -> dict[str, float]:
+        """Mean of each metric over all steps since the last call and over all processes.
 
         The keys are the union over the processes, each with its own count.
         """
@@ -54,5 +54,4 @@ class Metrics:
             for key, (value, count) in part.items():
                 before = total.get(key, (0.0, 0))
                 total[key] = (before[0] + value, before[1] + count)
-        means = {key: value / count for key, (value, count) in total.items()}
-        return {key: mean if abs(mean) < float("inf") else None for key, mean in means.items()}
+        return {key: value / count for key, (value, count) in total.items()}

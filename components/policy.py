@@ -65,6 +65,8 @@ class Policy:
         frames, batched = self._frames(observation)
         for key, frame in frames.items():
             past = self._history.setdefault(key, [frame] * self.obs_steps)
+            if len(past[0]) != len(frame):
+                raise UserError(f"{key!r} has {len(frame)} rows after {len(past[0])}; call reset() for other episodes")
             past.append(frame)
             del past[: -self.obs_steps]
         if not self._plan:
@@ -113,22 +115,20 @@ class Policy:
             key: torch.zeros(1, *self.spec[key]["shape"], dtype=getattr(torch, self.spec[key]["dtype"]), device=device)
             for key in self.observation_keys
         }
+        problems: list[str] = []
+        action: Any = None
         training = self.module.training
         self.module.eval()
-        self.takes_tensor, self._generators = False, []
+        self._generators = []
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            try:
-                action = self._forward(batch)
-            except (TypeError, AttributeError, IndexError) as error:
-                if self.observation_keys != ["observation.state"]:
-                    raise UserError(f"the policy fails on a batch of observations: {error}") from error
-                self.takes_tensor = True
+            for self.takes_tensor in (False, True) if self.observation_keys == ["observation.state"] else (False,):
                 try:
                     action = self._forward(batch)
-                except Exception as second:
-                    raise UserError(f"the policy fails on the observation: {second}") from second
-            except (RuntimeError, KeyError) as error:
-                raise UserError(f"the policy fails on a batch of observations: {error}") from error
+                    break
+                except Exception as error:
+                    problems.append(str(error).splitlines()[0] if str(error) else repr(error))
+            else:
+                raise UserError(f"the policy fails on an observation: {'; on the bare state: '.join(problems)}")
         self.module.train(training)
         found, expected = tuple(getattr(action, "shape", ())[1:]), tuple(self.spec["action"]["shape"])
         if found != expected:

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import platform
 import signal
@@ -93,6 +94,8 @@ class Run:
         config = asdict(args) | {"resume": ""}  # the same for a resumed run
         record = {"args": config, "argv": argv, "command": sys.argv, "env": env, "seed": args.seed}
         record |= {"world_size": world_size(), "mixed_precision": precision}
+        if args.resume:
+            self.compare_machine()
         chosen = [registry[config[option]] for option, registry in REGISTRIES.items() if config[option] in registry]
         if self.first:
             write_json(self.path / "args.json", record | environment(chosen))
@@ -101,6 +104,13 @@ class Run:
         self.progress = Progress(args.steps, step, shown=self.first)
         self._status("running")
         return config
+
+    def compare_machine(self) -> None:
+        """Say when what decides a run's last bits is not what it was when the run began."""
+        before, now = read_args(self.path), environment(())
+        for group, name in (("machine", "threads"), ("machine", "cpu"), ("packages", "torch")):
+            if before[group][name] != now[group][name]:
+                self.say(f"{name} was {before[group][name]} and is {now[group][name]}: the last bits will differ")
 
     def say(self, text: str) -> None:
         """Print a line, once."""
@@ -227,9 +237,14 @@ def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON object as a line."""
     with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: numbers that are not finite become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def _step_of(line: str) -> float:

@@ -70,6 +70,13 @@ def test_a_chunk_is_played_before_the_next_one_is_planned() -> None:
     assert float(policy.act(observe(12.0))[0, 0]) == 105.0
 
 
+def test_another_number_of_rows_needs_a_reset() -> None:
+    policy = Policy(Sum(), Normaliser(spec()), spec())
+    policy.act(observe(1.0, 2.0))
+    with pytest.raises(UserError, match=r"has 3 rows after 2; call reset\(\)"):
+        policy.act(observe(1.0, 2.0, 3.0))
+
+
 def test_noise_belongs_to_the_episode_not_to_the_slot() -> None:
     class Noisy(Sum):
         noise_shape = (1,)
@@ -96,7 +103,7 @@ def test_a_plain_module_takes_the_bare_state() -> None:
     ("module", "message"),
     [
         (nn.Linear(1, 2), r"actions of shape \(2,\), the data has \(1,\)"),
-        (nn.Linear(3, 1), "fails on the observation"),
+        (nn.Linear(3, 1), "fails on an observation: .*; on the bare state: mat1 and mat2 shapes cannot be multiplied"),
     ],
 )
 def test_a_module_that_does_not_fit_is_refused(module: nn.Module, message: str) -> None:
