@@ -121,7 +121,8 @@ class Policy:
         self.module.eval()
         self._generators = []
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for self.takes_tensor in (False, True) if self.observation_keys == ["observation.state"] else (False,):
+            for takes_tensor in (False, True) if self.observation_keys == ["observation.state"] else (False,):
+                self.takes_tensor = takes_tensor
                 try:
                     action = self._forward(batch)
                     break
