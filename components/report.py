@@ -16,6 +16,7 @@ import tyro
 
 from . import run_record
 from .command_line import parse
+from .curves import draw_curves, read_lines
 from .errors import UserError
 
 # Student's t for a two-sided 95 % interval, by degrees of freedom; 1.96 beyond.
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
     if args.save is not None:
         args.save.write_text(json.dumps([result_row(run) for run in runs if last_score(run)], indent=1) + "\n")
         print(f"results: {args.save}")
-    run_record.draw_curves(runs, args.out)
+    draw_curves(runs, args.out)
     print(f"curves: {args.out}")
     return 0
 
@@ -101,7 +102,7 @@ def last_score(run: Path) -> tuple[str, float] | None:
 def own_evaluations(run: Path) -> list[dict[str, Any]]:
     """The evaluations in the environment of the run, not those that were added in others."""
     own = run_record.read_args(run)["env"]
-    return [line for line in run_record.read_lines(run / "eval.jsonl") if line["env"] == own]
+    return [line for line in read_lines(run / "eval.jsonl") if line["env"] == own]
 
 
 def result_row(run: Path) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def result_row(run: Path) -> dict[str, Any]:
 def run_seconds(run: Path) -> float:
     """Seconds spent loading data and in `train_step`, from the log."""
     seconds, before = 0.0, 0
-    for line in run_record.read_lines(run / "metrics.jsonl"):
+    for line in read_lines(run / "metrics.jsonl"):
         seconds += (line["data_s"] + line["step_s"]) * (line["step"] - before)
         before = line["step"]
     return seconds

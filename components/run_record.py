@@ -24,9 +24,11 @@ import torch
 
 from .checkpoint import write_json
 from .command_line import where
+from .curves import draw_curves, step_of
 from .errors import UserError
 from .evaluation import headline, scores
 from .parallel import world_size
+from .progress import Progress
 from .tracking import Tracker
 
 PACKAGES = (
@@ -162,7 +164,7 @@ class Run:
         for name in ("metrics.jsonl", "eval.jsonl") if self.first else ():
             path = self.path / name
             if path.exists():
-                kept = "".join(line for line in path.read_text().splitlines(True) if _step_of(line) <= step)
+                kept = "".join(line for line in path.read_text().splitlines(True) if step_of(line) <= step)
                 temporary = path.with_name(f".{name}-new")
                 temporary.write_text(kept)
                 os.replace(temporary, path)
@@ -245,20 +247,6 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 def finite(record: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: numbers that are not finite become null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a torn last line is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(True) if _step_of(line) < float("inf")]
 
 
 def claim(wanted: str, default_name: str) -> str:
@@ -371,103 +359,3 @@ def _cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
-
-
-class Progress:
-    """A bar on a terminal, plain lines otherwise; silent on other processes than the first.
-
-    Args:
-        total: Steps of the run.
-        shown: Whether this process shows anything.
-    """
-
-    def __init__(self, total: int, start: int, shown: bool) -> None:
-        self.total, self.start, self.shown, self.began = total, start, shown, time.monotonic()
-        self.bar: Any = None
-        if shown and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
-
-    def update(self, step: int, metrics: dict[str, Any]) -> None:
-        """Show the losses, the speed and the time left."""
-        losses = "  ".join(
-            f"{k.removeprefix('train/')} {v:.4g}" for k, v in metrics.items() if "loss" in k and v is not None
-        )
-        shown = f"{losses}  {metrics['samples_per_s']:.0f} samples/s"
-        if self.bar is not None:
-            self.bar.n = step
-            self.bar.set_postfix_str(shown)
-        elif self.shown:
-            left = (time.monotonic() - self.began) / max(step - self.start, 1) * (self.total - step)
-            print(f"step {step}/{self.total}  {shown}  {clock(left)} left", flush=True)
-
-    def say(self, text: str) -> None:
-        """Print a line, above the bar."""
-        if self.bar is not None:
-            self.bar.write(text)
-        elif self.shown:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def draw_curves(runs: list[Path], path: Path) -> None:
-    """Draw the losses, the evaluation and the learning rates of runs over each other."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    metrics = {run: read_lines(run / "metrics.jsonl") for run in runs}
-    evaluations = {run: read_lines(run / "eval.jsonl") for run in runs}
-    names = sorted({key for lines in metrics.values() for line in lines for key in line if _is_curve(key)})
-    score = (
-        "success_rate"
-        if any(e["success_rate"] is not None for es in evaluations.values() for e in es)
-        else "return_mean"
-    )
-    panels = [score, *names] if any(evaluations.values()) else names
-    panels = panels[:12] or ["train/loss"]
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False)
-    for axis, name in zip(axes.flat, panels, strict=False):
-        for run in runs:
-            lines = evaluations[run] if name == score else metrics[run]
-            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            if not points:
-                continue
-            x, y = zip(*points, strict=True)
-            axis.plot(x, y, marker="o" if len(x) < 20 else None, markersize=3, linewidth=1.2, label=run.name)
-            if name == "success_rate":
-                low, high = zip(*(line["success_ci"] for line in lines if line.get(name) is not None), strict=True)
-                axis.fill_between(x, low, high, alpha=0.2)
-                axis.set_ylim(-0.02, 1.02)
-            elif "loss" in name and min(y) > 0:
-                axis.set_yscale("log")
-        axis.set_title(name.replace("_", " "), fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(which="both", labelsize=7)
-        axis.grid(alpha=0.3)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.axis("off")
-    if len(runs) > 1:
-        axes.flat[0].legend(fontsize=6)
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=100, format="png")
-    os.replace(temporary, path)
-    plt.close(figure)
-
-
-def _is_curve(key: str) -> bool:
-    return key.startswith(("train/", "val/"))

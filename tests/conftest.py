@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import offline_trainer  # noqa: E402
 import toy  # noqa: E402, F401  (registers the components that the tests use)
 from components import checkpoint  # noqa: E402
-from components.run_record import read_lines  # noqa: E402
+from components.curves import read_lines  # noqa: E402
 
 torch.set_num_threads(1)
 

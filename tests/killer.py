@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import offline_trainer  # noqa: E402
 import toy  # noqa: E402, F401
 from components import checkpoint  # noqa: E402
-from components.run_record import read_lines  # noqa: E402
+from components.curves import read_lines  # noqa: E402
 
 OPTIONS = [
     "--trainer",

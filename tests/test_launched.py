@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.run_record import read_lines
+from components.curves import read_lines
 from conftest import ROOT, difference, learned, states, two_processes, weights
 
 pytestmark = pytest.mark.launched

@@ -14,7 +14,7 @@ from torch import nn
 
 import offline_trainer
 from components import LOSS_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, checkpoint, load_policy
-from components.run_record import read_lines
+from components.curves import read_lines
 from conftest import ROOT, command, difference, learned, states, weights
 
 Script = Callable[..., Path]

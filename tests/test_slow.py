@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from components import load_policy
-from components.run_record import read_lines
+from components.curves import read_lines
 from conftest import ROOT, command, difference, two_processes, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.launched]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from components.run_record import read_lines
+from components.curves import read_lines
 from components.tracking import Tracker
 
 

@@ -1,0 +1,74 @@
+"""Reading a run's .jsonl files, and drawing them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def step_of(line: str) -> float:
+    """The step of a line of a .jsonl file; infinite for a torn one."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; a torn last line is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(True) if step_of(line) < float("inf")]
+
+
+def draw_curves(runs: list[Path], path: Path) -> None:
+    """Draw the losses, the evaluation and the learning rates of runs over each other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    metrics = {run: read_lines(run / "metrics.jsonl") for run in runs}
+    evaluations = {run: read_lines(run / "eval.jsonl") for run in runs}
+    names = sorted({key for lines in metrics.values() for line in lines for key in line if _is_curve(key)})
+    score = (
+        "success_rate"
+        if any(e["success_rate"] is not None for es in evaluations.values() for e in es)
+        else "return_mean"
+    )
+    panels = [score, *names] if any(evaluations.values()) else names
+    panels = panels[:12] or ["train/loss"]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False)
+    for axis, name in zip(axes.flat, panels, strict=False):
+        for run in runs:
+            lines = evaluations[run] if name == score else metrics[run]
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
+            axis.plot(x, y, marker="o" if len(x) < 20 else None, markersize=3, linewidth=1.2, label=run.name)
+            if name == "success_rate":
+                low, high = zip(*(line["success_ci"] for line in lines if line.get(name) is not None), strict=True)
+                axis.fill_between(x, low, high, alpha=0.2)
+                axis.set_ylim(-0.02, 1.02)
+            elif "loss" in name and min(y) > 0:
+                axis.set_yscale("log")
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(which="both", labelsize=7)
+        axis.grid(alpha=0.3)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    if len(runs) > 1:
+        axes.flat[0].legend(fontsize=6)
+    figure.tight_layout()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=100, format="png")
+    os.replace(temporary, path)
+    plt.close(figure)
+
+
+def _is_curve(key: str) -> bool:
+    return key.startswith(("train/", "val/"))
