@@ -509,6 +509,7 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
             next_vote = step + min(max(int(1 / votes[0][2]), 1), args.log_every)
         if due(step, args.save_every, args.steps) or improved or overdue or stopping:
             check(hooks)
+            run.settle()
             parallel.broadcast(models, buffers_only=True)
             shared = checkpoint.shared_state(models, opts, loss, trainer, progress | {"step": step})
             mine = {"random": get_random_state(), "metrics": metrics.floats()}

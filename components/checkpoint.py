@@ -84,7 +84,7 @@ def write_tree(path: Path, tree: Any) -> None:
 
     tensors, description = flatten(tree)
     save_file(tensors, path, metadata={"tree": json.dumps(description)})
-    _sync(path)
+    sync(path)
 
 
 def read_tree(path: Path) -> Any:
@@ -96,7 +96,7 @@ def read_tree(path: Path) -> Any:
         return unflatten(tensors, json.loads(file.metadata()["tree"]))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """fsync a file or folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -176,11 +176,11 @@ def save(
             manifest["files"] = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
             manifest["sha256"] = _own_hash(manifest)
             write_json(temporary / "manifest.json", manifest)
-            _sync(temporary)
+            sync(temporary)
             if final.exists():  # the run was set back behind it: what is there belongs to a future that was undone
                 os.rename(final, root / f".old-{final.name}")
             os.rename(temporary, final)
-            _sync(root)
+            sync(root)
             link_best(root, best)
             _prune(root, keep_last)
 

@@ -27,7 +27,7 @@ class Metrics:
             if isinstance(value, Tensor):
                 if value.numel() != 1:
                     raise TypeError(f"metric {key!r} has shape {tuple(value.shape)}; expected a scalar")
-                value = value.detach().reshape(())
+                value = value.detach() if value.ndim == 0 else value.detach().reshape(())
             elif not isinstance(value, (bool, int, float, np.number, np.bool_)):
                 raise TypeError(f"metric {key!r} is a {type(value).__name__}; expected a scalar")
             self.values.setdefault(prefix + key, []).append(value)

@@ -76,7 +76,7 @@ class Normaliser:
         for key, value in batch.items():
             base = key.removeprefix("next.")
             if base in self.modes:
-                out[key] = (value - self.offset[base]) / self.scale[base]
+                out[key] = (value - self.offset[base]).div_(self.scale[base])
         return out
 
     def undo(self, key: str, value: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import write_json
+from .checkpoint import sync, write_json
 from .command_line import where
 from .curves import draw_curves, step_of
 from .errors import UserError
@@ -119,9 +119,9 @@ class Run:
         self.progress.say(text)
 
     def log(self, record: dict[str, Any]) -> None:
-        """One line of `metrics.jsonl`, on disk and on the screen."""
+        """One line of `metrics.jsonl`, and of the screen."""
         if self.first:
-            append_line(self.path / "metrics.jsonl", record)
+            append_line(self.path / "metrics.jsonl", record, wait=False)
             self.tracker.log(record, record["step"])
         self.progress.update(record["step"], record)
 
@@ -131,6 +131,11 @@ class Run:
             append_line(self.path / "eval.jsonl", result)
             self.tracker.log(scores(result), result["step"])
         self.say(f"step {result['step']}: {headline(result)}")
+
+    def settle(self) -> None:
+        """Put on disk what the log says so far; called before a checkpoint counts."""
+        if self.first and (self.path / "metrics.jsonl").exists():
+            sync(self.path / "metrics.jsonl")
 
     def saved(self) -> None:
         """A checkpoint of this step counts."""
@@ -236,12 +241,12 @@ def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON object as a line."""
+def append_line(path: Path, record: dict[str, Any], wait: bool = True) -> None:
+    """Append one JSON object as a line, and wait until it is on disk if asked to."""
     with open(path, "a") as file:
         file.write(json.dumps(finite(record), allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    if wait:
+        sync(path)
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
