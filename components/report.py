@@ -18,6 +18,7 @@ from . import run_record
 from .command_line import parse
 from .curves import draw_curves, read_lines
 from .errors import UserError
+from .evaluation import wilson_interval
 
 # Student's t for a two-sided 95 % interval, by degrees of freedom; 1.96 beyond.
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
@@ -72,6 +73,7 @@ def runs_table(runs: list[Path]) -> str:
         config = run_record.read_args(members[0])["args"]
         scores = [score for run in members if (score := last_score(run)) is not None]
         metric = scores[0][0] if scores else "-"
+        episodes = own_evaluations(members[0])[-1]["episodes"] if scores else 0
         status = [run_record.read_status(run) for run in members]
         seconds = [run_seconds(run) for run in members]
         rows.append(
@@ -81,7 +83,7 @@ def runs_table(runs: list[Path]) -> str:
                 config["dataset"],
                 str(len(members)),
                 metric,
-                with_interval([value for _, value in scores]),
+                with_interval([value for _, value in scores], metric, episodes),
                 "/".join(sorted({str(s["step"]) for s in status})),
                 f"{sum(seconds) / len(seconds):.0f}",
                 "/".join(sorted({s["state"] for s in status})),
@@ -135,16 +137,24 @@ def run_seconds(run: Path) -> float:
     return seconds
 
 
-def with_interval(values: list[float]) -> str:
-    """Mean over seeds, and Student's 95 % interval where there are two or more."""
+def with_interval(values: list[float], metric: str, episodes: int) -> str:
+    """Mean over seeds and its 95 % interval: Student's t over two or more seeds.
+
+    For a success rate it is the wider of that and Wilson's interval over the episodes of all seeds, which is right for
+    a single seed, and where all seeds reach 0 or 1.
+    """
     if not values:
         return "-"
     n, mean = len(values), sum(values) / len(values)
-    if n == 1:
-        return f"{mean:.3g}"
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    half = (T95[n - 2] if n - 2 < len(T95) else 1.96) * deviation / math.sqrt(n)
-    return f"{mean:.3g} [{mean - half:.3g}, {mean + half:.3g}]"
+    bounds: list[tuple[float, float]] = []
+    if n > 1:
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+        half = (T95[n - 2] if n - 2 < len(T95) else 1.96) * deviation / math.sqrt(n)
+        bounds.append((mean - half, mean + half))
+    if metric == "success_rate":
+        low, high = wilson_interval(round(mean * n * episodes), n * episodes)
+        bounds = [(max(0.0, min([low, *(b[0] for b in bounds)])), min(1.0, max([high, *(b[1] for b in bounds)])))]
+    return f"{mean:.3g}" + "".join(f" [{low:.3g}, {high:.3g}]" for low, high in bounds)
 
 
 def results_table(path: Path) -> str:
@@ -160,7 +170,7 @@ def results_table(path: Path) -> str:
             [
                 *key,
                 str(len(members)),
-                with_interval([row["value"] for row in members]),
+                with_interval([row["value"] for row in members], key[-1], members[0]["episodes"]),
                 str(members[0]["episodes"]),
                 f"{sum(row['train_seconds'] for row in members) / len(members):.0f}",
             ]
