@@ -47,6 +47,9 @@ SWITCHES = ("highest", "medium")
 SCRIPT = "--trainer clocked_bc --dataset random --model mlp --model.hidden-dims 256 256 --loss mse --optimizer adam"
 SCRIPT += f" --optimizer.lr 1e-3 --batch-size {BATCH} --eval-episodes 0 --log-every 50 --save-every 0"
 
+WIDTHS = [17, 256, 256, 6]
+LAYERS = [(torch.randn(BATCH, i), torch.randn(o, i), torch.randn(BATCH, o)) for i, o in itertools.pairwise(WIDTHS)]
+
 Figure = Callable[[], float]  # measures once; returns a rate per second
 clock = time.process_time
 
@@ -93,6 +96,14 @@ class ClockedBC(BC):
         if self.calls in (WARM_UP, self.last):
             self.noted.append(clock())
         return super().train_step(data)
+
+
+def matrix_products() -> None:
+    """The eight matrix products of an update and nothing else: a floor for all code over the same GEMM."""
+    for layer, (x, weight, gradient) in enumerate(LAYERS):
+        x @ weight.T, gradient.T @ x
+        if layer:
+            gradient @ weight
 
 
 def script(dataset: EpisodeDataset, stats: dict[str, Any], folder: str, updates: int, switch: str) -> Figure:
@@ -146,7 +157,8 @@ def bc_figures(args: argparse.Namespace, folder: str) -> dict[str, Figure]:
     prepared = itertools.cycle([normaliser(dataset.get_batch(next(indices))) for _ in range(64)])
     stream = Batches(dataset, BATCH, seed=0).stream(0)
     trainer = make_trainer(spec)
-    steps = {
+    steps: dict[str, Callable[[], Any]] = {
+        "matrix products alone": matrix_products,
         "train_step": lambda: trainer.train_step(next(prepared)),
         "get_batch + train_step": lambda: trainer.train_step(dataset.get_batch(next(indices))),
         "batch + normalise + train_step": lambda: trainer.train_step(normaliser(next(stream))),
