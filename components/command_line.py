@@ -154,8 +154,9 @@ def parse(options: type[T], argv: Sequence[str], default: T | None = None, quiet
             _tyro(options, ["--help"], **extra)
         except _HelpText as text:
             word = unknown_options[0].partition("=")[0]
-            known = set(re.findall(r"--[\w.-]+", str(text))) - {"--help"}
-            raise UserError(f"unknown option {word}; {nearest(word, known)}") from None
+            known = set(re.findall(r"--[a-z][\w.-]*", str(text))) - {"--help"}
+            near = nearest(word, known)
+            raise UserError(f"unknown option {word}; {near if near.startswith('nearest') else 'see --help'}") from None
     return parsed
 
 
@@ -174,5 +175,6 @@ def _tyro(options: type[T], argv: Sequence[str], **extra: Any) -> tuple[T, list[
     except SystemExit as stop:
         if not stop.code:
             raise _HelpText(out.getvalue()) from None
-        box = re.sub(r"\n│ ─+.*", "", out.getvalue(), flags=re.DOTALL)
-        raise UserError(re.sub(r"[\s╭╮╰╯│─]+", " ", box).strip()) from None
+        text = re.sub(r"[\s╭╮╰╯│─]+|-{3,}", " ", out.getvalue())
+        text = re.sub(r" +", " ", re.split(r"Argument helptext|For full helptext", text)[0]).strip()
+        raise UserError(re.sub(r"^(Value error|Invalid choice|Missing argument) ", "", text)) from None

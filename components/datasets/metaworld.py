@@ -56,6 +56,8 @@ class MetaWorldDemonstrations:
         Raises:
             UserError: an unknown task, options that make no sense, an expert that fails too often, a missing package.
         """
+        if self.seed < 0:
+            raise UserError(f"--dataset.seed {self.seed} must be 0 or more")
         if self.demos < 1 or self.workers < 0:
             raise UserError(
                 f"--dataset.demos {self.demos} must be 1 or more, --dataset.workers {self.workers} 0 or more"
