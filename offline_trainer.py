@@ -448,6 +448,8 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
         if found := parallel.on_first(rank, lambda: checkpoint.latest(run.path / "checkpoints")):
             progress = checkpoint.restore(*found, models, opts, loss, trainer, args.trainer)
             metrics.values = checkpoint.restore_rank(*found, rank, derive_seed(args.seed, rank, progress["step"]))
+        if progress["step"] > args.steps:
+            raise UserError(f"--steps {args.steps} is below step {progress['step']}, which {run.path} has reached")
         run.rewind(progress["step"])
         run.say(f"going on from step {progress['step']}{optimizers.kept_length(opts, args.steps)}")
     step = progress["step"]

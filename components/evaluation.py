@@ -208,7 +208,9 @@ def held_out_loss(trainer: Any, dataset: Any, normaliser: Any, batch_size: int, 
     with preserved():
         for rows in torch.arange(len(dataset)).split(batch_size):
             data = normaliser(to_device(read(dataset, rows), device))
-            total += float(trainer.losses(data)[0]) * len(rows)
+            losses = trainer.losses(data)
+            losses = losses[0] if isinstance(losses, tuple) else losses  # (loss, metrics), or the loss, or named terms
+            total += float(sum(losses.values()) if isinstance(losses, dict) else losses) * len(rows)
     return total / len(dataset)
 
 

@@ -398,6 +398,28 @@ def test_resume_goes_back_behind_a_damaged_checkpoint(script: Script, caplog: py
     assert states(run) == states(whole)
 
 
+def test_resume_to_a_step_that_lies_behind(script: Script, tmp_path: Path) -> None:
+    interrupt_after(script, 25, "--trainer", "bc", "--steps", 30, "--save-every", 10)
+    with pytest.raises(UserError, match="--steps 15 is below step 20, which .*run has reached"):
+        script("--resume", tmp_path / "run", "--steps", 15)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "dict"])
+def test_the_held_out_loss_of_other_kinds_of_losses(script: Script, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    import toy
+
+    class Own(toy.Minimal):
+        def losses(self, data: dict[str, Any]) -> Any:
+            loss = self.loss(self.models["policy"](data), data["action"])
+            return loss if kind == "tensor" else {"a": loss / 2, "b": loss / 2}
+
+    monkeypatch.setitem(TRAINER_REGISTRY, "own", Own)
+    options = ("--steps", 10, "--optimizer", "sgd", "--loss", "mse")
+    own, bc = script("--trainer", "own", *options, folder="own"), script("--trainer", "bc", *options, folder="bc")
+    values = [read_lines(run / "metrics.jsonl")[-1]["val/loss"] for run in (own, bc)]
+    assert values[0] > 0 and abs(values[0] - values[1]) < 0.2
+
+
 def test_resume_of_nothing(script: Script, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run here"):
         script("--resume", tmp_path)
