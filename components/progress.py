@@ -1,5 +1,6 @@
 """How a run gets on: a bar on a terminal, plain lines otherwise."""
 
+import shutil
 import sys
 import time
 from typing import Any
@@ -22,7 +23,7 @@ class Progress:
     def __init__(self, total: int, start: int, shown: bool) -> None:
         self.total, self.start, self.shown, self.began = total, start, shown, time.monotonic()
         self.bar: Any = None
-        if shown and sys.stderr.isatty():
+        if shown and sys.stderr.isatty() and shutil.get_terminal_size((0, 0)).columns >= 40:
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)

@@ -153,6 +153,7 @@ class Run:
             for film in (self.path / "videos").glob(f"*{self.step}.mp4"):
                 self.tracker.video(film, self.step)
         self._status("finished")
+        self.progress.close()
         self.say(f"finished: {self.path}")
 
     def _status(self, state: str, reason: str = "") -> None:
