@@ -166,7 +166,8 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
         f"{option}_options": options(option, getattr(names, option)) for option in REGISTRIES if option != "model"
     }
     models = cli.model_options({model: options("model", name) for model, name in needs.items()})
-    default = Args(**vars(names) | simple, **groups, model_options=models)
+    with cli.one_line(f"defaults of the trainer {names.trainer!r}"):
+        default = Args(**vars(names) | simple, **groups, model_options=models)
     args = cli.parse(Args, argv, default, quiet=os.environ.get("RANK", "0") != "0")
     for name, least in LEAST.items():
         if not getattr(args, name) >= least:
@@ -394,7 +395,7 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
     )
     dataset, validation = data["dataset"], data.get("validation")
     features.check_dataset(dataset, f"dataset {args.dataset!r}")
-    spec = features.describe(dataset[0], data["norm_stats"])
+    spec = features.describe(dataset[0], data["norm_stats"] or {})
     normaliser = Normaliser(spec, cli.pairs("--normalise", args.normalise)).to(device)
     micro_steps = args.grad_accumulation
     batch_size, note = fit_batch(args.batch_size, len(dataset), world * micro_steps, cli.given(argv, "batch-size"))
@@ -430,10 +431,8 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
     env_name, env = evaluation.choose_env(args.env, args.env_options, partial(cli.given, argv), data.get("env"))
     evaluator, env_record = None, None
     if args.eval_episodes and actor is not None and env_name != "none":
-        seeds, env_record = (
-            range(args.eval_seed, args.eval_seed + args.eval_episodes),
-            {"name": env_name, **asdict(env)},
-        )
+        env_record = {"name": env_name, **asdict(env)}
+        seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
         envs = build("env", env_name, env, min(args.eval_envs, -(-len(seeds) // world)), args.eval_seed)
         evaluator = evaluation.Evaluator(actor, envs, env_record, seeds, rank, world)
     elif args.eval_episodes:

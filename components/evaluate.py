@@ -6,14 +6,14 @@ python -m components.evaluate runs/x --env.max-episode-steps 500 --video
 
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from . import ENV_BUILDER_REGISTRY, load_policy, run_record
-from .command_line import import_plugins, one_line, options_of, parse, parse_names, pick
+from .command_line import import_plugins, instantiate, one_line, options_of, parse, parse_names, pick
 from .errors import UserError
 from .evaluation import Evaluator, headline
 
@@ -63,14 +63,14 @@ def main(argv: list[str]) -> int:
     if name == "none":
         raise UserError(f"{run} has no environment of its own; name one with --env")
     options = {key: value for key, value in known.items() if key != "name"} if name == known["name"] else {}
-    default = Args(run=str(run), env=name, env_options=options_of(pick(ENV_BUILDER_REGISTRY, "env", name), options))
-    args = parse(Args, argv, default)
+    component = pick(ENV_BUILDER_REGISTRY, "env", name)
+    args = parse(Args, argv, Args(run=str(run), env=name, env_options=options_of(component, options)))
     for option, least in {"eval_episodes": 1, "eval_envs": 1, "eval_seed": 0}.items():
         if getattr(args, option) < least:
             raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} must be {least} or more")
     policy = load_policy(run)
     with one_line(f"env {name!r}"):
-        envs = args.env_options.build(min(args.eval_envs, args.eval_episodes), args.eval_seed)
+        envs = instantiate(component, args.env_options).build(min(args.eval_envs, args.eval_episodes), args.eval_seed)
     seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
     evaluator = Evaluator(policy, envs, {"name": name, **asdict(args.env_options)}, seeds, rank=0, world=1)
     step = run_record.read_status(run)["step"]
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     print(f"step {step}: {headline(result)}")
     if args.video:
         film = run / "videos" / f"step-{step:09d}-seed-{args.eval_seed}.mp4"
-        print(evaluator.film(film, replace(args.env_options)) or f"film: {film}")
+        print(evaluator.film(film, args.env_options) or f"film: {film}")
     envs.close()
     return 0
 

@@ -1,0 +1,90 @@
+"""`components.evaluate` and `components.report` on runs of the toy."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from components import UserError, evaluate, report
+from components.curves import read_lines
+from components.report import with_interval
+
+Script = Callable[..., Path]
+
+
+@pytest.fixture
+def run(script: Script) -> Path:
+    return script("--trainer", "bc", "--steps", 200, "--eval-episodes", 4)
+
+
+def test_evaluate_appends_and_takes_other_options(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(run), "--eval-episodes", "12", "--eval-seed", "7"]) == 0
+    assert evaluate.main([str(run), "--eval-episodes", "3", "--env.max-episode-steps", "5"]) == 0
+    first, second, third = read_lines(run / "eval.jsonl")
+    assert first["episodes"] == 4 and second["seeds"] == list(range(7, 19)) and second["step"] == 200
+    assert third["length_mean"] == 5 and third["env"]["max_episode_steps"] == 5
+    assert "step 200: success" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--eval-episodes", "0"], "--eval-episodes 0 must be 1 or more"),
+        (["--env.idd", "x"], "unknown option --env.idd; nearest: --env.id"),
+        (["--env", "gymnasium", "--env.id", "Pendulum-v1"], "takes actions of width 1"),
+    ],
+)
+def test_evaluate_refuses(run: Path, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate.main([str(run), *options])
+
+
+def test_evaluate_needs_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="which run"):
+        evaluate.main([])
+    with pytest.raises(UserError, match="no run here"):
+        evaluate.main([str(tmp_path)])
+
+
+def test_report_groups_seeds_and_writes_results(
+    script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        script("--trainer", "bc", "--steps", 60, "--eval-episodes", 10, "--seed", seed, folder=f"seed{seed}")
+        for seed in range(3)
+    ]
+    runs.append(script("--trainer", "bc", "--steps", 30, "--eval-episodes", 10, folder="short"))
+    capsys.readouterr()
+    save = tmp_path / "results.json"
+    arguments = [*map(str, runs), str(tmp_path / "none"), "--out", str(tmp_path / "all.png"), "--save", str(save)]
+    assert report.main(arguments) == 0
+    shown = capsys.readouterr()
+    lines = [line for line in shown.out.splitlines() if line.startswith("| s")]
+    assert len(lines) == 2 and "seed0 (+2)" in lines[0] and "short" in lines[1]
+    assert "no run here, left out" in shown.err and (tmp_path / "all.png").stat().st_size > 10_000
+    rows = json.loads(save.read_text())
+    assert [row["seed"] for row in rows] == [0, 1, 2, 0] and rows[0]["metric"] == "success_rate"
+    wanted = {"suite", "task", "trainer", "seed", "steps", "metric", "value", "episodes", "train_seconds", "command"}
+    assert wanted | {"commit"} == set(rows[0])
+    assert report.main(["--results", str(save)]) == 0
+    assert "| toy " in capsys.readouterr().out
+
+
+def test_intervals_over_seeds() -> None:
+    half = 4.303 * 1.0 / math.sqrt(3)  # Student's t with two degrees of freedom, deviation 1
+    assert with_interval([1.0, 2.0, 3.0], "return_mean", 10) == f"2 [{2 - half:.3g}, {2 + half:.3g}]"
+    assert with_interval([5.0], "return_mean", 10) == "5"
+    assert with_interval([1.0, 1.0, 1.0], "success_rate", 50) == "1 [0.975, 1]"  # Wilson, 150 of 150
+    assert with_interval([], "return_mean", 0) == "-"
+
+
+def test_report_needs_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="which runs"):
+        report.main([])
+    with pytest.raises(UserError, match="none of these folders holds a run"):
+        report.main([str(tmp_path)])
+    (tmp_path / "bad.json").write_text("[{}]")
+    with pytest.raises(UserError, match="no results file"):
+        report.main(["--results", str(tmp_path / "bad.json")])
