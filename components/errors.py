@@ -23,3 +23,7 @@ def require(module: str, install: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"the package {module!r} is needed here ({error}); pip install {install}") from error
+    except Exception as error:  # MuJoCo does this when MUJOCO_GL names a library that is not installed
+        raise UserError(
+            f"the package {module!r} fails to import ({error}); is MUJOCO_GL set to what is there?"
+        ) from error

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -270,7 +271,8 @@ def record_video(policy: Policy, factory: Any, seeds: Sequence[int], path: Path,
     try:
         import av
 
-        with preserved():
+        with preserved(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whatever a graphics library warns of, the line below says
             filming: Any = replace(factory, render_mode="rgb_array")  # type: ignore[type-var]
             envs = filming.build(1, seeds[0])
             try:

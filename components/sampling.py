@@ -66,9 +66,8 @@ class Batches:
         dataset: Map-style; `get_batch(indices, seed)` is the fast path. It is given the indices of the global batch, so
             that random choices are the same for any number of processes, and sliced afterwards; a dataset that makes
             none says `deterministic = True` and is asked for its part only.
-        batch_size: Samples per update over all processes and micro-steps.
-        parts: Processes times micro-steps; `batch_size` is divisible by it.
-        rank: This process.
+        batch_size: Samples per update over all processes and micro-steps, divisible by their product.
+        rank, world: This process, and how many there are.
         micro_steps: Calls of `train_step` per update.
         workers: DataLoader workers for a dataset without `get_batch`.
     """
@@ -109,15 +108,14 @@ class Batches:
         yield from DataLoader(self.dataset, batch_sampler=_Stream(rows), num_workers=self.workers, generator=own)
 
     def _resident(self, start: int) -> Iterator[dict[str, Any]]:
-        fixed = getattr(self.dataset, "deterministic", False)
-        deterministic = fixed or self.world * self.micro_steps == 1
         get_batch = self.dataset.get_batch  # type: ignore[attr-defined]
+        deterministic = getattr(self.dataset, "deterministic", False)
         for step, indices, mine in self.indices(start):
-            seed = 0 if fixed else derive_seed(self.seed, step)
             if deterministic:
-                yield get_batch(indices[mine], seed)
+                yield get_batch(indices[mine], 0)
             else:
-                yield {key: value[mine] for key, value in get_batch(indices, seed).items()}
+                batch = get_batch(indices, derive_seed(self.seed, step))
+                yield {key: value[mine] for key, value in batch.items()}
 
 
 class _Stream:
