@@ -273,7 +273,7 @@ class StepHook:
         return loss
 
     def check(self) -> None:
-        """Stop when a loss or gradient was not finite; also called before every save and evaluation."""
+        """Stop when a loss or gradient was not finite; also called when logging, and before a save or an evaluation."""
         if (step := int(self.first_bad)) >= 0:
             raise FloatingPointError(f"loss or gradient of model {self.name!r} is not finite at step {step}")
 
@@ -495,6 +495,7 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
 
         # Log: means over the interval and over the processes.
         if due(step, args.log_every, args.steps) or held_out:
+            check(hooks)
             count, seconds = step - logged_at, max(data_s + step_s, 1e-9)
             rates = {f"train/lr.{name}": opt.param_groups[0]["lr"] for name, opt in opts.items()}
             times = {"data_s": data_s / count, "step_s": step_s / count, "samples_per_s": count * batch_size / seconds}
@@ -550,7 +551,7 @@ def due(step: int, every: int, steps: int) -> bool:
 
 
 def check(hooks: list[StepHook]) -> None:
-    """Nothing that is not finite reaches an evaluation or a checkpoint."""
+    """Nothing that is not finite reaches the log, an evaluation or a checkpoint."""
     for hook in hooks:
         hook.check()
 
