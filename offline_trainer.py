@@ -169,9 +169,7 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
     with cli.one_line(f"defaults of the trainer {names.trainer!r}"):
         default = Args(**vars(names) | simple, **groups, model_options=models)
     args = cli.parse(Args, argv, default, quiet=os.environ.get("RANK", "0") != "0")
-    for name, least in LEAST.items():
-        if not getattr(args, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {least} or more")
+    cli.at_least(args, LEAST)
     if resumed:
         run_record.refuse_changes(resumed, stored["args"], asdict(args), RESUME_MAY_CHANGE)
         args.resume = resumed
@@ -330,8 +328,9 @@ PROTOCOLS: dict[str, type] = {
     "dataset": protocols.DatasetFactory,
     "model": protocols.ModelFactory,
     "loss": protocols.LossFactory,
+    "optimizer": protocols.OptimizerFactory,
+    "env": protocols.EnvFactory,
 }
-PROTOCOLS |= {"optimizer": protocols.OptimizerFactory, "env": protocols.EnvFactory, "trainer": protocols.Trainer}
 
 
 def build(option: str, name: str, options: Any, *arguments: Any, **keywords: Any) -> Any:

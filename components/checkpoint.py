@@ -78,13 +78,14 @@ def unflatten(tensors: dict[str, Tensor], tree: Any) -> Any:
     return tree
 
 
-def write_tree(path: Path, tree: Any) -> None:
-    """Write a tree and wait until it is on disk."""
+def write_tree(path: Path, tree: Any) -> dict[str, list[int]]:
+    """Write a tree and wait until it is on disk; returns the shapes of its tensors by their places."""
     from safetensors.torch import save_file
 
     tensors, description = flatten(tree)
     save_file(tensors, path, metadata={"tree": json.dumps(description)})
     sync(path)
+    return {place: list(tensor.shape) for place, tensor in tensors.items()}
 
 
 def read_tree(path: Path) -> Any:
@@ -114,8 +115,7 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}-new")
     with open(temporary, "w") as file:
         file.write(_as_json(value))
-        file.flush()
-        os.fsync(file.fileno())
+    sync(temporary)
     os.replace(temporary, path)
 
 
@@ -153,6 +153,7 @@ def save(
     """
     final = root / f"step-{step:09d}"
     temporary = root / f".tmp-{final.name}"
+    shapes: dict[str, dict[str, list[int]]] = {}
 
     def prepare() -> None:
         if rank == 0:
@@ -167,12 +168,11 @@ def save(
         write_tree(temporary / f"rank-{rank}.safetensors", mine)
         if rank == 0:
             for name, tree in shared.items():
-                write_tree(temporary / f"{name}.safetensors", tree)
+                shapes[name] = write_tree(temporary / f"{name}.safetensors", tree)
 
     def commit() -> None:
         if rank == 0:
-            manifest = {"format": FORMAT, "step": step, "world_size": parallel.world_size(), **info}
-            manifest["shapes"] = {name: _shapes(tree) for name, tree in shared.items()}
+            manifest = {"format": FORMAT, "step": step, "world_size": parallel.world_size(), **info, "shapes": shapes}
             manifest["files"] = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
             manifest["sha256"] = _own_hash(manifest)
             write_json(temporary / "manifest.json", manifest)
@@ -209,8 +209,9 @@ def _prune(root: Path, keep_last: int) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _shapes(tree: Any) -> dict[str, list[int]]:
-    return {key: list(tensor.shape) for key, tensor in flatten(tree)[0].items()}
+def _shapes(state: dict[str, Any]) -> dict[str, list[int]]:
+    """Of a module's state dict; the keys are the places that `write_tree` gives."""
+    return {key: list(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _fingerprint(path: Path) -> list[Any]:

@@ -101,6 +101,13 @@ def without(argv: Sequence[str], option: str) -> list[str]:
     return words
 
 
+def at_least(options: Any, least: dict[str, int]) -> None:
+    """Refuse options below the least value that makes sense. Raises UserError naming the first."""
+    for name, value in least.items():
+        if not getattr(options, name) >= value:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be {value} or more")
+
+
 def pairs(option: str, entries: Sequence[str]) -> dict[str, str]:
     """KEY=VALUE entries as a dict. Raises UserError for one without "="."""
     for entry in entries:

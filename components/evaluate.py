@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from . import ENV_BUILDER_REGISTRY, load_policy, run_record
-from .command_line import import_plugins, instantiate, one_line, options_of, parse, parse_names, pick
+from .command_line import at_least, import_plugins, instantiate, one_line, options_of, parse, parse_names, pick
 from .errors import UserError
 from .evaluation import Evaluator, headline
 
@@ -65,9 +65,7 @@ def main(argv: list[str]) -> int:
     options = {key: value for key, value in known.items() if key != "name"} if name == known["name"] else {}
     component = pick(ENV_BUILDER_REGISTRY, "env", name)
     args = parse(Args, argv, Args(run=str(run), env=name, env_options=options_of(component, options)))
-    for option, least in {"eval_episodes": 1, "eval_envs": 1, "eval_seed": 0}.items():
-        if getattr(args, option) < least:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} must be {least} or more")
+    at_least(args, {"eval_episodes": 1, "eval_envs": 1, "eval_seed": 0})
     policy = load_policy(run)
     with one_line(f"env {name!r}"):
         envs = instantiate(component, args.env_options).build(min(args.eval_envs, args.eval_episodes), args.eval_seed)

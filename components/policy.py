@@ -80,7 +80,6 @@ class Policy:
 
     def _frames(self, observation: dict[str, Any]) -> tuple[dict[str, Tensor], bool]:
         """Check the observation and give it a batch dimension."""
-        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         frames, batched = {}, True
         for key in self.observation_keys:
             if key not in observation:
@@ -92,8 +91,12 @@ class Policy:
                 raise UserError(f"the policy expects {key!r} of shape {shape}, found {tuple(frame.shape)}")
             batched = frame.ndim > len(shape)
             frame = frame if frame.dtype == torch.uint8 else frame.float()
-            frames[key] = (frame if batched else frame[None]).to(device)
+            frames[key] = (frame if batched else frame[None]).to(self._device)
         return frames, batched
+
+    @property
+    def _device(self) -> torch.device:
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
     def _forward(self, batch: dict[str, Tensor]) -> Tensor:
         shape = getattr(self.module, "noise_shape", None)
@@ -101,7 +104,7 @@ class Policy:
             rows = len(next(iter(batch.values())))
             sources: list[torch.Generator | None] = [*self._generators] or [None] * rows
             noise = torch.stack([torch.randn(shape, generator=source) for source in sources])
-            batch = {**batch, "noise": noise.to(next(iter(batch.values())).device)}
+            batch = {**batch, "noise": noise.to(self._device)}
         return self.module(batch["observation.state"] if self.takes_tensor else batch)
 
     def _takes_tensor(self) -> bool:
@@ -110,9 +113,10 @@ class Policy:
         Raises:
             UserError: it fails, or its actions have another shape than the data's.
         """
-        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         batch = {
-            key: torch.zeros(1, *self.spec[key]["shape"], dtype=getattr(torch, self.spec[key]["dtype"]), device=device)
+            key: torch.zeros(
+                1, *self.spec[key]["shape"], dtype=getattr(torch, self.spec[key]["dtype"]), device=self._device
+            )
             for key in self.observation_keys
         }
         problems: list[str] = []
@@ -148,11 +152,6 @@ def acting_policy(trainer: Any, models: nn.ModuleDict, normaliser: Normaliser, s
     if not observes or "action" not in spec or not (own or "policy" in models):
         return None
     return Policy(trainer.policy() if own else models["policy"], normaliser, spec)
-
-
-def build_models(needs: dict[str, Any], spec: dict[str, Any]) -> nn.ModuleDict:
-    """Build the named models from their (registry name, factory) pairs."""
-    return nn.ModuleDict({name: factory.build(spec) for name, factory in needs.items()})
 
 
 def save_policy(
@@ -249,14 +248,14 @@ def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path)
     wanted = description["models"]
     if not description["own_policy"]:
         wanted = {"policy": wanted["policy"]}
-    models = build_models(
-        {name: instantiate(*component(MODEL_BUILDER_REGISTRY, entry)) for name, entry in wanted.items()}, spec
-    )
+    factories = {name: instantiate(*component(MODEL_BUILDER_REGISTRY, entry)) for name, entry in wanted.items()}
+    models = nn.ModuleDict({name: factory.build(spec) for name, factory in factories.items()})
     if not description["own_policy"]:
         return models["policy"]
     cls, config = component(TRAINER_REGISTRY, description["trainer"])
     loss = instantiate(*component(LOSS_BUILDER_REGISTRY, description["loss"])).build()
-    return build_trainer(cls, models, idle_optimizers(models), loss, config, spec, torch.device("cpu")).policy()
+    extras = trainer_extras(cls, config, spec, torch.device("cpu"))
+    return cls(models=models, optimizers=idle_optimizers(models), loss=loss, **extras).policy()
 
 
 def idle_optimizers(models: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
@@ -276,17 +275,3 @@ def trainer_extras(cls: type, config: Any, spec: dict[str, Any], device: torch.d
         return extras
     names = {p.name for p in parameters}
     return {name: value for name, value in extras.items() if name in names}
-
-
-def build_trainer(
-    cls: type,
-    models: nn.ModuleDict,
-    optimizers: dict[str, torch.optim.Optimizer],
-    loss: nn.Module,
-    config: Any,
-    spec: dict[str, Any],
-    device: torch.device,
-) -> Any:
-    """Construct a trainer with what its constructor names."""
-    extras = trainer_extras(cls, config, spec, device)
-    return cls(models=models, optimizers=optimizers, loss=loss, **extras)

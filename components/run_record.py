@@ -96,20 +96,21 @@ class Run:
         config = asdict(args) | {"resume": ""}  # the same for a resumed run
         record = {"args": config, "argv": argv, "command": sys.argv, "env": env, "seed": args.seed}
         record |= {"world_size": world_size(), "mixed_precision": precision}
-        if args.resume:
-            self.compare_machine()
         chosen = [registry[config[option]] for option, registry in REGISTRIES.items() if config[option] in registry]
         if self.first:
-            write_json(self.path / "args.json", record | environment(chosen))
+            surroundings = environment(chosen)
+            if args.resume:
+                self.compare_machine(surroundings)
+            write_json(self.path / "args.json", record | surroundings)
             if args.track:
                 self.tracker.start(config, args.track_project, args.track_name, args.track_group)
         self.progress = Progress(args.steps, step, shown=self.first)
         self._status("running")
         return config
 
-    def compare_machine(self) -> None:
+    def compare_machine(self, now: dict[str, Any]) -> None:
         """Say when what decides a run's last bits is not what it was when the run began."""
-        before, now = read_args(self.path), environment(())
+        before = read_args(self.path)
         for group, name in (("machine", "threads"), ("machine", "cpu"), ("packages", "torch")):
             if before[group][name] != now[group][name]:
                 self.say(f"{name} was {before[group][name]} and is {now[group][name]}: the last bits will differ")
@@ -214,14 +215,6 @@ def start_logging(rank: int) -> None:
     """Let components say things once: on the first process."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("components").setLevel(logging.INFO if rank == 0 else logging.ERROR)
-
-
-def open_folder(wanted: str, default_name: str, resume: str) -> str:
-    """The folder of a run to resume, or a new one (`claim`)."""
-    if not resume:
-        return claim(wanted, default_name)
-    read_args(Path(resume))
-    return resume
 
 
 def refuse_changes(run: str, stored: dict[str, Any], asked: dict[str, Any], may_change: Container[str]) -> None:
