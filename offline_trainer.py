@@ -523,7 +523,7 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
             except Exception as error:
                 failed_saves += 1
                 run.say(f"CHECKPOINT AT STEP {step} FAILED, {failed_saves} in a row, older ones are kept: {error}")
-                if failed_saves == 3 or stopping:
+                if failed_saves == 3 or stopping or step == args.steps:  # nothing ends well without its last checkpoint
                     raise
             saved_at = time.monotonic()
 

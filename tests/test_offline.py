@@ -420,6 +420,29 @@ def test_the_held_out_loss_of_other_kinds_of_losses(script: Script, monkeypatch:
     assert values[0] > 0 and abs(values[0] - values[1]) < 0.2
 
 
+def test_a_run_is_not_finished_without_its_last_checkpoint(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when another process is killed while the last checkpoint is written."""
+    whole = script("--trainer", "bc", "--steps", 30, "--save-every", 10, folder="whole")
+    save = checkpoint.save
+
+    def failing(root: Path, step: int, *arguments: Any) -> None:
+        if step in (10, 30):
+            raise RuntimeError("Connection reset by peer")
+        save(root, step, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", failing)
+        with pytest.raises(RuntimeError, match="Connection reset by peer"):
+            script("--trainer", "bc", "--steps", 30, "--save-every", 10)
+    run = tmp_path / "run"
+    assert "CHECKPOINT AT STEP 10 FAILED, 1 in a row" in capsys.readouterr().out
+    assert json.loads((run / "status.json").read_text())["state"] == "failed"
+    script("--resume", run)
+    assert states(run) == states(whole)
+
+
 def test_resume_of_nothing(script: Script, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run here"):
         script("--resume", tmp_path)
