@@ -4,19 +4,19 @@ accelerate launch offline_trainer.py --trainer bc                         # one 
 accelerate launch --num_processes 8 offline_trainer.py --trainer bc       # eight GPUs of one machine
 ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 offline_trainer.py --trainer bc
 python offline_trainer.py --trainer bc --dataset lerobot --help           # the options of what is chosen
+python offline_trainer.py --trainer bc --debug                            # small, in one process, with a debugger
 python offline_trainer.py --resume runs/x                                 # go on where a run stopped
 """
 
 import math
 import os
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -24,11 +24,24 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 import protocols
-from components import REGISTRIES, UserError, checkpoint, evaluation, features, optimizers, parallel, policy, run_record
+from components import (
+    REGISTRIES,
+    UserError,
+    checkpoint,
+    debug,
+    evaluation,
+    features,
+    optimizers,
+    parallel,
+    policy,
+    run_record,
+)
 from components import command_line as cli
+from components.environments import Environments
 from components.metrics import Metrics
 from components.normalisation import Normaliser
 from components.random_state import get_random_state
+from components.run_record import Run
 from components.sampling import Batches, derive_seed, fit_batch, to_device
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
@@ -46,6 +59,7 @@ class Names:
     env: str = ""
     plugins: tuple[str, ...] = ()
     resume: str = ""
+    debug: bool = False
 
 
 @dataclass(kw_only=True)
@@ -68,6 +82,8 @@ class Args(Names):
     """Modules to import first, so that the components they register can be chosen."""
     resume: str = ""
     """Run folder to go on with; every option comes from it."""
+    debug: bool = False
+    """Everything small and in one process, autograd's anomaly detection on, shapes and norms printed."""
     init_from: str = ""
     """Run folder whose weights all models start from."""
     load: tuple[str, ...] = ()
@@ -104,6 +120,10 @@ class Args(Names):
     """Environments that each process steps together."""
     eval_seed: int = 1_000_000
     """Seed of the first evaluation episode; the others follow."""
+    env_timeout: float = 60.0
+    """Seconds that a step of the environments may take; 0 for no limit."""
+    hang_timeout: float = 1800.0
+    """Seconds without progress after which a process, or a peer that waits for it, ends the job; 0 for never."""
     save_every: int = 1000
     """Updates between checkpoints; 0 saves at the end only."""
     save_minutes: float = 5.0
@@ -125,11 +145,18 @@ class Args(Names):
     optimizer_options: Annotated[Any, tyro.conf.arg(name="optimizer")]
     env_options: Annotated[Any, tyro.conf.arg(name="env")]
 
+    @property
+    def subject(self) -> str:
+        """What is learnt from, in a run folder's default name."""
+        return self.dataset
+
 
 LEAST = {"steps": 1, "batch_size": 1, "grad_accumulation": 1, "grad_clip": 0, "seed": 0, "workers": 0, "log_every": 1}
 LEAST |= {"eval_every": 0, "eval_episodes": 0, "eval_envs": 1, "eval_seed": 0}
-LEAST |= {"save_every": 0, "save_minutes": 0, "keep_last": 1}
+LEAST |= {"save_every": 0, "save_minutes": 0, "keep_last": 1, "env_timeout": 0, "hang_timeout": 0}
 RESUME_MAY_CHANGE = {"steps", "log_every", "eval_every", "save_every", "eval_episodes", "keep_last", "track", "resume"}
+RESUME_MAY_CHANGE |= {"env_timeout", "hang_timeout"}
+CHOICES = [option for option in REGISTRIES if hasattr(Args, option)]  # the options that choose a component
 
 
 def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
@@ -140,31 +167,34 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
     """
     names, stored = cli.parse_names(Names, argv), {}
     if resumed := names.resume:  # the run's own command line, and what is given beside it
-        stored = run_record.read_args(Path(resumed))
-        asked = {option: getattr(names, option) or stored["args"][option] for option in REGISTRIES}
+        stored = run_record.read_args(Path(resumed), made_by=Path(__file__).name)
+        asked = {option: getattr(names, option) or stored["args"][option] for option in CHOICES}
         run_record.refuse_changes(resumed, stored["args"], asked, set())
         argv = [*stored["argv"], *cli.without(argv, "--resume")]
         names = cli.parse_names(Names, argv)
     cli.import_plugins(names.plugins)
-    names.trainer = names.trainer or "bc"
+    names.trainer = names.trainer or Args.trainer
     trainer = cli.pick(REGISTRIES["trainer"], "trainer", names.trainer)
-    suits = {"dataset": "metaworld", "loss": "mse", "optimizer": "adamw", **getattr(trainer, "defaults", {})}
+    suits = {option: getattr(Args, option) for option in CHOICES} | getattr(trainer, "defaults", {})
+    if names.debug:
+        suits |= {name: value for name, value in debug.SMALL.items() if hasattr(Args, name)}
     needs = needed_models(trainer, names.model)
     names.model = next(iter(needs.values()))
-    for option in ("dataset", "loss", "optimizer"):
+    if "dataset" in CHOICES:  # the data's environment comes before the trainer's
+        names.dataset = names.dataset or suits["dataset"]
+        dataset = cli.pick(REGISTRIES["dataset"], "dataset", names.dataset)
+        names.env = names.env or getattr(dataset, "env_name", "none")
+    for option in CHOICES:
         setattr(names, option, getattr(names, option) or suits[option])
-    dataset = cli.pick(REGISTRIES["dataset"], "dataset", names.dataset)
-    names.env = names.env or str(suits.get("env") or getattr(dataset, "env_name", "none"))
 
     def options(option: str, name: str) -> Any:
         component = object if (option, name) == ("env", "none") else cli.pick(REGISTRIES[option], option, name)
         suiting = {k.partition(".")[2]: v for k, v in suits.items() if k.startswith(f"{option}.")}
-        return cli.options_of(component, suiting if name == suits.get(option, name) else {})
+        suiting = suiting if name == suits.get(option, name) else {}
+        return cli.options_of(component, suiting | (getattr(component, "debug_options", {}) if names.debug else {}))
 
     simple = {k.replace("-", "_"): v for k, v in suits.items() if "." not in k and k not in REGISTRIES}
-    groups = {
-        f"{option}_options": options(option, getattr(names, option)) for option in REGISTRIES if option != "model"
-    }
+    groups = {f"{option}_options": options(option, getattr(names, option)) for option in CHOICES if option != "model"}
     models = cli.model_options({model: options("model", name) for model, name in needs.items()})
     with cli.one_line(f"defaults of the trainer {names.trainer!r}"):
         default = Args(**vars(names) | simple, **groups, model_options=models)
@@ -173,7 +203,7 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
     if resumed:
         run_record.refuse_changes(resumed, stored["args"], asdict(args), RESUME_MAY_CHANGE)
         args.resume = resumed
-    return args, argv, stored
+    return debug.plain(args) if args.debug else args, argv, stored
 
 
 def needed_models(trainer: type, model: str) -> dict[str, str]:
@@ -186,15 +216,17 @@ def needed_models(trainer: type, model: str) -> dict[str, str]:
 # ---- accelerate ----------------------------------------------------------------------------------------------------
 
 
-def start_accelerator(mixed_precision: str | None) -> Accelerator:
+def start_accelerator(mixed_precision: str | None, hang_timeout: float) -> Accelerator:
     """Start the processes' group and refuse the launches in which the gradients would not be right."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UserError("DeepSpeed and FSDP launches are not supported; launch with --multi_gpu, or with one process")
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16"):
         raise UserError(f"mixed precision {precision} is not supported (its scaler fits one optimizer only); use bf16")
-    hang = InitProcessGroupKwargs(timeout=timedelta(minutes=30))  # how long processes wait for one that hangs
-    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[hang])
+    # How long processes wait for one that hangs: a little longer than that one, which knows where, waits for itself.
+    patience = timedelta(seconds=hang_timeout + 5) if hang_timeout else timedelta(days=365)
+    group = InitProcessGroupKwargs(timeout=patience)
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group])
     if str(accelerator.distributed_type.value) not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
         raise UserError(
             f"{accelerator.distributed_type.value} launches are not supported; use --multi_gpu or one process"
@@ -345,7 +377,46 @@ def build(option: str, name: str, options: Any, *arguments: Any, **keywords: Any
     return product
 
 
-def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, device: Any) -> tuple[Any, Any]:
+class Learner(NamedTuple):
+    """Everything that learns: built alike, and used alike, in both scripts."""
+
+    models: torch.nn.ModuleDict
+    loss: torch.nn.Module
+    opts: dict[str, torch.optim.Optimizer]
+    trainer: Any
+    passed: list[str]  # what the trainer's `train_step` is passed besides the batch
+    metrics: Metrics
+    hooks: list[StepHook]
+    factories: dict[str, tuple[str, Any]]  # model name -> registry name and options
+
+
+def build_learner(args: Args, accelerator: Accelerator, spec: Any, updates: int) -> Learner:
+    """Models and loss, from scratch or from another run's weights; one optimizer per model that learns; the trainer."""
+    needs = needed_models(REGISTRIES["trainer"][args.trainer], args.model)
+    factories = {name: (entry, getattr(args.model_options, name)) for name, entry in needs.items()}
+    models = torch.nn.ModuleDict({name: build("model", *factory, spec) for name, factory in factories.items()})
+    loss = build("loss", args.loss, args.loss_options).to(accelerator.device)
+    if any(p.requires_grad for p in loss.parameters()):
+        models["loss"] = loss
+    checkpoint.initialise(models.to(accelerator.device), args.init_from, args.load, args.freeze)
+    learning = {name: [p for p in model.parameters() if p.requires_grad] for name, model in models.items()}
+    learning = {name: parameters for name, parameters in learning.items() if parameters}
+    if not learning:
+        raise UserError(f"nothing to train: --freeze {' '.join(args.freeze)} leaves no trainable parameters")
+    with_length = optimizers.with_length(args.optimizer_options, updates)
+    opts = {
+        name: build("optimizer", args.optimizer, optimizers.for_model(with_length, name, learning), parameters)
+        for name, parameters in learning.items()
+    }
+    trainer, passed = make_trainer(args, models, opts, loss, spec, accelerator.device)
+    parallel.broadcast(torch.nn.ModuleList([models, loss]))
+    metrics = Metrics()
+    hooks = [StepHook(accelerator, i, name, opt, args, metrics) for i, (name, opt) in enumerate(opts.items())]
+    watch_loss(loss, hooks)
+    return Learner(models, loss, opts, trainer, passed, metrics, hooks, factories)
+
+
+def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, device: Any) -> tuple[Any, list[str]]:
     """Construct the trainer with what its signature names; returns it, and what its `train_step` is passed."""
     cls = REGISTRIES["trainer"][args.trainer]
     with cli.one_line(f"trainer {args.trainer!r}"):
@@ -364,26 +435,92 @@ def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, devic
     return trainer, protocols.accepted(trainer.train_step, protocols.LOOP_PASSES)
 
 
+def make_evaluator(args: Args, actor: Any, name: str, env: Any, rank: int, world: int, run: Run) -> Any:
+    """What evaluates the acting policy, or None with a word about why not."""
+    if not args.eval_episodes or actor is None or name == "none":
+        if args.eval_episodes:
+            run.say("no evaluation: " + ("no environment is known (see --env)" if actor else "no policy acts here"))
+        return None
+    seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
+    slots = min(args.eval_envs, -(-len(seeds) // world))
+    envs = Environments(partial(build, "env", name, env), slots, args.eval_seed, args.env_timeout)
+    run.cleanup.callback(envs.close)
+    return evaluation.Evaluator(actor, envs, {"name": name, **asdict(env)}, seeds, rank, world, run.tick)
+
+
+def evaluate(evaluator: Any, step: int, run: Run) -> None:
+    """Play the episodes and tell the result; a failure of theirs is told, too, and the run goes on."""
+    result, problem = evaluator.evaluate(step)
+    if result is None:
+        run.say(f"the evaluation at step {step} failed, training goes on: {problem}")
+    else:
+        run.evaluated(result)
+
+
+def save(args: Args, learner: Learner, run: Run, progress: Any, mine: dict[str, Any], failed: int, last: bool) -> int:
+    """Write a checkpoint; returns how many have failed in a row. Raises at the third, and when it was the last try."""
+    models, loss, opts, trainer, *_ = learner
+    check(learner.hooks)
+    parallel.broadcast(models, buffers_only=True)
+    shared = checkpoint.shared_state(models, opts, loss, trainer, progress)
+    mine = {"random": get_random_state(), "metrics": learner.metrics.floats(), **mine}
+    info = {"trainer": args.trainer, "config": {k: v for k, v in run.config.items() if k != "run_dir"}}
+    try:
+        where, best = run.path / "checkpoints", progress["best_step"]
+        checkpoint.save(where, run.step, shared, mine, info, args.keep_last, run.rank, best, run.settle)
+    except Exception as error:
+        run.say(f"CHECKPOINT AT STEP {run.step} FAILED, {failed + 1} in a row, older ones are kept: {error}")
+        if failed == 2 or last:  # nothing ends well without its last checkpoint
+            raise
+        return failed + 1
+    run.saved()
+    return 0
+
+
+def finish(args: Args, learner: Learner, run: Run, actor: Any, evaluator: Any, env: Any) -> None:
+    """What is left behind: the policy, a film of it and the curves."""
+    with evaluation_mode(learner.models, learner.opts, args):
+        if run.first and actor is not None:
+            origin = (
+                (args.trainer, args.trainer_options),
+                learner.factories,
+                (args.loss, args.loss_options),
+                args.plugins,
+            )
+            policy.save_policy(run.path / "policy", actor, *origin)
+        if run.first and evaluator is not None and not args.debug:
+            film = run.path / "videos" / f"step-{run.step:09d}.mp4"
+            if problem := evaluator.film(film, env):
+                run.say(f"no video: {problem}")
+    if args.debug:
+        models, loss, opts, trainer, *_ = learner
+        restore = partial(checkpoint.restore, models=models, optimizers=opts, loss=loss, trainer=trainer)
+        debug.load_again(run.path, partial(restore, name=args.trainer), actor is not None, run.say)
+    run.finished()
+
+
 def main(argv: list[str]) -> int:
-    """Open the run folder and train in it; returns the exit code."""
+    """Open the run folder and learn in it; returns the exit code."""
     args, argv, stored = parse_args(argv)
-    accelerator = start_accelerator(args.mixed_precision or stored.get("mixed_precision"))
+    accelerator = start_accelerator(args.mixed_precision or stored.get("mixed_precision"), args.hang_timeout)
+    if args.debug and accelerator.num_processes > 1:
+        raise UserError("--debug runs in one process; leave it out, or launch with --num_processes 1")
     set_seed(args.seed)  # the same everywhere until the models exist
     rank = accelerator.process_index
     run_record.start_logging(rank)
-    name = f"{args.trainer}-{args.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{args.trainer}-{args.subject}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = parallel.on_first(rank, lambda: args.resume or run_record.claim(args.run_dir, name))
-    with run_record.Run(Path(path), rank) as run:
+    with Run(Path(path), rank, args.hang_timeout) as run, torch.autograd.set_detect_anomaly(args.debug):
         if args.resume and run.finished_at() >= args.steps:
             run.say(f"{path} is finished at step {run.finished_at()}; give more --steps to go on")
         else:
-            train(args, argv, accelerator, run)
+            learn(args, argv, accelerator, run)
     accelerator.end_training()
     return 0
 
 
-def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record.Run) -> None:
-    """Build everything, go on from a checkpoint when resuming, and loop."""
+def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: Run) -> None:
+    """Build everything, go on from a checkpoint when resuming, and loop over batches of the data."""
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
 
     # Data: one process of each machine first, so that the others find what it has cached.
@@ -400,42 +537,12 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
     batch_size, note = fit_batch(args.batch_size, len(dataset), world * micro_steps, cli.given(argv, "batch-size"))
     batches = Batches(dataset, batch_size, args.seed, rank, world, micro_steps, args.workers)
 
-    # Models and loss, from scratch or from another run's weights.
-    needs = needed_models(REGISTRIES["trainer"][args.trainer], args.model)
-    factories = {name: (entry, getattr(args.model_options, name)) for name, entry in needs.items()}
-    models = torch.nn.ModuleDict({name: build("model", *factory, spec) for name, factory in factories.items()})
-    loss = build("loss", args.loss, args.loss_options).to(device)
-    if any(p.requires_grad for p in loss.parameters()):
-        models["loss"] = loss
-    checkpoint.initialise(models.to(device), args.init_from, args.load, args.freeze)
-
-    # One optimizer for each model that has something to learn; then the trainer, which may add target networks.
-    learning = {name: [p for p in model.parameters() if p.requires_grad] for name, model in models.items()}
-    learning = {name: parameters for name, parameters in learning.items() if parameters}
-    if not learning:
-        raise UserError(f"nothing to train: --freeze {' '.join(args.freeze)} leaves no trainable parameters")
-    with_length = optimizers.with_length(args.optimizer_options, args.steps)
-    opts = {
-        name: build("optimizer", args.optimizer, optimizers.for_model(with_length, name, learning), parameters)
-        for name, parameters in learning.items()
-    }
-    trainer, passed = make_trainer(args, models, opts, loss, spec, device)
-    parallel.broadcast(torch.nn.ModuleList([models, loss]))
-    metrics = Metrics()
-    hooks = [StepHook(accelerator, i, name, opt, args, metrics) for i, (name, opt) in enumerate(opts.items())]
-    watch_loss(loss, hooks)
-
-    # What acts, and where it is evaluated: in the environment asked for, or in the dataset's own.
+    # What learns, what acts, and where it is evaluated: in the environment asked for, or in the dataset's own.
+    learner = build_learner(args, accelerator, spec, args.steps)
+    models, loss, opts, trainer, passed, metrics, hooks, _ = learner
     actor = policy.acting_policy(trainer, models, normaliser, spec)
     env_name, env = evaluation.choose_env(args.env, args.env_options, partial(cli.given, argv), data.get("env"))
-    evaluator, env_record = None, None
-    if args.eval_episodes and actor is not None and env_name != "none":
-        env_record = {"name": env_name, **asdict(env)}
-        seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
-        envs = build("env", env_name, env, min(args.eval_envs, -(-len(seeds) // world)), args.eval_seed)
-        evaluator = evaluation.Evaluator(actor, envs, env_record, seeds, rank, world)
-    elif args.eval_episodes:
-        run.say("no evaluation: " + ("no environment is known (see --env)" if actor else "no policy acts here"))
+    evaluator = make_evaluator(args, actor, env_name, env, rank, world, run)
     holds_out = validation is not None and callable(getattr(trainer, "losses", None))
 
     # From here on each process draws its own noise; a resumed run finds everything as it was.
@@ -445,21 +552,24 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
     if args.resume:
         if found := parallel.on_first(rank, lambda: checkpoint.latest(run.path / "checkpoints")):
             progress = checkpoint.restore(*found, models, opts, loss, trainer, args.trainer)
-            metrics.values = checkpoint.restore_rank(*found, rank, derive_seed(args.seed, rank, progress["step"]))
+            own = checkpoint.restore_rank(*found, rank, derive_seed(args.seed, rank, progress["step"]))
+            metrics.values = own.get("metrics", {})
         if progress["step"] > args.steps:
             raise UserError(f"--steps {args.steps} is below step {progress['step']}, which {run.path} has reached")
         run.rewind(progress["step"])
         run.say(f"going on from step {progress['step']}{optimizers.kept_length(opts, args.steps)}")
     step = progress["step"]
-    config = run.begin(args, argv, env_record, step, accelerator.mixed_precision)
+    run.begin(args, argv, evaluator.env if evaluator else None, step, accelerator.mixed_precision)
     run.say(f"{run.path}: {world} process(es), {len(dataset)} samples, batch {batch_size}{note}, {args.steps} steps")
+    if args.debug:
+        debug.show_models(models, run.say)
 
     # The loop. Whatever depends on a clock or a signal is decided once for all processes, about once a second.
-    stream, stop = batches.stream(step), run_record.StopRequest()
+    stream = batches.stream(step)
     bf16 = accelerator.mixed_precision == "bf16"  # no cache: it would serve weights from before a step in the same call
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
     stopping, failed_saves, next_vote, saved_at = False, 0, step, time.monotonic()
-    logged_at, data_s, step_s = step, 0.0, 0.0
+    first, logged_at, data_s, step_s = step, step, 0.0, 0.0
     while step < args.steps and not stopping:
         where = {"epoch": step // batches.per_epoch, "total_epochs": -(-args.steps // batches.per_epoch)}
         where["iterations"] = step
@@ -468,85 +578,67 @@ def train(args: Args, argv: list[str], accelerator: Accelerator, run: run_record
         for _ in range(micro_steps):
             began = time.perf_counter()
             batch = normaliser(to_device(next(stream), device))
+            if args.debug and step == first:
+                debug.show_batch(batch, run.say)
             loaded = time.perf_counter()
             with precision:
                 metrics.add(trainer.train_step(batch, **{name: where[name] for name in passed}), "train/")
             data_s, step_s = data_s + loaded - began, step_s + time.perf_counter() - loaded
         run.step = step = step + 1
+        run.beat()
 
         # Evaluate: the held-out loss, and episodes in the environment.
         held_out: dict[str, float] = {}
         improved = False
-        if due(step, args.eval_every, args.steps) and (holds_out or evaluator is not None):
+        if due(step, 1, args.eval_every, args.steps) and (holds_out or evaluator is not None):
             check(hooks)
             with evaluation_mode(models, opts, args):
                 if holds_out:
-                    value = evaluation.held_out_loss(trainer, validation, normaliser, batch_size, device)
-                    held_out["val/loss"] = value = parallel.from_first(value)
-                    if improved := value < progress["best_loss"]:
-                        progress |= {"best_step": step, "best_loss": value}
+                    value = evaluation.held_out_loss(trainer, validation, normaliser, batch_size, device, run.tick)
+                    if (value := parallel.from_first(value)) is not None:
+                        held_out["val/loss"] = value
+                        if improved := value < progress["best_loss"]:
+                            progress |= {"best_step": step, "best_loss": value}
                 if evaluator is not None:
-                    result, problem = evaluator.evaluate(step)
-                    if result is None:
-                        run.say(f"the evaluation at step {step} failed, training goes on: {problem}")
-                    else:
-                        run.evaluated(result)
+                    evaluate(evaluator, step, run)
+            next_vote = step  # it may have been cut short because a stop was asked for
 
         # Log: means over the interval and over the processes.
-        if due(step, args.log_every, args.steps) or held_out:
+        if due(step, 1, args.log_every, args.steps) or held_out:
             check(hooks)
             count, seconds = step - logged_at, max(data_s + step_s, 1e-9)
             rates = {f"train/lr.{name}": opt.param_groups[0]["lr"] for name, opt in opts.items()}
             times = {"data_s": data_s / count, "step_s": step_s / count, "samples_per_s": count * batch_size / seconds}
-            run.log({"step": step} | metrics.means() | held_out | rates | times)
+            record = {"step": step} | metrics.means() | held_out | rates | times
+            run.log(record)
+            if args.debug:
+                debug.show_norms(record, run.say)
             logged_at, data_s, step_s = step, 0.0, 0.0
 
         # Save: by steps, by time, when the held-out loss is the best so far, and before stopping.
         overdue = False
         if step >= next_vote:
             late = 0 < args.save_minutes * 60 < time.monotonic() - saved_at
-            votes = parallel.gather((stop.asked, late, time.perf_counter() - began))
+            votes = parallel.gather((run.stop.asked, late, time.perf_counter() - began))
             stopping, overdue = any(vote[0] for vote in votes), votes[0][1]
-            next_vote = step + min(max(int(1 / votes[0][2]), 1), args.log_every)
-        if due(step, args.save_every, args.steps) or improved or overdue or stopping:
-            check(hooks)
-            run.settle()
-            parallel.broadcast(models, buffers_only=True)
-            shared = checkpoint.shared_state(models, opts, loss, trainer, progress | {"step": step})
-            mine = {"random": get_random_state(), "metrics": metrics.floats()}
-            info = {"trainer": args.trainer, "config": {key: config[key] for key in config if key != "run_dir"}}
-            try:
-                root, best = run.path / "checkpoints", progress["best_step"]
-                checkpoint.save(root, step, shared, mine, info, args.keep_last, rank, best)
-                failed_saves = 0
-                run.saved()
-            except Exception as error:
-                failed_saves += 1
-                run.say(f"CHECKPOINT AT STEP {step} FAILED, {failed_saves} in a row, older ones are kept: {error}")
-                if failed_saves == 3 or stopping or step == args.steps:  # nothing ends well without its last checkpoint
-                    raise
+            next_vote = step + (1 if world == 1 else min(max(int(1 / votes[0][2]), 1), 50))
+        if due(step, 1, args.save_every, args.steps) or improved or overdue or stopping:
+            progress["step"], last = step, stopping or step >= args.steps
+            failed_saves = save(args, learner, run, progress, {}, failed_saves, last)
             saved_at = time.monotonic()
 
-    # What is left behind: the policy, a film of it and the curves; or the word that there is more to do.
     if step < args.steps:
         run.preempted()
     else:
-        with evaluation_mode(models, opts, args):
-            if rank == 0 and actor is not None:
-                origin = (args.trainer, args.trainer_options), factories, (args.loss, args.loss_options), args.plugins
-                policy.save_policy(run.path / "policy", actor, *origin)
-            if rank == 0 and evaluator is not None:
-                film = run.path / "videos" / f"step-{step:09d}.mp4"
-                if problem := evaluator.film(film, env):
-                    run.say(f"no video: {problem}")
-        run.finished()
-    if evaluator is not None:
-        evaluator.envs.close()
+        finish(args, learner, run, actor, evaluator, env)
 
 
-def due(step: int, every: int, steps: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens now."""
-    return step == steps or (every > 0 and step % every == 0)
+learn = learn_from_data  # for `main`, which is the same in both scripts
+
+
+def due(step: int, stride: int, every: int, steps: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happened since `stride` steps before."""
+    return step >= steps or (every > 0 and step // every > (step - stride) // every)
 
 
 def check(hooks: list[StepHook]) -> None:
@@ -556,4 +648,4 @@ def check(hooks: list[StepHook]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_record.run(main))
+    run_record.run(main)

@@ -34,8 +34,11 @@ class Trainer(Protocol):
     Optional: `needs` (model name -> default model), `defaults` (option -> value that suits it), `accumulates = True`
     (one step of every optimizer per call, so that gradients may be accumulated), `losses(data) -> (loss, metrics)`
     (what `--compile` compiles, and what the held-out loss is computed with), `policy() -> nn.Module` (normalised
-    observations in, normalised action or chunk out; otherwise `models["policy"]` acts), `state_dict()` and
-    `load_state_dict()` (tensors and JSON values).
+    observations in, normalised action or chunk out; otherwise `models["policy"]` acts), `explorer() -> nn.Module` (the
+    same, for what acts while the online script collects; otherwise the policy does), `state_dict()` and
+    `load_state_dict()` (tensors and JSON values). Of the options in `Config`, `n_step` and `discount` also shape the
+    online script's batches: `reward` is the sum over n steps, `next.*` and `terminated` are those of the last of them,
+    and `discount` [B] is the factor of the value that follows.
     """
 
     def __init__(self, models: nn.ModuleDict, optimizers: dict[str, Optimizer], loss: nn.Module) -> None: ...
@@ -84,7 +87,11 @@ class ModelFactory(Protocol):
 
 @runtime_checkable
 class EnvFactory(Protocol):
-    """Makes `num_envs` environments as one `gymnasium.vector.VectorEnv`; `reset(seed=[...])` fixes the episodes."""
+    """Makes `num_envs` environments as one `gymnasium.vector.VectorEnv`; `reset(seed=[...])` fixes the episodes.
+
+    Any autoreset mode will do. A vector environment may offer `state_dict()` and `load_state_dict()` (tensors and JSON
+    values: everything, also what its wrappers keep); then a resumed online run goes on in the middle of its episodes.
+    """
 
     def build(self, num_envs: int, seed: int) -> Any: ...
 
@@ -121,6 +128,10 @@ def misfit(product: object, protocol: type) -> str:
     if protocol is DatasetFactory:
         entries = {"dataset", "norm_stats"}
         return "" if isinstance(product, dict) and entries <= set(product) else f"a dict with {sorted(entries)}"
+    if protocol is EnvFactory:
+        wants = ("num_envs", "reset", "step", "single_action_space", "single_observation_space")
+        lacks = [name for name in wants if not hasattr(product, name)]
+        return f"a gymnasium.vector.VectorEnv, {lacks[0]!r} is missing" if lacks else ""
     kinds: dict[type, type] = {LossFactory: nn.Module, ModelFactory: nn.Module, OptimizerFactory: Optimizer}
     wanted = kinds.get(protocol, object)
     return "" if isinstance(product, wanted) else f"a {wanted.__name__}, found {type(product).__name__}"

@@ -14,13 +14,18 @@ from .envs.gymnasium import GymnasiumEnv
 from .envs.metaworld import MetaWorldEnv
 from .errors import UserError
 from .models.mlp import MLP
+from .models.q_ensemble import QEnsemble
+from .models.tanh_gaussian import TanhGaussian
+from .models.temperature import Temperature
 from .policy import load_policy
 from .trainers.bc import BC
+from .trainers.sac import SAC
 
 __all__ = ["REGISTRIES", "UserError", "load_policy", "register"]
 
 TRAINER_REGISTRY: dict[str, type] = {
     "bc": BC,
+    "sac": SAC,
 }
 
 DATASET_BUILDER_REGISTRY: dict[str, type] = {
@@ -30,6 +35,9 @@ DATASET_BUILDER_REGISTRY: dict[str, type] = {
 
 MODEL_BUILDER_REGISTRY: dict[str, type] = {
     "mlp": MLP,
+    "q_ensemble": QEnsemble,
+    "tanh_gaussian": TanhGaussian,
+    "temperature": Temperature,
 }
 
 LOSS_BUILDER_REGISTRY: dict[str, type] = {

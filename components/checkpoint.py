@@ -137,7 +137,15 @@ def _on_all(action: Callable[[], None]) -> None:
 
 
 def save(
-    root: Path, step: int, shared: dict[str, Any], mine: Any, info: dict[str, Any], keep_last: int, rank: int, best: int
+    root: Path,
+    step: int,
+    shared: dict[str, Any],
+    mine: Any,
+    info: dict[str, Any],
+    keep_last: int,
+    rank: int,
+    best: int,
+    before: Callable[[], None] = lambda: None,
 ) -> None:
     """Write `root/step-<step>`; called by every process.
 
@@ -147,15 +155,18 @@ def save(
         info: Stands in the manifest ("trainer", "config", ...).
         keep_last: Older checkpoints beyond so many are removed, after this one counts.
         best: Step of the best checkpoint so far, which is linked as `best` and kept; -1 for none.
+        before: What must succeed first, such as putting the log on disk.
 
     Raises:
-        Exception: on every process when any could not write; the older checkpoints are untouched then.
+        Exception: on every process when any could not write; the older checkpoints are untouched then, and what was
+            written of this one is removed.
     """
     final = root / f"step-{step:09d}"
     temporary = root / f".tmp-{final.name}"
     shapes: dict[str, dict[str, list[int]]] = {}
 
     def prepare() -> None:
+        before()
         if rank == 0:
             root.mkdir(parents=True, exist_ok=True)
             for stale in root.glob(".tmp-*"):
@@ -184,8 +195,12 @@ def save(
             link_best(root, best)
             _prune(root, keep_last)
 
-    for phase in (prepare, write, commit):
-        _on_all(phase)
+    try:
+        for phase in (prepare, write, commit):
+            _on_all(phase)
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk the room is needed
+        raise
 
 
 def link_best(root: Path, step: int) -> None:
@@ -371,14 +386,15 @@ def restore(
 
 
 def restore_rank(folder: Path, manifest: dict[str, Any], rank: int, seed: int) -> dict[str, Any]:
-    """Restore this process's random generators; returns its metrics since the last line that was logged.
+    """Restore this process's random generators; returns its own state, such as the metrics since the last line.
 
-    With another number of processes than before, the generators start from `seed` instead, which is said.
+    With another number of processes than before, the generators start from `seed` instead, which is said, and what is
+    returned is {"ranks": the own states of all former processes}.
     """
     if manifest["world_size"] == parallel.world_size():
         state = read_tree(folder / f"rank-{rank}.safetensors")
         set_random_state(state["random"])
-        return state["metrics"]
+        return state
     logger.warning("%s was saved by %d process(es); the random generators start anew", folder, manifest["world_size"])
     seed_all(seed)
-    return {}
+    return {"ranks": [read_tree(folder / f"rank-{r}.safetensors") for r in range(manifest["world_size"])]}

@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Input that cannot work: the message names the culprit, what was expected and the remedy."""
 
 
+class StoppedError(Exception):
+    """A stop was asked for while something long was going on; what it had done so far is dropped."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "nearest: a, b" for a misspelt name, or all the known names when none is near."""
     known = sorted(known)

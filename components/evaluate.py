@@ -5,7 +5,6 @@ python -m components.evaluate runs/x --env.max-episode-steps 500 --video
 """
 
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ import tyro
 
 from . import ENV_BUILDER_REGISTRY, load_policy, run_record
 from .command_line import at_least, import_plugins, instantiate, one_line, options_of, parse, parse_names, pick
+from .environments import Environments
 from .errors import UserError
 from .evaluation import Evaluator, headline
 
@@ -43,6 +43,8 @@ class Args(Names):
     """Environments that are stepped together."""
     eval_seed: int = 1_000_000
     """Seed of the first episode; the others follow."""
+    env_timeout: float = 60.0
+    """Seconds that a step of the environments may take; 0 for no limit."""
     video: bool = False
     """Film the first three episodes into the run's videos/."""
     env_options: Annotated[Any, tyro.conf.arg(name="env")]
@@ -65,12 +67,13 @@ def main(argv: list[str]) -> int:
     options = {key: value for key, value in known.items() if key != "name"} if name == known["name"] else {}
     component = pick(ENV_BUILDER_REGISTRY, "env", name)
     args = parse(Args, argv, Args(run=str(run), env=name, env_options=options_of(component, options)))
-    at_least(args, {"eval_episodes": 1, "eval_envs": 1, "eval_seed": 0})
+    at_least(args, {"eval_episodes": 1, "eval_envs": 1, "eval_seed": 0, "env_timeout": 0})
     policy = load_policy(run)
     with one_line(f"env {name!r}"):
-        envs = instantiate(component, args.env_options).build(min(args.eval_envs, args.eval_episodes), args.eval_seed)
+        make = instantiate(component, args.env_options).build
+        envs = Environments(make, min(args.eval_envs, args.eval_episodes), args.eval_seed, args.env_timeout)
     seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
-    evaluator = Evaluator(policy, envs, {"name": name, **asdict(args.env_options)}, seeds, rank=0, world=1)
+    evaluator = Evaluator(policy, envs, {"name": name, **asdict(args.env_options)}, seeds)
     step = run_record.read_status(run)["step"]
     result, problem = evaluator.evaluate(step)
     if result is None:
@@ -86,4 +89,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     os.environ.pop("RANK", None)
-    sys.exit(run_record.run(main))
+    run_record.run(main)

@@ -1,5 +1,6 @@
 """Evaluation in an environment: a fixed list of episodes, each known by its seed, whatever slot or process runs it."""
 
+import contextlib
 import logging
 import math
 import warnings
@@ -13,7 +14,8 @@ import torch
 
 from . import parallel
 from .command_line import options_of
-from .errors import UserError
+from .environments import Environments, FaultyEnvError, check_finite
+from .errors import StoppedError, UserError
 from .features import read
 from .policy import Policy
 from .random_state import preserved
@@ -78,9 +80,6 @@ def check_env(envs: Any, spec: dict[str, Any], name: str) -> None:
     Raises:
         UserError: with both widths.
     """
-    for attribute in ("num_envs", "reset", "step", "single_action_space", "single_observation_space"):
-        if not hasattr(envs, attribute):
-            raise UserError(f"env {name!r}: build must return a gymnasium.vector.VectorEnv, {attribute!r} is missing")
     space = envs.single_action_space
     action = int(spec["action"]["shape"][-1])
     if getattr(space, "shape", None) is None or len(space.shape) != 1:
@@ -100,14 +99,20 @@ def check_env(envs: Any, spec: dict[str, Any], name: str) -> None:
 
 
 def run_episodes(
-    policy: Policy, envs: Any, seeds: Sequence[int], frames: list[Any] | None = None
+    policy: Policy,
+    envs: Any,
+    seeds: Sequence[int],
+    frames: list[Any] | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Play one episode per seed, in rounds of one episode per slot; what a slot does after its episode is ignored.
 
     So a result depends on its seed alone, long episodes count like short ones, and any autoreset mode will do.
 
     Args:
+        envs: A vector environment, or `Environments`.
         frames: Collects the first slot's pictures, when given.
+        tick: Called at each step; what it raises ends the episodes.
 
     Returns:
         [{"seed", "success" (None when the environment tells none), "success_at_end", "return", "length"}].
@@ -125,16 +130,19 @@ def run_episodes(
         once: list[bool | None] = [None] * slots
         at_end: list[bool | None] = [None] * slots
         while running.any():
+            tick()
             if frames is not None and running[0]:
                 frames.append(envs.render()[0])
             action = np.clip(policy.act(observation_batch(observation)), space.low, space.high).astype(space.dtype)
             observation, reward, terminated, truncated, info = envs.step(action)
-            if not np.isfinite(np.asarray(reward)[running]).all():
-                raise RuntimeError(f"a reward is not finite in the episodes of the seeds {chosen}")
+            try:
+                check_finite(observation_batch(observation), reward, np.flatnonzero(running))
+            except FaultyEnvError as fault:
+                raise RuntimeError(f"{fault} in the episode of seed {padded[fault.index]}") from fault
             returns[running] += np.asarray(reward)[running]
             lengths[running] += 1
             for slot in np.flatnonzero(running):
-                success = _success(info, int(slot))
+                success = success_of(info, int(slot))
                 if success is not None:
                     once[slot], at_end[slot] = bool(once[slot]) or success, success
             running &= ~(np.asarray(terminated) | np.asarray(truncated))
@@ -146,7 +154,7 @@ def run_episodes(
     return episodes
 
 
-def _success(info: dict[str, Any], slot: int) -> bool | None:
+def success_of(info: dict[str, Any], slot: int) -> bool | None:
     """`info["success"]` of one slot; at an episode's end some autoreset modes put it into `final_info`."""
     final = info.get("final_info")
     if final is not None and np.any(info.get("_final_info", [False] * (slot + 1))[slot]):
@@ -162,19 +170,29 @@ class Evaluator:
 
     Args:
         policy: What acts.
-        envs: Vector environment of this process.
+        environments: Of this process; replaced after an evaluation that failed.
         env: {"name", options}, for the record.
         seeds: One episode each, over all processes.
         rank, world: This process, and how many there are.
+        tick: Called at each step; what it raises ends the evaluation.
 
     Raises:
         UserError: the environment's action or observation widths are not the data's.
     """
 
-    def __init__(self, policy: Policy, envs: Any, env: dict[str, Any], seeds: range, rank: int, world: int) -> None:
-        check_env(envs, policy.spec, env["name"])
-        self.policy, self.envs, self.env, self.seeds = policy, envs, env, seeds
-        self.rank, self.world = rank, world
+    def __init__(
+        self,
+        policy: Policy,
+        environments: Environments,
+        env: dict[str, Any],
+        seeds: range,
+        rank: int = 0,
+        world: int = 1,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        check_env(environments.envs, policy.spec, env["name"])
+        self.policy, self.environments, self.env, self.seeds = policy, environments, env, seeds
+        self.rank, self.world, self.tick, self.failed = rank, world, tick, False
 
     def evaluate(self, step: int) -> tuple[dict[str, Any] | None, str]:
         """Play the episodes; returns (the line for `eval.jsonl`, "") or, on all processes alike, (None, what failed).
@@ -185,7 +203,12 @@ class Evaluator:
         problem = ""
         with preserved():
             try:
-                mine = run_episodes(self.policy, self.envs, list(self.seeds)[self.rank :: self.world])
+                if self.failed:
+                    self.environments.rebuild(self.seeds[0])
+                self.failed = True
+                seeds = list(self.seeds)[self.rank :: self.world]
+                mine = run_episodes(self.policy, self.environments, seeds, tick=self.tick)
+                self.failed = False
             except Exception as error:
                 logger.debug("evaluation failed", exc_info=True)
                 problem = f"process {self.rank}: {type(error).__name__}: {error}"
@@ -197,22 +220,34 @@ class Evaluator:
 
     def film(self, path: Path, options: Any) -> str:
         """Film the first three episodes in an environment made from `options`; returns why there is no film, or ""."""
-        if "rgb_array" not in (self.envs.metadata or {}).get("render_modes", ()):
+        if "rgb_array" not in (getattr(self.environments.envs, "metadata", None) or {}).get("render_modes", ()):
             return "the environment has no render mode 'rgb_array'"
-        return record_video(self.policy, options, self.seeds[:3], path)
+        return record_video(self.policy, options, self.seeds[:3], path, self.tick)
 
 
 @torch.no_grad()
-def held_out_loss(trainer: Any, dataset: Any, normaliser: Any, batch_size: int, device: torch.device) -> float:
-    """Mean of the trainer's `losses` over the validation set; leaves the random generators as they were."""
+def held_out_loss(
+    trainer: Any,
+    dataset: Any,
+    normaliser: Any,
+    batch_size: int,
+    device: torch.device,
+    tick: Callable[[], None] = lambda: None,
+) -> float | None:
+    """Mean of the trainer's `losses` over the validation set; leaves the random generators as they were.
+
+    `tick` is called for each batch; None when it says by StoppedError that a stop was asked for.
+    """
     total = 0.0
-    with preserved():
+    with preserved(), contextlib.suppress(StoppedError):
         for rows in torch.arange(len(dataset)).split(batch_size):
+            tick()
             data = normaliser(to_device(read(dataset, rows), device))
             losses = trainer.losses(data)
             losses = losses[0] if isinstance(losses, tuple) else losses  # (loss, metrics), or the loss, or named terms
             total += float(sum(losses.values()) if isinstance(losses, dict) else losses) * len(rows)
-    return total / len(dataset)
+        return total / len(dataset)
+    return None
 
 
 def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
@@ -258,11 +293,14 @@ def headline(result: dict[str, Any]) -> str:
     return f"success {result['success_rate']:.2f} [{low:.2f}, {high:.2f}] over {result['episodes']} episodes"
 
 
-def record_video(policy: Policy, factory: Any, seeds: Sequence[int], path: Path, every: int = 3) -> str:
+def record_video(
+    policy: Policy, factory: Any, seeds: Sequence[int], path: Path, tick: Callable[[], None], every: int = 3
+) -> str:
     """Film one episode per seed as H.264. Returns "" or, in one line, why there is no video.
 
     Args:
         factory: An environment factory with the option `render_mode`.
+        tick: Called at each step; what it raises ends the film.
         every: Keep one frame in so many.
     """
     if not (is_dataclass(factory) and hasattr(factory, "render_mode")):
@@ -276,7 +314,7 @@ def record_video(policy: Policy, factory: Any, seeds: Sequence[int], path: Path,
             filming: Any = replace(factory, render_mode="rgb_array")  # type: ignore[type-var]
             envs = filming.build(1, seeds[0])
             try:
-                run_episodes(policy, envs, seeds, frames)
+                run_episodes(policy, envs, seeds, frames, tick)
                 fps = max(1, round(envs.metadata.get("render_fps", 30) / every))
             finally:
                 envs.close()

@@ -1,31 +1,34 @@
 """The run folder: what was asked, what happened, how it ended, and the pictures that a person looks at first."""
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import inspect
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from .checkpoint import sync, write_json
 from .command_line import where
 from .curves import draw_curves, step_of
-from .errors import UserError
+from .errors import StoppedError, UserError
 from .evaluation import headline, scores
 from .parallel import world_size
 from .progress import Progress
@@ -49,39 +52,79 @@ class Run:
     """One run: its folder, its screen and its mirror, as a context that tells how the run ended.
 
     Rank 0 writes and shows; elsewhere most methods do nothing. What fails before `begin` leaves no folder behind; what
-    fails later leaves its traceback in `error-rank<r>.txt`.
+    fails later leaves its traceback in `error-rank<r>.txt`. What the disk has no room for is kept and tried again.
 
     Args:
         path: The folder, which exists.
         rank: This process.
+        hang_timeout: Seconds without a `beat` after which the process ends itself; 0 for never.
     """
 
-    def __init__(self, path: Path, rank: int) -> None:
+    def __init__(self, path: Path, rank: int, hang_timeout: float = 0.0) -> None:
         self.path, self.rank, self.first = path, rank, rank == 0
-        self.begun, self.step = False, 0
+        self.begun, self.step, self.hang_timeout = False, 0, hang_timeout
+        self.config: dict[str, Any] = {}
+        self.unwritten: list[tuple[str, dict[str, Any]]] = []
         self.lock = lock(path) if self.first else None
         self.tracker, self.progress = Tracker(path), Progress(0, 0, shown=self.first)
+        self.stop = StopRequest()
+        self.cleanup = contextlib.ExitStack()  # what must be closed however the run ends
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.hang_timeout = 0.0
         self.progress.close()
         if error is not None and not isinstance(error, (UserError, SystemExit)) and self.path.exists():
-            text = "".join(traceback.format_exception(error))
-            (self.path / f"error-rank{self.rank}.txt").write_text(text)
+            self._write_error("".join(traceback.format_exception(error)))
         if error is not None and self.begun:
-            self._status("failed", f"{type(error).__name__}: {error}")
+            self._status("failed", self._reason(error))
         elif error is not None and self.first:
             discard(self.path)
+        self.cleanup.close()
         self.tracker.finish()
         if self.lock is not None:
             self.lock.close()
 
-    def begin(
-        self, args: Any, argv: list[str], env: dict[str, Any] | None, step: int, precision: str
-    ) -> dict[str, Any]:
-        """Write `args.json`: from here on the folder holds a run. Returns the options as recorded.
+    def _write_error(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the disk may be full
+            (self.path / f"error-rank{self.rank}.txt").write_text(text)
+
+    def _reason(self, error: BaseException) -> str:
+        """What failed; a process that lost its peer points to the peer's own words."""
+        others = sorted(path.name for path in self.path.glob("error-rank*.txt"))
+        others = [name for name in others if name != f"error-rank{self.rank}.txt"]
+        return f"{type(error).__name__}: {error}" + (f" (see {', '.join(others)})" if others else "")
+
+    def beat(self) -> None:
+        """Tell that the run gets on. Raises nothing; the loops call it at every step."""
+        self.alive_at = time.monotonic()
+
+    def tick(self) -> None:
+        """`beat`, for long work inside a step. Raises StoppedError when a stop was asked for."""
+        self.beat()
+        if self.stop.asked:
+            raise StoppedError("stopped by a signal")
+
+    def _watch(self) -> None:
+        """In a thread: end the process when it hangs, and leave word of where."""
+        main = threading.main_thread().ident
+        while self.hang_timeout > 0:
+            time.sleep(min(1.0, self.hang_timeout / 4))
+            silent = time.monotonic() - self.alive_at
+            if 0 < self.hang_timeout < silent:
+                frames = sys._current_frames()
+                stack = traceback.extract_stack(frames[main]) if main in frames else traceback.StackSummary()
+                place = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "an unknown place"
+                reason = f"hangs at {place}: no progress for {silent:.0f} s (--hang-timeout)"
+                self._write_error(f"process {self.rank} {reason}\n" + "".join(stack.format()))
+                self._status("failed", f"process {self.rank} {reason}")
+                print(f"error: process {self.rank} {reason}", file=sys.stderr, flush=True)
+                leave(1)
+
+    def begin(self, args: Any, argv: list[str], env: dict[str, Any] | None, step: int, precision: str) -> None:
+        """Write `args.json`: from here on the folder holds a run. `config` has the options as recorded.
 
         Args:
             args: The script's arguments.
@@ -93,11 +136,22 @@ class Run:
         from . import REGISTRIES
 
         self.begun, self.step = True, step
-        config = asdict(args) | {"resume": ""}  # the same for a resumed run
-        record = {"args": config, "argv": argv, "command": sys.argv, "env": env, "seed": args.seed}
-        record |= {"world_size": world_size(), "mixed_precision": precision}
-        chosen = [registry[config[option]] for option, registry in REGISTRIES.items() if config[option] in registry]
+        self.stop.armed = True
+        self.beat()
+        if self.hang_timeout > 0:
+            threading.Thread(target=self._watch, daemon=True).start()
+        config = self.config = asdict(args) | {"resume": ""}  # the same for a resumed run
+        record: dict[str, Any] = {
+            "script": Path(inspect.getfile(type(args))).name,
+            "args": config,
+            "argv": argv,
+            "command": sys.argv,
+        }
+        record |= {"env": env, "seed": args.seed, "world_size": world_size(), "mixed_precision": precision}
+        chosen = [registry[config[o]] for o, registry in REGISTRIES.items() if config.get(o) in registry]
         if self.first:
+            for stale in self.path.glob("error-rank*.txt"):
+                stale.unlink()
             surroundings = environment(chosen)
             if args.resume:
                 self.compare_machine(surroundings)
@@ -106,7 +160,6 @@ class Run:
                 self.tracker.start(config, args.track_project, args.track_name, args.track_group)
         self.progress = Progress(args.steps, step, shown=self.first)
         self._status("running")
-        return config
 
     def compare_machine(self, now: dict[str, Any]) -> None:
         """Say when what decides a run's last bits is not what it was when the run began."""
@@ -119,24 +172,48 @@ class Run:
         """Print a line, once."""
         self.progress.say(text)
 
+    def tell(self, text: str) -> None:
+        """Print a line about this process, whichever it is."""
+        if self.first:
+            self.say(text)
+        else:
+            print(f"process {self.rank}: {text}", flush=True)
+
     def log(self, record: dict[str, Any]) -> None:
         """One line of `metrics.jsonl`, and of the screen."""
         if self.first:
-            append_line(self.path / "metrics.jsonl", record, wait=False)
+            self._append("metrics.jsonl", record)
             self.tracker.log(record, record["step"])
         self.progress.update(record["step"], record)
 
     def evaluated(self, result: dict[str, Any]) -> None:
         """One line of `eval.jsonl`."""
         if self.first:
-            append_line(self.path / "eval.jsonl", result)
+            self._append("eval.jsonl", result)
             self.tracker.log(scores(result), result["step"])
         self.say(f"step {result['step']}: {headline(result)}")
 
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        """Append a line, or keep it until there is room for it."""
+        self.unwritten.append((name, record))
+        try:
+            self._write_lines()
+        except OSError as error:
+            if len(self.unwritten) == 1:
+                self.say(f"{self.path / name} CANNOT BE WRITTEN ({error.strerror}), its lines are kept and tried again")
+
+    def _write_lines(self) -> None:
+        while self.unwritten:
+            name, record = self.unwritten[0]
+            append_line(self.path / name, record, wait=False)
+            del self.unwritten[0]
+
     def settle(self) -> None:
-        """Put on disk what the log says so far; called before a checkpoint counts."""
-        if self.first and (self.path / "metrics.jsonl").exists():
-            sync(self.path / "metrics.jsonl")
+        """Put on disk what the logs say so far; called before a checkpoint counts. Raises OSError: no room."""
+        self._write_lines()
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            if (self.path / name).exists():
+                sync(self.path / name)
 
     def saved(self) -> None:
         """A checkpoint of this step counts."""
@@ -159,7 +236,10 @@ class Run:
 
     def _status(self, state: str, reason: str = "") -> None:
         if self.first:
-            write_json(self.path / "status.json", {"state": state, "step": self.step, "reason": reason})
+            try:
+                write_json(self.path / "status.json", {"state": state, "step": self.step, "reason": reason})
+            except OSError as error:
+                self.say(f"{self.path / 'status.json'} CANNOT BE WRITTEN ({error.strerror})")
 
     def finished_at(self) -> int:
         """The step at which the run finished; -1 when it did not."""
@@ -178,37 +258,88 @@ class Run:
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C ask the run to save and stop; a second one leaves at once."""
+    """SIGTERM, SIGUSR1 and Ctrl-C ask the run to save and stop; a second SIGTERM or Ctrl-C leaves at once.
+
+    Before it is `armed` (while everything is being built) the first one leaves, too. Worker processes inherit the
+    handlers when they are forked: there, SIGTERM ends them and Ctrl-C is left to their parent.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        self.asked, self.armed, self.asked_at, self.pid = False, False, 0.0, os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
-            os._exit(128 + number)
-        self.asked = True
+        if os.getpid() != self.pid:
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        if not self.armed:
+            raise SystemExit(128 + number)
+        if not self.asked:
+            self.asked, self.asked_at = True, time.monotonic()
+        # `timeout` and some launchers send the same signal to a process and then to its group: that is one request.
+        elif number != signal.SIGUSR1 and time.monotonic() - self.asked_at > 0.1:
+            leave(128 + number)
 
 
-def run(main: Callable[[list[str]], int]) -> int:
-    """Run a script's `main`. Exit codes: 0; 2 for what the user can mend; 1 for a failed run; each told in one line."""
+def end_with_launcher() -> None:
+    """Ask Linux to signal this process when the `accelerate launch` that started it is gone, however it ended.
+
+    Without this a one-process launch that is stopped leaves its training behind as an orphan. The signal is SIGUSR1: a
+    request to save and stop which does not count as the second one when SIGTERM went to both. Under a shell nothing is
+    done, since a run with `nohup` is meant to outlive it.
+    """
+    parent = os.getppid()
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes()
+        if b"accelerate" in words or b"torchrun" in words or b"torch.distributed" in words:
+            ctypes.CDLL(None).prctl(1, signal.SIGUSR1)  # PR_SET_PDEATHSIG
+            if os.getppid() != parent:  # it went before we asked
+                os.kill(os.getpid(), signal.SIGUSR1)
+    except (OSError, AttributeError):
+        return
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once, and the workers that it has started."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(code)
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a script's `main` and end the process: at once, so that no library holds it up on the way out.
+
+    Exit codes: 0; 2 for what the user can mend; 1 for a failed run; each told in one line.
+    """
+    end_with_launcher()
     first = os.environ.get("RANK", "0") == "0"
     code = 1
     try:
-        return main(sys.argv[1:])
+        code = main(sys.argv[1:])
     except UserError as error:
         code = 2
         if first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {error}", file=sys.stderr)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
         who = "" if first else f"process {os.environ['RANK']}: "
-        print(f"error: {who}{type(error).__name__}: {error} ({where(error)})", file=sys.stderr, flush=True)
-    if "RANK" in os.environ:  # a process that waits for its peers on the way out would keep the job alive
-        os._exit(code)
-    return code
+        print(f"error: {who}{type(error).__name__}: {first_line(error)} ({where(error)})", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone
+            stream.flush()
+    leave(code)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
 
 
 def start_logging(rank: int) -> None:
@@ -236,9 +367,15 @@ def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def append_line(path: Path, record: dict[str, Any], wait: bool = True) -> None:
-    """Append one JSON object as a line, and wait until it is on disk if asked to."""
-    with open(path, "a") as file:
-        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+    """Append one JSON object as a line, whole or not at all, and wait until it is on disk if asked to."""
+    line = json.dumps(finite(record), allow_nan=False) + "\n"
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a") as file:
+            file.write(line)
+    except OSError:
+        os.truncate(path, before)
+        raise
     if wait:
         sync(path)
 
@@ -300,15 +437,19 @@ def lock(path: Path) -> Any:
     return file
 
 
-def read_args(run: Path) -> dict[str, Any]:
-    """Read a run's `args.json`. Raises UserError when there is no run, or it is damaged."""
+def read_args(run: Path, made_by: str = "") -> dict[str, Any]:
+    """Read a run's `args.json`. Raises UserError when there is no run, it is damaged, or another script's."""
     path = run / "args.json"
     if not path.exists():
         raise UserError(f"{run}: no run here (args.json is missing)")
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error})") from error
+        record = json.loads(path.read_text())
+        script = record["script"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    if made_by and script != made_by:
+        raise UserError(f"{run} is a run of {script}; go on with: python {script} --resume {run}")
+    return record
 
 
 def read_status(run: Path) -> dict[str, Any]:

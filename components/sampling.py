@@ -59,6 +59,21 @@ def fit_batch(batch_size: int, rows: int, parts: int, asked: bool) -> tuple[int,
     return fitting, f" (the default of {batch_size} is more than the data)"
 
 
+def fit_envs(num_envs: int, world: int, asked: bool) -> tuple[int, str]:
+    """The number of environments over all processes, and a note when a default had to grow to give each its share.
+
+    Raises:
+        UserError: not divisible by the number of processes, and asked for by the user (names the two nearest).
+    """
+    below, above = num_envs // world * world, -(-num_envs // world) * world
+    if below == above:
+        return num_envs, ""
+    if asked:
+        choices = f"{below} or {above}" if below else f"{above}"
+        raise UserError(f"--num-envs {num_envs} is not divisible by {world} processes; use {choices}")
+    return above, f" (the default of {num_envs} is not divisible by {world} processes)"
+
+
 class Batches:
     """This process's part of every batch, from update `start` on.
 

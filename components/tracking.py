@@ -3,6 +3,7 @@
 import logging
 import netrc
 import os
+import queue
 import socket
 import threading
 import uuid
@@ -12,7 +13,8 @@ from typing import Any
 from urllib.parse import urlparse
 
 logger = logging.getLogger(__name__)
-PATIENCE = 4.0  # seconds for each of: finding the server, joining it, sending the rest at the end
+PATIENCE = 3.0  # seconds for each of: finding the server, joining it, going on without it
+WAITING = 10_000  # records that may wait for a server which does not answer; later ones are dropped
 
 
 class Tracker:
@@ -25,6 +27,7 @@ class Tracker:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.run: Any = None
+        self.records: queue.Queue[tuple[dict[str, Any], int] | None] = queue.Queue(WAITING)
 
     def start(self, config: dict[str, Any], project: str, name: str, group: str) -> None:
         """Join the server, or go on offline within seconds.
@@ -53,6 +56,8 @@ class Tracker:
                 continue
             if mode == "offline":
                 logger.warning("--track: wandb is offline; later: wandb sync %s/wandb/offline-run-*", self.folder)
+            self.sender = threading.Thread(target=self._send, daemon=True)
+            self.sender.start()
             return
 
     @staticmethod
@@ -71,13 +76,24 @@ class Tracker:
         return bool(found)
 
     def log(self, record: dict[str, Any], step: int) -> None:
-        """Mirror one record."""
-        if self.run is not None:
+        """Mirror one record; a thread sends it, so that a network which is lost holds nothing up."""
+        if self.run is not None and not self.records.full():
+            self.records.put(({key: value for key, value in record.items() if key != "step"}, step))
+
+    def _send(self) -> None:
+        """In a thread: send what is logged until `finish`, or until wandb fails."""
+        run = self.run
+        while (item := self.records.get()) is not None:
             try:
-                self.run.log({key: value for key, value in record.items() if key != "step"}, step=step)
+                run.log(item[0], step=item[1])
             except Exception as error:
                 logger.warning("--track: wandb stopped (%s); the run goes on without it", error)
                 self.run = None
+                return
+        try:
+            run.finish()
+        except Exception as error:
+            logger.warning("--track: wandb did not finish (%s); its files stay in the run folder", error)
 
     def video(self, path: Path, step: int) -> None:
         """Send a video file."""
@@ -88,8 +104,12 @@ class Tracker:
 
     def finish(self) -> None:
         """Send what is left, for a few seconds at most."""
-        if self.run is not None and not _within(2 * PATIENCE, self.run.finish):
-            logger.warning("--track: wandb did not finish in time; its files stay in the run folder")
+        if self.run is not None:
+            if not self.records.full():
+                self.records.put(None)
+            self.sender.join(2 * PATIENCE)
+            if self.sender.is_alive():
+                logger.warning("--track: wandb did not finish in time; its files stay in the run folder")
 
 
 def _within(seconds: float, action: Callable[[], Any]) -> bool:

@@ -47,6 +47,7 @@ class MetaWorldDemonstrations:
     """Folder that keeps finished demonstrations; empty for none."""
 
     env_name = "metaworld"  # whose options the command line shows; `build` returns the environment itself
+    debug_options = {"demos": 5}
 
     def build(self, **kwargs: Any) -> dict[str, Any]:
         """Return the demonstrations as {"dataset", "validation", "norm_stats", "env"}.

@@ -16,11 +16,13 @@ class GymnasiumEnv:
     """Registered id, such as Pendulum-v1, HalfCheetah-v5, or module:MyEnv-v0."""
     max_episode_steps: int | None = None
     """Steps until an episode is cut; None keeps the limit that is registered with the id."""
+    vectorization_mode: Literal["sync", "async"] = "sync"
+    """All environments in this process, or each in one of its own: for slow ones."""
     render_mode: Literal["rgb_array"] | None = None
     """Draw frames off screen."""
 
     def build(self, num_envs: int, seed: int) -> Any:
-        """Make a vector environment in this process.
+        """Make a vector environment, which resets in the step that ends an episode.
 
         Raises:
             UserError: an unknown id, or a package that the environment needs is missing.
@@ -34,7 +36,8 @@ class GymnasiumEnv:
         asked = {"max_episode_steps": self.max_episode_steps, "render_mode": self.render_mode}
         options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         try:
-            envs = gym.make_vec(self.id, num_envs, vectorization_mode="sync", **options)
+            options["vector_kwargs"] = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+            envs = gym.make_vec(self.id, num_envs, vectorization_mode=self.vectorization_mode, **options)
         except gym.error.DependencyNotInstalled as error:
             raise UserError(f"--env.id {self.id}: {error}") from error
         except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:

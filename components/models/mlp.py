@@ -50,6 +50,14 @@ class MLP:
         return MLPPolicy(nn.Sequential(*layers, nn.Linear(inputs, math.prod(shape))), keys, shape)
 
 
+def concatenated(observation: dict[str, Tensor] | Tensor, keys: list[str], prefix: str = "") -> Tensor:
+    """The vector observations of a batch side by side, `[B, sum of widths]`; the one tensor itself may be given."""
+    if isinstance(observation, Tensor):
+        return observation.flatten(1)
+    parts = [observation[prefix + key].flatten(1) for key in keys]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 class MLPPolicy(nn.Module):
     """Concatenates the observations `[B, ...]` and returns actions `[B, Da]` or chunks `[B, Ta, Da]`.
 
@@ -61,9 +69,4 @@ class MLPPolicy(nn.Module):
         self.net, self.keys, self.action_shape = net, keys, action_shape
 
     def forward(self, observation: dict[str, Tensor] | Tensor) -> Tensor:
-        if isinstance(observation, Tensor):
-            flat = observation.flatten(1)
-        else:
-            parts = [observation[key].flatten(1) for key in self.keys]
-            flat = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # [B, sum of widths]
-        return self.net(flat).unflatten(1, self.action_shape)
+        return self.net(concatenated(observation, self.keys)).unflatten(1, self.action_shape)

@@ -1,0 +1,201 @@
+"""Stepping environments to learn from them: where episodes end, what follows a step, and what to do about a fault."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .environments import Environments, FaultyEnvError, check_finite
+from .errors import UserError
+from .evaluation import observation_batch, success_of
+from .features import describe
+from .sampling import derive_seed
+
+
+def describe_env(envs: Any, name: str) -> dict[str, dict[str, Any]]:
+    """`spec` of an environment's transitions; its action carries the bounds, so that it is normalised to [-1, 1].
+
+    Raises:
+        UserError: actions that are no vector with finite bounds, or observations that are neither vectors nor pictures.
+    """
+    action, space = envs.single_action_space, envs.single_observation_space
+    if getattr(action, "shape", None) is None or len(action.shape) != 1 or not hasattr(action, "low"):
+        raise UserError(f"env {name!r} has the action space {action}; expected a Box of one dimension")
+    if not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
+        raise UserError(f"env {name!r} has actions without bounds ({action}); wrap it in RescaleAction or ClipAction")
+    for part in space.spaces.values() if hasattr(space, "spaces") else (space,):
+        if not (hasattr(part, "low") or hasattr(part, "spaces")):
+            raise UserError(f"env {name!r} has the observation space {space}; expected Box, or a Dict of Box")
+    observation, _ = envs.reset()
+    first = {key: as_tensor(value)[0] for key, value in observation_batch(observation).items()}
+    item = first | {"action": torch.zeros(action.shape), "reward": torch.tensor(0.0), "terminated": torch.tensor(False)}
+    item |= {f"next.{key}": value for key, value in first.items()}
+    return describe(item, {"action": {"min": action.low, "max": action.high}})
+
+
+def as_tensor(array: Any) -> Tensor:
+    """A copy as a tensor; pictures stay uint8, everything else becomes float32."""
+    array = np.asarray(array)
+    return torch.tensor(array, dtype=torch.uint8 if array.dtype == np.uint8 else torch.float32)
+
+
+class Collector:
+    """The environments of one process, stepped for ever: the only place that knows Gymnasium's autoreset modes.
+
+    A transition's successor is what followed its action, also at the end of an episode: under SAME_STEP that is
+    `final_obs`, under NEXT_STEP and DISABLED the observation itself. The step in which NEXT_STEP only resets is no
+    transition. So none crosses an episode.
+
+    An environment that raises, hangs, dies or gives NaN or Inf is named and replaced, together with those that share
+    its vector; what it gave is dropped, and the episodes that were going on count as truncated.
+
+    Args:
+        environments: Of this process.
+        seed: Of the run; environment i of all processes gets seeds from (seed, i, step at the start, replacements).
+        first: Index, over all processes, of this process's first environment.
+        limit: Replacements before the run fails.
+        say: Tells a line to the user.
+    """
+
+    def __init__(
+        self, environments: Environments, seed: int, first: int, limit: int, say: Callable[[str], None]
+    ) -> None:
+        self.environments, self.seed, self.first, self.limit, self.say = environments, seed, first, limit, say
+        self.started_at, self.replaced = 0, 0
+
+    @property
+    def _mode(self) -> str:
+        mode = (getattr(self.environments.envs, "metadata", None) or {}).get("autoreset_mode", "NextStep")
+        return str(getattr(mode, "value", mode)).replace("_", "").lower()
+
+    def start(self, step: int) -> None:
+        """Begin new episodes in all environments. Raises RuntimeError beyond the limit of replacements."""
+        self.started_at = step
+        while True:
+            indices = range(self.first, self.first + self.environments.num_envs)
+            self.seeds = [derive_seed(self.seed, i, step, self.replaced) % 2**31 for i in indices]
+            n = len(self.seeds)
+            self.returns, self.lengths = np.zeros(n), np.zeros(n, dtype=int)
+            self.succeeded: list[bool | None] = [None] * n
+            self.resetting = np.zeros(n, dtype=bool)  # under NEXT_STEP: the next step only resets
+            try:
+                observation, _ = self.environments.reset(seed=self.seeds)
+                self.observation = observation_batch(observation)
+                check_finite(self.observation, self.returns, range(n))
+                return
+            except FaultyEnvError as fault:
+                self._replace(fault, None)
+
+    def _replace(self, fault: FaultyEnvError, action: np.ndarray | None) -> None:
+        """Say what happened, and make new environments. Raises RuntimeError beyond the limit."""
+        i = fault.index
+        text = f"environment {self.first + i if i >= 0 else '(unknown)'}"
+        if i >= 0:
+            text += f" (seed {self.seeds[i]}, step {self.lengths[i]} of its episode)"
+        text += f" {fault.problem}"
+        if i >= 0 and action is not None:
+            text += f"; action {np.array2string(action[i], precision=6, threshold=20)}"
+        self.replaced += 1
+        if self.replaced > self.limit:
+            raise RuntimeError(f"{text}; replacement {self.replaced} is above --env-restarts {self.limit}") from fault
+        self.say(f"{text}; replaced ({self.replaced} of {self.limit}), its episode is cut")
+        try:
+            self.environments.rebuild(derive_seed(self.seed, self.first, self.started_at, self.replaced) % 2**31)
+        except FaultyEnvError as another:
+            self._replace(another, None)
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Tensor] | None, list[dict[str, float]]]:
+        """Act in all environments.
+
+        Args:
+            action: `[N, Da]` in the environments' units, float32.
+
+        Returns:
+            (transitions, episodes that ended). A transition has `[N, ...]` observation, action, reward, terminated and
+            `next.` keys, and two flags: `valid`, false for a step that only reset, and `ended`. None instead when the
+            environments had to be replaced: the episodes before are cut.
+
+        Raises:
+            RuntimeError: more faults than the limit.
+        """
+        envs = self.environments
+        before, resetting = self.observation, self.resetting
+        try:
+            observation, reward, terminated, truncated, info = envs.step(action)
+            ended = np.asarray(terminated) | np.asarray(truncated)
+            after = observation_batch(observation)
+            successor = after
+            if self._mode == "samestep" and ended.any():
+                successor = {key: np.array(value) for key, value in after.items()}
+                for i in np.flatnonzero(ended):
+                    for key, value in observation_batch(_row(info["final_obs"], int(i))).items():
+                        successor[key][i] = value[0]
+            elif self._mode == "disabled" and ended.any():
+                after = {key: np.array(value) for key, value in after.items()}
+                check_finite(after, reward, np.flatnonzero(~resetting))
+                fresh, _ = envs.reset(options={"reset_mask": np.array(ended)})
+                successor, after = after, observation_batch(fresh)
+            check_finite(successor, reward, np.flatnonzero(~resetting))
+            check_finite(after, reward, range(len(ended)))
+        except FaultyEnvError as fault:
+            self._replace(fault, action)
+            self.start(self.started_at)
+            return None, []
+        self.observation = {key: np.array(value) for key, value in after.items()}
+        self.resetting = ended if self._mode == "nextstep" else np.zeros_like(ended)
+        transitions = {key: as_tensor(value) for key, value in before.items()}
+        transitions |= {f"next.{key}": as_tensor(value) for key, value in successor.items()}
+        transitions |= {"action": as_tensor(action), "reward": as_tensor(reward)}
+        transitions |= {"terminated": torch.tensor(np.asarray(terminated, dtype=bool)), "ended": torch.tensor(ended)}
+        return transitions | {"valid": torch.tensor(~resetting)}, self._count(reward, ended, ~resetting, info)
+
+    def _count(self, reward: np.ndarray, ended: np.ndarray, valid: np.ndarray, info: Any) -> list[dict[str, float]]:
+        """Add up the episodes; returns those that ended: return, length, and success where it is told."""
+        self.returns += np.where(valid, reward, 0.0)
+        self.lengths += valid
+        episodes = []
+        for i in range(len(ended)):
+            if valid[i] and (success := success_of(info, i)) is not None:
+                self.succeeded[i] = bool(self.succeeded[i]) or success
+            if valid[i] and ended[i]:
+                episode = {"episode_return": float(self.returns[i]), "episode_length": float(self.lengths[i])}
+                if self.succeeded[i] is not None:
+                    episode["episode_success"] = float(bool(self.succeeded[i]))
+                episodes.append(episode)
+                self.returns[i], self.lengths[i], self.succeeded[i] = 0.0, 0, None
+        return episodes
+
+    def state_dict(self) -> dict[str, Any]:
+        """The replacements so far and, where the vector environment can save its state, all the rest."""
+        state: dict[str, Any] = {"replaced": self.replaced}
+        save = getattr(self.environments.envs, "state_dict", None)
+        if callable(save):
+            state |= {"envs": save(), "seeds": self.seeds, "succeeded": self.succeeded}
+            state["started_at"] = self.started_at
+            state["observation"] = {key: torch.tensor(value) for key, value in self.observation.items()}
+            state["counts"] = [torch.tensor(x) for x in (self.returns, self.lengths, self.resetting)]
+        return state
+
+    def restore(self, state: dict[str, Any], step: int) -> bool:
+        """Go on where `state_dict` was taken, or begin new episodes; returns whether the old ones go on."""
+        self.replaced = state.get("replaced", 0)
+        load = getattr(self.environments.envs, "load_state_dict", None)
+        self.start(step)
+        if "envs" not in state or not callable(load):
+            return False
+        load(state["envs"])
+        self.started_at, self.seeds, self.succeeded = state["started_at"], state["seeds"], state["succeeded"]
+        self.observation = {key: value.numpy() for key, value in state["observation"].items()}
+        self.returns, self.lengths, self.resetting = (value.numpy() for value in state["counts"])
+        return True
+
+
+def _row(values: Any, i: int) -> Any:
+    """Environment i's entry of `final_obs`, as a batch of one; `values` lists entries, or is a dict of batches."""
+    return {key: _row(value, i) for key, value in values.items()} if isinstance(values, dict) else _batch(values[i])
+
+
+def _batch(value: Any) -> Any:
+    return {key: _batch(part) for key, part in value.items()} if isinstance(value, dict) else np.asarray(value)[None]

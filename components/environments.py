@@ -1,0 +1,145 @@
+"""Vector environments that may misbehave: a call has a deadline, a fault names its environment, closing never hangs."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+
+class FaultyEnvError(RuntimeError):
+    """An environment that raised, hung, died, or gave what is not finite.
+
+    Args:
+        index: Which one, -1 where it cannot be told.
+        problem: What it did, in a few words.
+    """
+
+    def __init__(self, index: int, problem: str) -> None:
+        super().__init__(f"environment {index if index >= 0 else '(unknown)'} {problem}")
+        self.index, self.problem = index, problem
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError inside when it takes longer; 0 for no limit.
+
+    It needs signals, so it does nothing outside the main thread. A call into C that never returns is beyond its reach;
+    there `--hang-timeout` ends the run.
+    """
+    if seconds <= 0 or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def late(number: int, frame: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Environments:
+    """A `gymnasium.vector.VectorEnv` behind calls that end: `reset` and `step` raise FaultyEnvError on any fault.
+
+    Args:
+        make: (num_envs, seed) -> the vector environment; called again by `rebuild`.
+        num_envs, seed: What it is called with first.
+        timeout: Seconds that a call may take; 0 for no limit.
+    """
+
+    def __init__(self, make: Callable[[int, int], Any], num_envs: int, seed: int, timeout: float) -> None:
+        self.make, self.num_envs, self.timeout = make, num_envs, timeout
+        self.envs: Any = None
+        self.rebuild(seed)
+
+    def rebuild(self, seed: int) -> None:
+        """Put new environments in the place of all of them, since their common vector may be in any state.
+
+        Raises:
+            FaultyEnvError: they hang while they are made.
+        """
+        self.close()
+        self.turn = -1
+        try:
+            with deadline(self.timeout):
+                self.envs = self.make(self.num_envs, seed)
+        except TimeoutError as error:
+            raise FaultyEnvError(-1, f"took longer than {self.timeout:g} s to be made (--env-timeout)") from error
+        # An environment in this process says when its turn comes, so that whoever does not come back is known.
+        for index, env in enumerate(getattr(getattr(self.envs, "unwrapped", None), "envs", ())):
+            env.step, env.reset = self._marking(index, env.step), self._marking(index, env.reset)
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the vector environment's: its spaces, its metadata, `render`."""
+        return getattr(self.__dict__["envs"], name)
+
+    def _marking(self, index: int, call: Callable[..., Any]) -> Callable[..., Any]:
+        def marked(*arguments: Any, **keywords: Any) -> Any:
+            self.turn = index
+            return call(*arguments, **keywords)
+
+        return marked
+
+    def reset(self, **keywords: Any) -> tuple[Any, dict[str, Any]]:
+        """As the vector environment's own."""
+        return self._call("reset", self.envs.reset, **keywords)
+
+    def step(self, action: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """As the vector environment's own."""
+        return self._call("step", self.envs.step, action)
+
+    def _call(self, name: str, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        self.turn = -1
+        try:
+            with deadline(self.timeout):
+                return call(*arguments, **keywords)
+        except TimeoutError as error:
+            problem = f"did not come back from {name} within {self.timeout:g} s (--env-timeout)"
+            raise FaultyEnvError(self._culprit(hung=True), problem) from error
+        except EOFError as error:
+            raise FaultyEnvError(self._culprit(), f"died in {name}") from error
+        except (Exception, KeyboardInterrupt) as error:  # a worker process passes on its Ctrl-C
+            problem = f"raised {type(error).__name__} in {name}: {error}"
+            raise FaultyEnvError(self._culprit(), problem) from error
+
+    def _culprit(self, hung: bool = False) -> int:
+        """Which environment it was: the one whose turn it is, or the worker that is dead, failed or silent."""
+        base = getattr(self.envs, "unwrapped", None)
+        processes, pipes = getattr(base, "processes", None), getattr(base, "parent_pipes", None)
+        if not processes or not pipes:
+            return self.turn
+        for index, (process, pipe) in enumerate(zip(processes, pipes, strict=True)):
+            process.join(0.05 if not hung else 0)
+            if pipe is None or not process.is_alive():
+                return index
+            if hung and not pipe.poll(0):
+                return index
+        return -1
+
+    def close(self) -> None:
+        """Close them; worker processes, which may hang or be dead, are killed first."""
+        envs, self.envs = self.envs, None
+        if envs is None:
+            return
+        processes = getattr(getattr(envs, "unwrapped", None), "processes", ())
+        for process in processes:
+            process.kill()
+        with contextlib.suppress(Exception), deadline(5.0):
+            envs.close(**({"terminate": True} if processes else {}))
+
+
+def check_finite(observation: dict[str, np.ndarray], reward: np.ndarray, rows: Sequence[int] | np.ndarray) -> None:
+    """Raise FaultyEnvError for the first of `rows` whose observation or reward has a NaN or Inf."""
+    arrays = {**observation, "reward": np.asarray(reward)}
+    for key, array in arrays.items():
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            for row in rows:
+                if not np.isfinite(array[row]).all():
+                    raise FaultyEnvError(int(row), f"gave a NaN or Inf in {key!r}")

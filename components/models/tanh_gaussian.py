@@ -1,0 +1,86 @@
+"""Stochastic policy whose actions are a Gaussian squashed by tanh (Haarnoja et al., 2018, appendix C)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import UserError
+from ..features import vector_observations, width
+from .mlp import ACTIVATIONS, concatenated
+
+LOG_STD = (-20.0, 2.0)  # the bounds of the authors' code
+
+
+@dataclass(frozen=True)
+class TanhGaussian:
+    """Multi-layer perceptron to the mean and deviation of a Gaussian, squashed by tanh into (-1, 1)."""
+
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """Widths of the hidden layers."""
+    activation: Literal["relu", "gelu", "silu", "tanh", "elu"] = "relu"
+    """Nonlinearity of the hidden layers."""
+
+    def build(self, spec: dict[str, Any]) -> nn.Module:
+        """Size the network for the keys and shapes of `spec`.
+
+        Raises:
+            UserError: no action or vector observation in the data, chunks of actions, or options that make no sense.
+        """
+        if not self.hidden_dims or any(dim < 1 for dim in self.hidden_dims):
+            raise UserError(f"--model.hidden-dims {self.hidden_dims} must be positive")
+        if len(spec.get("action", {"shape": (1,)})["shape"]) != 1:
+            raise UserError(f"this policy gives single actions; the data has {tuple(spec['action']['shape'])}")
+        keys = vector_observations(spec)
+        inputs = sum(math.prod(spec[key]["shape"]) for key in keys)
+        layers: list[nn.Module] = []
+        for hidden in self.hidden_dims:
+            layers += [nn.Linear(inputs, hidden), ACTIVATIONS[self.activation]()]
+            inputs = hidden
+        return TanhGaussianPolicy(nn.Sequential(*layers, nn.Linear(inputs, 2 * width(spec, "action"))), keys)
+
+
+class TanhGaussianPolicy(nn.Module):
+    """Called, it gives the action of the mean, `[B, Da]`, which is how it is evaluated; `sample` draws.
+
+    Observations are a batch, or the one tensor itself; `prefix` "next." acts on the successors of a batch.
+    """
+
+    def __init__(self, net: nn.Sequential, keys: list[str]) -> None:
+        super().__init__()
+        self.net, self.keys = net, keys
+
+    def forward(self, observation: dict[str, Tensor] | Tensor) -> Tensor:
+        return self.gaussian(observation)[0].tanh()
+
+    def gaussian(self, observation: dict[str, Tensor] | Tensor, prefix: str = "") -> tuple[Tensor, Tensor]:
+        """Mean and logarithm of the deviation before tanh, both `[B, Da]`."""
+        mean, log_std = self.net(concatenated(observation, self.keys, prefix)).chunk(2, dim=1)
+        return mean, log_std.clamp(*LOG_STD)
+
+    def sample(
+        self, observation: dict[str, Tensor] | Tensor, noise: Tensor | None = None, prefix: str = ""
+    ) -> tuple[Tensor, Tensor]:
+        """A reparametrised action `[B, Da]` and its log-probability `[B]`; `noise` `[B, Da]` is drawn unless given."""
+        mean, log_std = self.gaussian(observation, prefix)
+        noise = torch.randn_like(mean) if noise is None else noise
+        before = mean + log_std.exp() * noise  # u = mu + sigma * eps
+        return before.tanh(), tanh_gaussian_log_prob(before, noise, log_std)
+
+
+def tanh_gaussian_log_prob(before: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
+    """Log-probability `[B]` of a = tanh(u), eq. 21: log N(u; mu, sigma) - sum log(1 - tanh(u)^2).
+
+    Args:
+        before: u `[B, Da]`.
+        noise: (u - mu) / sigma `[B, Da]`.
+        log_std: log sigma `[B, Da]`.
+
+    log(1 - tanh(u)^2) is written as 2 (log 2 - u - softplus(-2 u)), the same number, which does not overflow.
+    """
+    gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    squash = 2 * (math.log(2) - before - functional.softplus(-2 * before))
+    return (gaussian - squash).sum(1)

@@ -1,0 +1,133 @@
+"""Soft actor-critic with a learned temperature (Haarnoja et al., 2018, arXiv:1812.05905).
+
+Equation numbers are the paper's. a' and a are drawn from the policy pi, Q_i are the critics, Q'_i their targets:
+
+    y       = r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log pi(a'|s'))          eq. 3, 5
+    J_Q     = sum_i E 1/2 (Q_i(s, a) - y)^2                                                   eq. 5
+    J_pi    = E alpha log pi(a|s) - min_i Q_i(s, a)                                           eq. 7, 9
+    J_alpha = E -alpha (log pi(a|s) + H)        H: the target entropy                         eq. 18
+
+Deviation: the three gradients are taken at the same weights, before any of them steps (the paper's algorithm 1 steps
+one after the other), so that one backward pass serves all.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+from ..errors import UserError
+
+
+class SAC:
+    """Soft actor-critic on single transitions or n-step returns, from a replay buffer or a dataset with rewards."""
+
+    needs = {"policy": "tanh_gaussian", "critic": "q_ensemble", "temperature": "temperature"}
+    defaults = {
+        "env": "gymnasium",
+        "loss": "mse",
+        "optimizer": "adam",
+        "optimizer.lr": 1e-3,
+        "steps": 10_000,
+        "batch-size": 256,
+    }
+
+    @dataclass(frozen=True)
+    class Config:
+        """Soft actor-critic; the paper's values."""
+
+        discount: float = 0.99
+        """Discount factor gamma per environment step."""
+        n_step: int = 1
+        """Rewards that are summed before bootstrapping."""
+        target_rate: float = 0.005
+        """Fraction of the critics mixed into their targets after each update (tau)."""
+        target_entropy: float | None = None
+        """Entropy H that the temperature steers to; None takes minus the width of the action."""
+
+    def __init__(
+        self,
+        models: nn.ModuleDict,
+        optimizers: dict[str, Optimizer],
+        loss: nn.Module,
+        spec: dict[str, Any] | None = None,
+        config: Any = None,
+    ) -> None:
+        self.models: Any = models
+        self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
+        if not 0 < self.config.discount <= 1 or not 0 < self.config.target_rate <= 1:
+            rates = f"--trainer.discount {self.config.discount} and --trainer.target-rate {self.config.target_rate}"
+            raise UserError(f"{rates} must be in (0, 1]")
+        if spec is None:  # built without data, to look at
+            return
+        state = [key for key in spec if key.startswith("observation.")]
+        missing = [key for key in ("reward", "terminated", *(f"next.{k}" for k in state)) if key not in spec]
+        if missing:
+            raise UserError(f"sac learns from rewards and successors; the data has no {missing[0]!r}")
+        entropy = self.config.target_entropy
+        self.action_width = int(spec["action"]["shape"][-1])
+        self.target_entropy = -float(self.action_width) if entropy is None else entropy
+        models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
+
+    def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """J_Q, with the targets that need no gradient."""
+        with torch.no_grad():
+            action, log_prob = self.models["policy"].sample(data, prefix="next.")  # [B, Da], [B]
+            following = self.models["target_critic"](data, action, prefix="next.").amin(0)  # [B]
+            soft_value = following - self.models["temperature"]() * log_prob
+            discount = data.get("discount", self.config.discount)  # gamma^n where the rewards of n steps are summed
+            y = data["reward"] + discount * (1 - data["terminated"].float()) * soft_value
+        q = self.models["critic"](data, data["action"])  # [E, B]
+        y = y.expand_as(q)
+        loss = 0.5 * len(q) * self.loss(q, y)  # the mean over members and samples, times the members
+        return loss, {"critic_loss": loss.detach(), "q": q.detach().mean(), "reward": data["reward"].mean()}
+
+    def actor_losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """J_pi + J_alpha, at actions drawn now; neither moves the critics, nor J_pi the temperature."""
+        action, log_prob = self.models["policy"].sample(data)  # [B, Da], [B]
+        weights = {name: weight.detach() for name, weight in self.models["critic"].named_parameters()}
+        q = functional_call(self.models["critic"], weights, (data, action)).amin(0)  # [B]
+        alpha = self.models["temperature"]()
+        actor_loss = (alpha.detach() * log_prob - q).mean()
+        temperature_loss = -alpha * (log_prob.detach().mean() + self.target_entropy)
+        metrics = {"actor_loss": actor_loss, "temperature_loss": temperature_loss, "temperature": alpha}
+        metrics = {name: value.detach() for name, value in metrics.items()} | {"entropy": -log_prob.detach().mean()}
+        return actor_loss + temperature_loss, metrics
+
+    def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of all losses, whose gradients do not meet, and what is logged."""
+        critic_loss, metrics = self.critic_loss(data)
+        actor_losses, more = self.actor_losses(data)
+        return critic_loss + actor_losses, metrics | more
+
+    def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
+        loss, metrics = self.losses(data)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        with torch.no_grad():
+            targets: list[Any] = list(self.models["target_critic"].parameters())
+            torch._foreach_lerp_(targets, list(self.models["critic"].parameters()), self.config.target_rate)
+        return metrics
+
+    def explorer(self) -> nn.Module:
+        """What acts while data is collected: a draw from the policy."""
+        return Explorer(self.models["policy"], self.action_width)
+
+
+class Explorer(nn.Module):
+    """Draws actions `[B, Da]`, with the noise that the batch brings."""
+
+    def __init__(self, policy: nn.Module, action_width: int) -> None:
+        super().__init__()
+        self.policy: Any = policy
+        self.noise_shape = (action_width,)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.policy.sample(batch, batch["noise"])[0]

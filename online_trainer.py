@@ -1,0 +1,685 @@
+"""Learn a policy in an environment: online reinforcement learning.
+
+accelerate launch online_trainer.py --trainer sac                         # Pendulum-v1 in about two minutes
+accelerate launch --num_processes 8 online_trainer.py --trainer sac       # eight GPUs of one machine
+ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 online_trainer.py --trainer sac
+python online_trainer.py --trainer sac --env.id HalfCheetah-v5 --help     # the options of what is chosen
+python online_trainer.py --trainer sac --debug                            # small, in one process, with a debugger
+python online_trainer.py --resume runs/x                                  # go on where a run stopped
+"""
+
+import math
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+
+import protocols
+from components import (
+    REGISTRIES,
+    UserError,
+    checkpoint,
+    debug,
+    evaluation,
+    optimizers,
+    parallel,
+    policy,
+    run_record,
+)
+from components import command_line as cli
+from components.collection import Collector, describe_env
+from components.environments import Environments
+from components.metrics import Metrics
+from components.normalisation import Normaliser
+from components.random_state import get_random_state
+from components.replay import ReplayBuffer
+from components.run_record import Run
+from components.sampling import derive_seed, fit_batch, fit_envs, to_device
+
+# ---- arguments -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Names:
+    """What the first pass over the command line reads: the components bring the options of the second."""
+
+    trainer: str = ""
+    model: str = ""
+    loss: str = ""
+    optimizer: str = ""
+    env: str = ""
+    plugins: tuple[str, ...] = ()
+    resume: str = ""
+    debug: bool = False
+
+
+@dataclass(kw_only=True)
+class Args(Names):
+    """Learn a policy in an environment."""
+
+    trainer: Annotated[str, cli.choose(REGISTRIES["trainer"])] = "sac"
+    """Algorithm; it has defaults of its own for most of what follows."""
+    model: Annotated[str, cli.choose(REGISTRIES["model"])] = "tanh_gaussian"
+    """Network of the policy."""
+    loss: Annotated[str, cli.choose(REGISTRIES["loss"])] = "mse"
+    """Training objective."""
+    optimizer: Annotated[str, cli.choose(REGISTRIES["optimizer"])] = "adam"
+    """Optimizer of every model."""
+    env: Annotated[str, cli.choose(REGISTRIES["env"])] = "gymnasium"
+    """Environment to learn and to be evaluated in."""
+    plugins: tuple[str, ...] = ()
+    """Modules to import first, so that the components they register can be chosen."""
+    resume: str = ""
+    """Run folder to go on with; every option comes from it."""
+    debug: bool = False
+    """Everything small and in one process, autograd's anomaly detection on, shapes and norms printed."""
+    init_from: str = ""
+    """Run folder whose weights all models start from."""
+    load: tuple[str, ...] = ()
+    """Models that start from another run's weights, as NAME=RUN."""
+    freeze: tuple[str, ...] = ()
+    """Models that keep their weights."""
+    steps: int = 100_000
+    """Environment steps over all processes."""
+    num_envs: int = 4
+    """Environments over all processes; each process steps its part of them together."""
+    learning_starts: int = 1000
+    """Environment steps before the first update, whose actions are drawn uniformly."""
+    updates_per_step: float = 1.0
+    """Updates per environment step."""
+    buffer_size: int = 1_000_000
+    """Transitions that the replay buffer keeps, over all processes."""
+    save_buffer: bool = True
+    """Keep the replay buffer in the checkpoints; without it a resumed run fills a new one."""
+    env_restarts: int = 10
+    """Faults of its environments that each process mends by new ones."""
+    batch_size: int = 256
+    """Samples per update, over all processes and micro-steps."""
+    grad_accumulation: int = 1
+    """Micro-steps per update."""
+    grad_clip: float = 0.0
+    """Largest norm of a model's gradient; 0 does not clip."""
+    seed: int = 0
+    """Seed of weights, data order and noise."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """Compute precision, no or bf16; None follows `accelerate launch`."""
+    compile: bool = False
+    """Compile the trainer's losses; pays for long runs."""
+    run_dir: str = ""
+    """Folder of the run; by default one under runs/ with the time in its name."""
+    log_every: int = 50
+    """Environment steps between lines of metrics.jsonl."""
+    eval_every: int = 1000
+    """Environment steps between evaluations; 0 evaluates at the end only."""
+    eval_episodes: int = 20
+    """Episodes of an evaluation; 0 for none."""
+    eval_envs: int = 10
+    """Environments that each process steps together."""
+    eval_seed: int = 1_000_000
+    """Seed of the first evaluation episode; the others follow."""
+    env_timeout: float = 60.0
+    """Seconds that a step of the environments may take; 0 for no limit."""
+    hang_timeout: float = 1800.0
+    """Seconds without progress after which a process, or a peer that waits for it, ends the job; 0 for never."""
+    save_every: int = 5000
+    """Environment steps between checkpoints; 0 saves at the end only."""
+    save_minutes: float = 5.0
+    """Minutes after which a checkpoint is due anyway; 0 for never."""
+    keep_last: int = 2
+    """Checkpoints to keep, besides the best."""
+    track: bool = False
+    """Mirror the metrics to Weights & Biases."""
+    track_project: str = "tendon"
+    """Project there."""
+    track_name: str = ""
+    """Name there; by default the run folder's."""
+    track_group: str = ""
+    """Group there."""
+    trainer_options: Annotated[Any, tyro.conf.arg(name="trainer")]
+    model_options: Annotated[Any, tyro.conf.arg(name="model")]
+    loss_options: Annotated[Any, tyro.conf.arg(name="loss")]
+    optimizer_options: Annotated[Any, tyro.conf.arg(name="optimizer")]
+    env_options: Annotated[Any, tyro.conf.arg(name="env")]
+
+    @property
+    def subject(self) -> str:
+        """What is learnt in, in a run folder's default name."""
+        return str(getattr(self.env_options, "id", self.env)).replace("/", "-").replace(":", "-")
+
+
+LEAST = {"steps": 1, "batch_size": 1, "grad_accumulation": 1, "grad_clip": 0, "seed": 0, "num_envs": 1, "log_every": 1}
+LEAST |= {"learning_starts": 0, "updates_per_step": 0, "buffer_size": 1, "env_restarts": 0}
+LEAST |= {"eval_every": 0, "eval_episodes": 0, "eval_envs": 1, "eval_seed": 0}
+LEAST |= {"save_every": 0, "save_minutes": 0, "keep_last": 1, "env_timeout": 0, "hang_timeout": 0}
+RESUME_MAY_CHANGE = {"steps", "log_every", "eval_every", "save_every", "eval_episodes", "keep_last", "track", "resume"}
+RESUME_MAY_CHANGE |= {"env_timeout", "env_restarts", "hang_timeout"}
+CHOICES = [option for option in REGISTRIES if hasattr(Args, option)]  # the options that choose a component
+
+
+def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
+    """Parse the names first, then everything.
+
+    Returns the arguments, the command line that gives them (of a resumed run: its own, and what is given beside it),
+    and the record of the run that is resumed.
+    """
+    names, stored = cli.parse_names(Names, argv), {}
+    if resumed := names.resume:  # the run's own command line, and what is given beside it
+        stored = run_record.read_args(Path(resumed), made_by=Path(__file__).name)
+        asked = {option: getattr(names, option) or stored["args"][option] for option in CHOICES}
+        run_record.refuse_changes(resumed, stored["args"], asked, set())
+        argv = [*stored["argv"], *cli.without(argv, "--resume")]
+        names = cli.parse_names(Names, argv)
+    cli.import_plugins(names.plugins)
+    names.trainer = names.trainer or Args.trainer
+    trainer = cli.pick(REGISTRIES["trainer"], "trainer", names.trainer)
+    suits = {option: getattr(Args, option) for option in CHOICES} | getattr(trainer, "defaults", {})
+    if names.debug:
+        suits |= {name: value for name, value in debug.SMALL.items() if hasattr(Args, name)}
+    needs = needed_models(trainer, names.model)
+    names.model = next(iter(needs.values()))
+    if "dataset" in CHOICES:  # the data's environment comes before the trainer's
+        names.dataset = names.dataset or suits["dataset"]
+        dataset = cli.pick(REGISTRIES["dataset"], "dataset", names.dataset)
+        names.env = names.env or getattr(dataset, "env_name", "none")
+    for option in CHOICES:
+        setattr(names, option, getattr(names, option) or suits[option])
+
+    def options(option: str, name: str) -> Any:
+        component = object if (option, name) == ("env", "none") else cli.pick(REGISTRIES[option], option, name)
+        suiting = {k.partition(".")[2]: v for k, v in suits.items() if k.startswith(f"{option}.")}
+        suiting = suiting if name == suits.get(option, name) else {}
+        return cli.options_of(component, suiting | (getattr(component, "debug_options", {}) if names.debug else {}))
+
+    simple = {k.replace("-", "_"): v for k, v in suits.items() if "." not in k and k not in REGISTRIES}
+    groups = {f"{option}_options": options(option, getattr(names, option)) for option in CHOICES if option != "model"}
+    models = cli.model_options({model: options("model", name) for model, name in needs.items()})
+    with cli.one_line(f"defaults of the trainer {names.trainer!r}"):
+        default = Args(**vars(names) | simple, **groups, model_options=models)
+    args = cli.parse(Args, argv, default, quiet=os.environ.get("RANK", "0") != "0")
+    cli.at_least(args, LEAST)
+    if resumed:
+        run_record.refuse_changes(resumed, stored["args"], asdict(args), RESUME_MAY_CHANGE)
+        args.resume = resumed
+    return debug.plain(args) if args.debug else args, argv, stored
+
+
+def needed_models(trainer: type, model: str) -> dict[str, str]:
+    """Model name -> registry name, as the trainer declares, the policy's first; `--model` replaces the first."""
+    needs = dict(getattr(trainer, "needs", {"policy": getattr(trainer, "defaults", {}).get("model", "mlp")}))
+    first = "policy" if "policy" in needs else next(iter(needs))
+    return {first: model or needs.pop(first), **{name: entry for name, entry in needs.items() if name != first}}
+
+
+# ---- accelerate ----------------------------------------------------------------------------------------------------
+
+
+def start_accelerator(mixed_precision: str | None, hang_timeout: float) -> Accelerator:
+    """Start the processes' group and refuse the launches in which the gradients would not be right."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError("DeepSpeed and FSDP launches are not supported; launch with --multi_gpu, or with one process")
+    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16"):
+        raise UserError(f"mixed precision {precision} is not supported (its scaler fits one optimizer only); use bf16")
+    # How long processes wait for one that hangs: a little longer than that one, which knows where, waits for itself.
+    patience = timedelta(seconds=hang_timeout + 5) if hang_timeout else timedelta(days=365)
+    group = InitProcessGroupKwargs(timeout=patience)
+    accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group])
+    if str(accelerator.distributed_type.value) not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
+        raise UserError(
+            f"{accelerator.distributed_type.value} launches are not supported; use --multi_gpu or one process"
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate sees {accelerator.num_processes} process;"
+            " on a CPU, launch with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        )
+    return accelerator
+
+
+class StepHook:
+    """Makes one model's plain `optimizer.step()` right on N processes: agree, average, check, clip, then step.
+
+    Every process must step the same optimizers equally often, or the reduces would mix the gradients of two models
+    without an error; so each step first compares the model's index and its count.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, index: int, name: str, optimizer: Any, args: Args, metrics: Metrics
+    ) -> None:
+        self.accelerator, self.index, self.name, self.args, self.metrics = accelerator, index, name, args, metrics
+        self.iterations, self.count, self.waits = 0, 0, accelerator.device.type != "cuda"
+        self.loss: Any = 0.0  # sum of the losses since the last step; `watch_loss` adds them
+        self.first_bad = torch.full((), -1, device=accelerator.device)  # iteration of the first non-finite gradient
+        optimizer.register_step_pre_hook(self)
+        if args.grad_accumulation > 1:
+            accumulate(optimizer, args.grad_accumulation)
+
+    def __call__(self, optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        loss, self.loss = self.loss, 0.0
+        self.count += 1
+        if self.accelerator.num_processes > 1:
+            if len(arguments) > 1 or keywords.get("closure") is not None:
+                raise RuntimeError(f"model {self.name!r}: step(closure) works on one process only")
+            loss = self.average(parameters, loss)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return
+        if self.args.grad_accumulation > 1:
+            torch._foreach_div_(gradients, self.args.grad_accumulation)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        total = norm + loss  # not finite where either is not
+        if not self.waits:  # no synchronisation on a GPU: the update is gated there, `check` reads the flag later
+            finite = total.isfinite()
+            self.first_bad = torch.where((self.first_bad < 0) & ~finite, self.iterations, self.first_bad)
+            for gradient in gradients:
+                gradient.masked_fill_(self.first_bad >= 0, 0.0)
+        elif not math.isfinite(total):
+            self.first_bad.fill_(self.iterations)
+            self.check()
+        if self.args.grad_clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.args.grad_clip, norm)
+        self.metrics.add({f"train/grad_norm.{self.name}": norm})
+
+    def average(self, parameters: list[Any], loss: Any) -> torch.Tensor:
+        """Average the gradients over processes in one flat vector; a parameter without any keeps None."""
+        mine = torch.tensor([self.index, self.count % 4096, 0.0], device=self.accelerator.device)
+        mine[2] = loss
+        index, count, loss = self.accelerator.reduce(mine, "mean")
+        if index != self.index or count != self.count % 4096:
+            raise RuntimeError(
+                f"model {self.name!r}: a process skipped one of its optimizer steps (step {self.iterations})"
+            )
+        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=mine.device)
+        flat = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in parameters] + [has]
+        )
+        *means, has = self.accelerator.reduce(flat, "mean").split([p.numel() for p in parameters] + [len(has)])
+        for parameter, mean, some in zip(parameters, means, has.tolist(), strict=True):
+            parameter.grad = mean.view_as(parameter).to(parameter.dtype) if some else None
+        return loss
+
+    def check(self) -> None:
+        """Stop when a loss or gradient was not finite; also called when logging, and before a save or an evaluation."""
+        if (step := int(self.first_bad)) >= 0:
+            raise FloatingPointError(f"loss or gradient of model {self.name!r} is not finite at step {step}")
+
+
+def watch_loss(loss: torch.nn.Module, hooks: list[StepHook]) -> None:
+    """Tell the next optimizer step when the loss is not finite; its gradient may be finite all the same."""
+
+    def look(module: Any, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and torch.is_grad_enabled():
+            for hook in hooks:
+                hook.loss = hook.loss + output.detach().sum()
+
+    loss.register_forward_hook(look)
+
+
+def accumulate(optimizer: Any, micro_steps: int) -> None:
+    """Make every n-th `step` real, and `zero_grad` only after a real one; exact in both usual orders of the calls."""
+    real_step, real_zero_grad = optimizer.step, optimizer.zero_grad
+    calls = 0
+
+    def step(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real_step(*arguments, **keywords) if calls % micro_steps == 0 else None
+
+    def zero_grad(*arguments: Any, **keywords: Any) -> None:
+        if calls % micro_steps == 0:
+            real_zero_grad(*arguments, **keywords)
+
+    optimizer.step, optimizer.zero_grad = step, zero_grad
+
+
+@contextmanager
+def evaluation_mode(models: Any, opts: dict[str, Any], args: Args) -> Any:
+    """Dropout off, averaged weights in, and rank 0's buffers everywhere; afterwards back to training."""
+    parallel.broadcast(models, buffers_only=True)
+    models.eval()
+    optimizers.set_mode(opts, training=False)
+    yield
+    training_mode(models, opts, args)
+
+
+def training_mode(models: Any, opts: dict[str, Any], args: Args) -> None:
+    """Everything in training mode but the frozen models, whose buffers must not move either."""
+    models.train()
+    for name in args.freeze:
+        models[name].eval()
+    optimizers.set_mode(opts, training=True)
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+PROTOCOLS: dict[str, type] = {
+    "dataset": protocols.DatasetFactory,
+    "model": protocols.ModelFactory,
+    "loss": protocols.LossFactory,
+    "optimizer": protocols.OptimizerFactory,
+    "env": protocols.EnvFactory,
+}
+
+
+def build(option: str, name: str, options: Any, *arguments: Any, **keywords: Any) -> Any:
+    """Hold a factory against its protocol and call its `build`; whatever goes wrong is one line."""
+    with cli.one_line(f"{option} {name!r}"):
+        factory = cli.instantiate(REGISTRIES[option][name], options)
+        if problem := protocols.violation(factory, PROTOCOLS[option]):
+            raise UserError(problem)
+        product = factory.build(*arguments, **keywords)
+        if problem := protocols.misfit(product, PROTOCOLS[option]):
+            raise UserError(f"build must return {problem}")
+    return product
+
+
+class Learner(NamedTuple):
+    """Everything that learns: built alike, and used alike, in both scripts."""
+
+    models: torch.nn.ModuleDict
+    loss: torch.nn.Module
+    opts: dict[str, torch.optim.Optimizer]
+    trainer: Any
+    passed: list[str]  # what the trainer's `train_step` is passed besides the batch
+    metrics: Metrics
+    hooks: list[StepHook]
+    factories: dict[str, tuple[str, Any]]  # model name -> registry name and options
+
+
+def build_learner(args: Args, accelerator: Accelerator, spec: Any, updates: int) -> Learner:
+    """Models and loss, from scratch or from another run's weights; one optimizer per model that learns; the trainer."""
+    needs = needed_models(REGISTRIES["trainer"][args.trainer], args.model)
+    factories = {name: (entry, getattr(args.model_options, name)) for name, entry in needs.items()}
+    models = torch.nn.ModuleDict({name: build("model", *factory, spec) for name, factory in factories.items()})
+    loss = build("loss", args.loss, args.loss_options).to(accelerator.device)
+    if any(p.requires_grad for p in loss.parameters()):
+        models["loss"] = loss
+    checkpoint.initialise(models.to(accelerator.device), args.init_from, args.load, args.freeze)
+    learning = {name: [p for p in model.parameters() if p.requires_grad] for name, model in models.items()}
+    learning = {name: parameters for name, parameters in learning.items() if parameters}
+    if not learning:
+        raise UserError(f"nothing to train: --freeze {' '.join(args.freeze)} leaves no trainable parameters")
+    with_length = optimizers.with_length(args.optimizer_options, updates)
+    opts = {
+        name: build("optimizer", args.optimizer, optimizers.for_model(with_length, name, learning), parameters)
+        for name, parameters in learning.items()
+    }
+    trainer, passed = make_trainer(args, models, opts, loss, spec, accelerator.device)
+    parallel.broadcast(torch.nn.ModuleList([models, loss]))
+    metrics = Metrics()
+    hooks = [StepHook(accelerator, i, name, opt, args, metrics) for i, (name, opt) in enumerate(opts.items())]
+    watch_loss(loss, hooks)
+    return Learner(models, loss, opts, trainer, passed, metrics, hooks, factories)
+
+
+def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, device: Any) -> tuple[Any, list[str]]:
+    """Construct the trainer with what its signature names; returns it, and what its `train_step` is passed."""
+    cls = REGISTRIES["trainer"][args.trainer]
+    with cli.one_line(f"trainer {args.trainer!r}"):
+        extras = policy.trainer_extras(cls, args.trainer_options, spec, device)
+        if problem := protocols.unbindable(cls, "__init__", (), ("models", "optimizers", "loss", *extras)):
+            raise UserError(problem)
+        trainer = cls(models=models, optimizers=opts, loss=loss, **extras)
+        if problem := protocols.violation(trainer, protocols.Trainer):
+            raise UserError(problem)
+        if args.grad_accumulation > 1 and not getattr(trainer, "accumulates", False):
+            raise UserError("--grad-accumulation above 1 needs a trainer that declares accumulates = True; use 1")
+        if args.compile:
+            if not callable(getattr(trainer, "losses", None)):
+                raise UserError("--compile needs a trainer with losses(data)")
+            trainer.losses = torch.compile(trainer.losses)
+    return trainer, protocols.accepted(trainer.train_step, protocols.LOOP_PASSES)
+
+
+def make_evaluator(args: Args, actor: Any, name: str, env: Any, rank: int, world: int, run: Run) -> Any:
+    """What evaluates the acting policy, or None with a word about why not."""
+    if not args.eval_episodes or actor is None or name == "none":
+        if args.eval_episodes:
+            run.say("no evaluation: " + ("no environment is known (see --env)" if actor else "no policy acts here"))
+        return None
+    seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
+    slots = min(args.eval_envs, -(-len(seeds) // world))
+    envs = Environments(partial(build, "env", name, env), slots, args.eval_seed, args.env_timeout)
+    run.cleanup.callback(envs.close)
+    return evaluation.Evaluator(actor, envs, {"name": name, **asdict(env)}, seeds, rank, world, run.tick)
+
+
+def evaluate(evaluator: Any, step: int, run: Run) -> None:
+    """Play the episodes and tell the result; a failure of theirs is told, too, and the run goes on."""
+    result, problem = evaluator.evaluate(step)
+    if result is None:
+        run.say(f"the evaluation at step {step} failed, training goes on: {problem}")
+    else:
+        run.evaluated(result)
+
+
+def save(args: Args, learner: Learner, run: Run, progress: Any, mine: dict[str, Any], failed: int, last: bool) -> int:
+    """Write a checkpoint; returns how many have failed in a row. Raises at the third, and when it was the last try."""
+    models, loss, opts, trainer, *_ = learner
+    check(learner.hooks)
+    parallel.broadcast(models, buffers_only=True)
+    shared = checkpoint.shared_state(models, opts, loss, trainer, progress)
+    mine = {"random": get_random_state(), "metrics": learner.metrics.floats(), **mine}
+    info = {"trainer": args.trainer, "config": {k: v for k, v in run.config.items() if k != "run_dir"}}
+    try:
+        where, best = run.path / "checkpoints", progress["best_step"]
+        checkpoint.save(where, run.step, shared, mine, info, args.keep_last, run.rank, best, run.settle)
+    except Exception as error:
+        run.say(f"CHECKPOINT AT STEP {run.step} FAILED, {failed + 1} in a row, older ones are kept: {error}")
+        if failed == 2 or last:  # nothing ends well without its last checkpoint
+            raise
+        return failed + 1
+    run.saved()
+    return 0
+
+
+def finish(args: Args, learner: Learner, run: Run, actor: Any, evaluator: Any, env: Any) -> None:
+    """What is left behind: the policy, a film of it and the curves."""
+    with evaluation_mode(learner.models, learner.opts, args):
+        if run.first and actor is not None:
+            origin = (
+                (args.trainer, args.trainer_options),
+                learner.factories,
+                (args.loss, args.loss_options),
+                args.plugins,
+            )
+            policy.save_policy(run.path / "policy", actor, *origin)
+        if run.first and evaluator is not None and not args.debug:
+            film = run.path / "videos" / f"step-{run.step:09d}.mp4"
+            if problem := evaluator.film(film, env):
+                run.say(f"no video: {problem}")
+    if args.debug:
+        models, loss, opts, trainer, *_ = learner
+        restore = partial(checkpoint.restore, models=models, optimizers=opts, loss=loss, trainer=trainer)
+        debug.load_again(run.path, partial(restore, name=args.trainer), actor is not None, run.say)
+    run.finished()
+
+
+def main(argv: list[str]) -> int:
+    """Open the run folder and learn in it; returns the exit code."""
+    args, argv, stored = parse_args(argv)
+    accelerator = start_accelerator(args.mixed_precision or stored.get("mixed_precision"), args.hang_timeout)
+    if args.debug and accelerator.num_processes > 1:
+        raise UserError("--debug runs in one process; leave it out, or launch with --num_processes 1")
+    set_seed(args.seed)  # the same everywhere until the models exist
+    rank = accelerator.process_index
+    run_record.start_logging(rank)
+    name = f"{args.trainer}-{args.subject}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = parallel.on_first(rank, lambda: args.resume or run_record.claim(args.run_dir, name))
+    with Run(Path(path), rank, args.hang_timeout) as run, torch.autograd.set_detect_anomaly(args.debug):
+        if args.resume and run.finished_at() >= args.steps:
+            run.say(f"{path} is finished at step {run.finished_at()}; give more --steps to go on")
+        else:
+            learn(args, argv, accelerator, run)
+    accelerator.end_training()
+    return 0
+
+
+def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, run: Run) -> None:
+    """Build everything, go on from a checkpoint when resuming, and loop: act, remember, learn."""
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+
+    # Environments: every process has its part of them, known by their place among all, and remembers what they give.
+    num_envs, note = fit_envs(args.num_envs, world, cli.given(argv, "num-envs"))
+    mine = num_envs // world
+    make = partial(build, "env", args.env, args.env_options)
+    environments = Environments(make, mine, derive_seed(args.seed, rank) % 2**31, args.env_timeout)
+    run.cleanup.callback(environments.close)
+    spec = describe_env(environments, args.env)
+    normaliser = Normaliser(spec).to(device)
+    micro_steps = args.grad_accumulation
+    batch_size, _ = fit_batch(args.batch_size, args.batch_size, world * micro_steps, asked=True)
+    buffer = ReplayBuffer(spec, args.buffer_size, num_envs, mine, args.trainer_options)
+    collector = Collector(environments, args.seed, rank * mine, args.env_restarts, run.tell)
+
+    # What learns, what acts, what explores, and what evaluates.
+    learning_starts = args.learning_starts
+    if learning_starts >= args.steps and not cli.given(argv, "learning-starts"):
+        learning_starts = args.steps // 2
+        note += f"; learning starts at step {learning_starts}, the default of {args.learning_starts} is beyond the run"
+    learner = build_learner(args, accelerator, spec, int((args.steps - learning_starts) * args.updates_per_step))
+    models, loss, opts, trainer, passed, metrics, hooks, _ = learner
+    actor = policy.acting_policy(trainer, models, normaliser, spec)
+    if actor is None:
+        raise UserError(f"trainer {args.trainer!r} has nothing that acts: no policy(), and no model named 'policy'")
+    explorer = policy.Policy(trainer.explorer(), normaliser, spec) if hasattr(trainer, "explorer") else actor
+    evaluator = make_evaluator(args, actor, args.env, args.env_options, rank, world, run)
+
+    # From here on each process draws its own noise; a resumed run finds everything as it was but its environments.
+    set_seed(derive_seed(args.seed, rank) % 2**32)
+    training_mode(models, opts, args)
+    progress: dict[str, Any] = {"step": 0, "updates": 0, "owed": 0.0, "filled_from": 0, "best_step": -1}
+    own: dict[str, Any] = {}
+    if args.resume:
+        if found := parallel.on_first(rank, lambda: checkpoint.latest(run.path / "checkpoints")):
+            progress = checkpoint.restore(*found, models, opts, loss, trainer, args.trainer)
+            own = checkpoint.restore_rank(*found, rank, derive_seed(args.seed, rank, progress["step"]))
+            metrics.values = own.get("metrics", {})
+            if not buffer.restore(own, rank * mine):
+                progress["filled_from"] = progress["step"]
+        if progress["step"] > args.steps:
+            raise UserError(f"--steps {args.steps} is below step {progress['step']}, which {run.path} has reached")
+        run.rewind(progress["step"])
+        run.say(f"going on from step {progress['step']}{optimizers.kept_length(opts, args.steps)}")
+    step = progress["step"]
+    run.begin(args, argv, {"name": args.env, **asdict(args.env_options)}, step, accelerator.mixed_precision)
+    run.say(f"{run.path}: {world} process(es), {num_envs} environments{note}, batch {batch_size}, {args.steps} steps")
+    kept = "in memory and in checkpoints" if args.save_buffer else "in memory only: a resumed run fills a new one"
+    run.say(f"replay buffer: up to {buffer.megabytes(args.steps // num_envs) * world:.3g} MB {kept}")
+    if not collector.restore(own.get("collector", {}), step):
+        buffer.cut()
+    if args.debug:
+        debug.show_models(models, run.say)
+
+    # The loop. Whatever depends on a clock or a signal is decided once for all processes, about once a second.
+    low, high = environments.single_action_space.low, environments.single_action_space.high
+    bf16 = accelerator.mixed_precision == "bf16"  # no cache: it would serve weights from before a step in the same call
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+    stopping, failed_saves, next_vote, saved_at = False, 0, step, time.monotonic()
+    first, logged_at, logged_updates, data_s, step_s = progress["updates"], step, progress["updates"], 0.0, 0.0
+    while step < args.steps and not stopping:
+        # Act: at random until learning starts, then as the trainer explores.
+        began = time.perf_counter()
+        if step < learning_starts:
+            action = low + (high - low) * torch.rand(mine, len(low)).numpy()
+        else:
+            action = np.clip(explorer.act(collector.observation), low, high)
+        transitions, episodes = collector.step(action)
+        if transitions is None:  # a fault: the episodes are cut, new ones begin
+            buffer.cut()
+        else:
+            buffer.add(transitions)
+        for episode in episodes:
+            metrics.add(episode, "train/")
+        run.step = step = step + num_envs
+        run.beat()
+        data_s += time.perf_counter() - began
+
+        # Learn: so many updates for each environment step.
+        if step - progress["filled_from"] > learning_starts:
+            progress["owed"] += num_envs * args.updates_per_step
+        for hook in hooks:
+            hook.iterations = step
+        while progress["owed"] >= 1:
+            where = {"epoch": 0, "total_epochs": 1, "iterations": progress["updates"]}
+            for _ in range(micro_steps):
+                drawn = time.perf_counter()
+                batch = normaliser(to_device(buffer.sample(batch_size // (world * micro_steps)), device))
+                if args.debug and progress["updates"] == first:
+                    debug.show_batch(batch, run.say)
+                loaded = time.perf_counter()
+                with precision:
+                    metrics.add(trainer.train_step(batch, **{name: where[name] for name in passed}), "train/")
+                data_s, step_s = data_s + loaded - drawn, step_s + time.perf_counter() - loaded
+            progress["owed"] -= 1
+            progress["updates"] += 1
+            run.beat()
+
+        # Evaluate: episodes in environments of their own.
+        if evaluator is not None and due(step, num_envs, args.eval_every, args.steps):
+            check(hooks)
+            with evaluation_mode(models, opts, args):
+                evaluate(evaluator, step, run)
+            next_vote = step  # it may have been cut short because a stop was asked for
+
+        # Log: means over the interval and over the processes.
+        if due(step, num_envs, args.log_every, args.steps):
+            check(hooks)
+            count, made, seconds = step - logged_at, progress["updates"] - logged_updates, max(data_s + step_s, 1e-9)
+            rates = {f"train/lr.{name}": opt.param_groups[0]["lr"] for name, opt in opts.items()}
+            times = {"data_s": data_s / count, "step_s": step_s / count, "samples_per_s": made * batch_size / seconds}
+            times["env_steps_per_s"] = count / seconds
+            record = {"step": step, "updates": progress["updates"]} | metrics.means() | rates | times
+            run.log(record)
+            if args.debug:
+                debug.show_norms(record, run.say)
+            logged_at, logged_updates, data_s, step_s = step, progress["updates"], 0.0, 0.0
+
+        # Save: by steps, by time, and before stopping.
+        overdue = False
+        if step >= next_vote:
+            late = 0 < args.save_minutes * 60 < time.monotonic() - saved_at
+            votes = parallel.gather((run.stop.asked, late, time.perf_counter() - began))
+            stopping, overdue = any(vote[0] for vote in votes), votes[0][1]
+            next_vote = step + num_envs * (1 if world == 1 else min(max(int(1 / votes[0][2]), 1), 50))
+        if due(step, num_envs, args.save_every, args.steps) or overdue or stopping:
+            progress["step"], last = step, stopping or step >= args.steps
+            state = {"collector": collector.state_dict()} | (
+                {"buffer": buffer.state_dict()} if args.save_buffer else {}
+            )
+            failed_saves = save(args, learner, run, progress, state, failed_saves, last)
+            saved_at = time.monotonic()
+
+    if step < args.steps:
+        run.preempted()
+    else:
+        finish(args, learner, run, actor, evaluator, args.env_options)
+
+
+learn = learn_in_environment  # for `main`, which is the same in both scripts
+
+
+def due(step: int, stride: int, every: int, steps: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happened since `stride` steps before."""
+    return step >= steps or (every > 0 and step // every > (step - stride) // every)
+
+
+def check(hooks: list[StepHook]) -> None:
+    """Nothing that is not finite reaches the log, an evaluation or a checkpoint."""
+    for hook in hooks:
+        hook.check()
+
+
+if __name__ == "__main__":
+    run_record.run(main)
