@@ -493,9 +493,8 @@ def finish(args: Args, learner: Learner, run: Run, actor: Any, evaluator: Any, e
             if problem := evaluator.film(film, env):
                 run.say(f"no video: {problem}")
     if args.debug:
-        models, loss, opts, trainer, *_ = learner
-        restore = partial(checkpoint.restore, models=models, optimizers=opts, loss=loss, trainer=trainer)
-        debug.load_again(run.path, partial(restore, name=args.trainer), actor is not None, run.say)
+        parts = {"models": learner.models, "optimizers": learner.opts, "loss": learner.loss, "trainer": learner.trainer}
+        debug.load_again(run.path, partial(checkpoint.restore, **parts, name=args.trainer), actor is not None, run.say)
     run.finished()
 
 

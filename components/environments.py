@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -102,26 +103,23 @@ class Environments:
                 return call(*arguments, **keywords)
         except TimeoutError as error:
             problem = f"did not come back from {name} within {self.timeout:g} s (--env-timeout)"
-            raise FaultyEnvError(self._culprit(hung=True), problem) from error
-        except EOFError as error:
-            raise FaultyEnvError(self._culprit(), f"died in {name}") from error
+            raise FaultyEnvError(self._culprit(error), problem) from error
+        except (EOFError, ConnectionError) as error:
+            raise FaultyEnvError(self._culprit(error), f"died in {name}") from error
         except (Exception, KeyboardInterrupt) as error:  # a worker process passes on its Ctrl-C
             problem = f"raised {type(error).__name__} in {name}: {error}"
-            raise FaultyEnvError(self._culprit(), problem) from error
+            raise FaultyEnvError(self._culprit(error), problem) from error
 
-    def _culprit(self, hung: bool = False) -> int:
-        """Which environment it was: the one whose turn it is, or the worker that is dead, failed or silent."""
-        base = getattr(self.envs, "unwrapped", None)
-        processes, pipes = getattr(base, "processes", None), getattr(base, "parent_pipes", None)
-        if not processes or not pipes:
+    def _culprit(self, error: BaseException) -> int:
+        """Which one it was: whose turn it was or, of workers, whose pipe was closed or just read; -1 if unknown."""
+        pipes = getattr(getattr(self.envs, "unwrapped", None), "parent_pipes", None)
+        if not pipes:
             return self.turn
-        for index, (process, pipe) in enumerate(zip(processes, pipes, strict=True)):
-            process.join(0.05 if not hung else 0)
-            if pipe is None or not process.is_alive():
-                return index
-            if hung and not pipe.poll(0):
-                return index
-        return -1
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            for index, pipe in enumerate(pipes):
+                if pipe is not None and frame.f_locals.get("self") is pipe:
+                    return index
+        return pipes.index(None) if None in pipes else -1
 
     def close(self) -> None:
         """Close them; worker processes, which may hang or be dead, are killed first."""

@@ -29,10 +29,6 @@ class ReplayBuffer:
 
     def __init__(self, spec: dict[str, Any], size: int, num_envs: int, mine: int, options: Any) -> None:
         self.n_step, self.discount = int(getattr(options, "n_step", 1)), float(getattr(options, "discount", 0.99))
-        if self.n_step < 1 or not 0 < self.discount <= 1:
-            raise UserError(
-                f"--trainer.n-step {self.n_step} must be 1 or more, --trainer.discount {self.discount} in (0, 1]"
-            )
         self.length, self.num_envs = size // num_envs, mine
         if self.length < self.n_step:
             raise UserError(f"--buffer-size {size} has no room for {self.n_step} steps of {num_envs} environments")

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import offline_trainer  # noqa: E402
+import online_trainer  # noqa: E402
 import toy  # noqa: E402, F401  (registers the components that the tests use)
 from components import checkpoint  # noqa: E402
 from components.curves import read_lines  # noqa: E402
@@ -29,29 +30,58 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("launched") is not None)
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Run the offline script in this process on the toy data; returns its run folder."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def run(*options: object, folder: str = "run") -> Path:
-        argv = [str(option) for option in options]
-        if "--resume" not in argv:
-            argv = ["--run-dir", str(tmp_path / folder), *argv]
-        if "--dataset" not in argv and "--resume" not in argv:
-            argv += ["--dataset", "toy"]
-        if not any(word in argv for word in ("--batch-size", "--resume")):
-            argv += ["--batch-size", "16"]
-        if not any(word in argv for word in ("--eval-episodes", "--resume")):
-            argv += ["--eval-episodes", "0"]
-        AcceleratorState._reset_state(True)
-        PartialState._reset_state()
-        offline_trainer.main(argv)
-        return tmp_path / folder
-
-    yield run
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """The scripts install theirs; each test finds Python's own."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def fill(argv: list[str], defaults: dict[str, object]) -> list[str]:
+    """The command line with the options that it does not set."""
+    missing = {} if "--resume" in argv else {key: value for key, value in defaults.items() if key not in argv}
+    return [*argv, *(str(word) for pair in missing.items() for word in pair)]
+
+
+def in_this_process(main: Callable[[list[str]], int], argv: list[str]) -> None:
+    """Run a script's `main` as if it were the first one here."""
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    main(argv)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., Path]:
+    """Run the offline script in this process on the toy data; returns its run folder."""
+
+    def run(*options: object, folder: str = "run") -> Path:
+        small = {"--run-dir": tmp_path / folder, "--dataset": "toy", "--batch-size": 16, "--eval-episodes": 0}
+        in_this_process(offline_trainer.main, fill([str(option) for option in options], small))
+        return tmp_path / folder
+
+    return run
+
+
+ONLINE = {"--trainer": "sac", "--env": "gymnasium", "--num-envs": 2, "--batch-size": 16, "--learning-starts": 20}
+ONLINE |= {"--steps": 60, "--eval-episodes": 0}
+
+
+@pytest.fixture
+def online(tmp_path: Path) -> Callable[..., Path]:
+    """Run the online script in this process on the toy environment, with small networks; returns its run folder."""
+
+    def run(*options: object, folder: str = "run") -> Path:
+        argv = fill([str(option) for option in options], {"--run-dir": tmp_path / folder, **ONLINE})
+        if "--resume" not in argv and argv[argv.index("--env") + 1] == "gymnasium" and "--env.id" not in argv:
+            argv += ["--env.id", "TendonToy-v0", "--env.max-episode-steps", "10"]
+        if "--resume" not in argv and argv[argv.index("--trainer") + 1] == "sac":
+            argv = fill(argv, {"--model.hidden-dims": 16, "--model.critic.hidden-dims": 16})
+        in_this_process(online_trainer.main, argv)
+        return tmp_path / folder
+
+    return run
 
 
 def weights(run: Path, model: str = "policy") -> dict[str, torch.Tensor]:
@@ -68,7 +98,7 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def learned(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without the times."""
-    times = ("data_s", "step_s", "samples_per_s")
+    times = ("data_s", "step_s", "samples_per_s", "env_steps_per_s")
     lines = read_lines(run / "metrics.jsonl")
     return [{key: value for key, value in line.items() if key not in times} for line in lines]
 

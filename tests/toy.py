@@ -2,6 +2,7 @@
 
 import copy
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from components import (
     DATASET_BUILDER_REGISTRY,
+    ENV_BUILDER_REGISTRY,
     LOSS_BUILDER_REGISTRY,
     MODEL_BUILDER_REGISTRY,
     TRAINER_REGISTRY,
@@ -43,6 +45,87 @@ class ToyEnv(gym.Env):
 
 
 gym.register("TendonToy-v0", entry_point=ToyEnv)
+
+
+class SavableEnvs(gym.vector.SyncVectorEnv):
+    """Toys that save everything: their states, their generators, and what their vector keeps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        toys = [env.unwrapped for env in self.envs]
+        own = [
+            {"state": torch.tensor(e.state), "good": e.good, "count": e.count, "rng": e.np_random.bit_generator.state}
+            for e in toys
+        ]
+        return {"toys": own, "autoreset": torch.tensor(self._autoreset_envs)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for env, own in zip(self.envs, state["toys"], strict=True):
+            toy = env.unwrapped
+            toy.state, toy.good, toy.count = own["state"].numpy(), own["good"], own["count"]
+            toy.np_random.bit_generator.state = own["rng"]
+        self._autoreset_envs = state["autoreset"].numpy()
+
+
+@dataclass(frozen=True)
+class Savable:
+    """Toys whose state a checkpoint can hold."""
+
+    mode: str = "NextStep"
+    """Autoreset mode."""
+
+    def build(self, num_envs: int, seed: int) -> Any:
+        return SavableEnvs([ToyEnv] * num_envs, autoreset_mode=self.mode)
+
+
+ENV_BUILDER_REGISTRY["savable"] = Savable
+
+
+class FaultyEnv(ToyEnv):
+    """Misbehaves at one of its steps, if it is the one that should."""
+
+    def __init__(self, index: int, options: "Faulty") -> None:
+        self.index, self.options, self.own = index, options, 0
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.own += 1
+        observation, reward, terminated, truncated, info = super().step(action)
+        if self.index == self.options.index and self.own == self.options.at:
+            match self.options.kind:
+                case "raise":
+                    raise ArithmeticError("simulator exploded")
+                case "hang":
+                    time.sleep(1000)
+                case "die":
+                    os._exit(3)
+                case "nan":
+                    observation = observation * float("nan")
+                case "inf reward":
+                    reward = float("inf")
+                case "end nan":
+                    observation, truncated = observation * float("nan"), True
+        return observation, reward, terminated, truncated, info
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """Toys of which one misbehaves, again and again: its replacement does, too."""
+
+    kind: str = "raise"
+    """What it does."""
+    at: int = 7
+    """At which of its steps."""
+    index: int = 1
+    """Which one."""
+    workers: bool = False
+    """In processes of their own."""
+
+    def build(self, num_envs: int, seed: int) -> Any:
+        vector = gym.vector.AsyncVectorEnv if self.workers else gym.vector.SyncVectorEnv
+        makes = [lambda i=i: FaultyEnv(i, self) for i in range(num_envs)]
+        return vector(makes, autoreset_mode="SameStep")
+
+
+ENV_BUILDER_REGISTRY["faulty"] = Faulty
 
 
 @dataclass(frozen=True)

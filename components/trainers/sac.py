@@ -62,6 +62,8 @@ class SAC:
         if not 0 < self.config.discount <= 1 or not 0 < self.config.target_rate <= 1:
             rates = f"--trainer.discount {self.config.discount} and --trainer.target-rate {self.config.target_rate}"
             raise UserError(f"{rates} must be in (0, 1]")
+        if self.config.n_step < 1:
+            raise UserError(f"--trainer.n-step {self.config.n_step} must be 1 or more")
         if spec is None:  # built without data, to look at
             return
         state = [key for key in spec if key.startswith("observation.")]
