@@ -374,7 +374,8 @@ def append_line(path: Path, record: dict[str, Any], wait: bool = True) -> None:
         with open(path, "a") as file:
             file.write(line)
     except OSError:
-        os.truncate(path, before)
+        with contextlib.suppress(FileNotFoundError):
+            os.truncate(path, before)
         raise
     if wait:
         sync(path)

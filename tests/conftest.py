@@ -109,12 +109,16 @@ def states(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def environ(**env: str) -> dict[str, str]:
+    """The variables of a user's shell."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "WANDB_"))}
+    return clean | {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", **env}
+
+
 def command(*words: object, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a command line as a user would."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "WANDB_"))}
-    clean |= {"PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1", **env}
     texts = [str(word) for word in words]
-    return subprocess.run(texts, cwd=cwd, env=clean, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(texts, cwd=cwd, env=environ(**env), capture_output=True, text=True, timeout=timeout)
 
 
 def two_processes(*words: object, cwd: Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,9 @@
-"""Kill runs of the offline script with kill -9 and resume them, until they end; compare with a run that never stopped.
+"""Kill runs of a script with kill -9 and resume them, until they end; compare with a run that never stopped.
 
-python tests/killer.py --processes 1 --kills 200      # prints kills, kills inside a save, runs, lost, different
+python tests/killer.py --script offline --processes 1 --kills 200
+python tests/killer.py --script online --processes 2 --kills 200
+
+Prints kills, kills inside a save, runs, lost, different. The online runs learn in an environment that saves its state.
 """
 
 import argparse
@@ -23,38 +26,23 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch  # noqa: E402
 
 import offline_trainer  # noqa: E402
+import online_trainer  # noqa: E402
 import toy  # noqa: E402, F401
 from components import checkpoint  # noqa: E402
 from components.curves import read_lines  # noqa: E402
 
-OPTIONS = [
-    "--trainer",
-    "bc",
-    "--dataset",
-    "toy",
-    "--batch-size",
-    "16",
-    "--eval-episodes",
-    "0",
-    "--model.dropout",
-    "0.2",
-]
-OPTIONS += [
-    "--steps",
-    "120",
-    "--save-every",
-    "7",
-    "--log-every",
-    "10",
-    "--eval-every",
-    "20",
-    "--model.hidden-dims",
-    "64",
-]
+BOTH = "--batch-size 16 --eval-episodes 0 --log-every 10"
+OPTIONS = {
+    "offline": "--trainer bc --dataset toy --model.dropout 0.2 --steps 120 --save-every 7 --eval-every 20"
+    " --model.hidden-dims 64",
+    "online": "--trainer sac --env savable --num-envs 2 --learning-starts 20 --steps 160 --save-every 10"
+    " --trainer.n-step 2 --model.hidden-dims 32 --model.critic.hidden-dims 32",
+}
+SCRIPTS = {"offline": offline_trainer, "online": online_trainer}
 saving = mmap.mmap(-1, 1)  # shared with the children: 1 while a checkpoint is being written
 
 
-def train(run: Path, rank: int, processes: int, port: int) -> None:
+def train(script: str, run: Path, rank: int, processes: int, port: int) -> None:
     """In a child: start the run, or go on with it."""
     if processes > 1:
         group = {
@@ -74,26 +62,28 @@ def train(run: Path, rank: int, processes: int, port: int) -> None:
         saving[0] = 0
 
     checkpoint.save = save
-    where = ["--resume", str(run)] if (run / "args.json").exists() else ["--run-dir", str(run), *OPTIONS]
+    where = ["--resume", str(run)] if (run / "args.json").exists() else ["--run-dir", str(run)]
+    if where[0] == "--run-dir":
+        where += f"{OPTIONS[script]} {BOTH}".split()
     code = 3
     try:
         with open(os.devnull, "w") as silence:
             sys.stdout = sys.stderr = silence
-            code = offline_trainer.main(where)
+            code = SCRIPTS[script].main(where)
     except BaseException as error:
         run.parent.joinpath("error.txt").write_text(f"{type(error).__name__}: {error}")
     finally:
         os._exit(code)
 
 
-def spawn(run: Path, processes: int, port: int) -> list[int]:
+def spawn(script: str, run: Path, processes: int, port: int) -> list[int]:
     """Fork the processes of one attempt."""
     saving[0] = 0
     children = []
     for rank in range(processes):
         child = os.fork()
         if child == 0:
-            train(run, rank, processes, port)
+            train(script, run, rank, processes, port)
         children.append(child)
     return children
 
@@ -111,13 +101,14 @@ def result(run: Path) -> Any:
     """Everything that has to be equal: the newest checkpoint's files, the policy, the metrics without the times."""
     folder, _ = checkpoint.newest(run / "checkpoints", set_aside=False)
     files = [*sorted(folder.iterdir()), run / "policy" / "model.safetensors"]
-    times = {"data_s", "step_s", "samples_per_s"}
+    times = {"data_s", "step_s", "samples_per_s", "env_steps_per_s"}
     lines = [{k: v for k, v in line.items() if k not in times} for line in read_lines(run / "metrics.jsonl")]
     return [path.read_bytes() for path in files], lines, json.loads((run / "status.json").read_text())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--script", choices=SCRIPTS, default="offline")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -131,7 +122,7 @@ def main() -> int:
     importlib.import_module("matplotlib.pyplot")
     began = time.monotonic()
     port = 20_000 + os.getpid() % 20_000
-    codes = wait(spawn(root / "whole", processes, port))
+    codes = wait(spawn(args.script, root / "whole", processes, port))
     assert codes == [0] * processes, (codes, (root / "error.txt").read_text())
     duration, expected = time.monotonic() - began, result(root / "whole")
     kills = inside = runs = lost = different = attempts = 0
@@ -140,14 +131,17 @@ def main() -> int:
         runs += 1
         while not done:
             attempts += 1
-            children = spawn(run, processes, port + attempts)
-            time.sleep(chance.uniform(0.0, 0.7 * duration))
-            if chance.random() < 0.5:  # half of the kills are aimed into a save
-                limit = time.monotonic() + duration / 3
-                while not saving[0] and time.monotonic() < limit:
-                    pass
-                time.sleep(chance.uniform(0, 0.002))
+            children = spawn(args.script, run, processes, port + attempts)
             victim = chance.choice(children)
+            if chance.random() < 0.5:
+                time.sleep(chance.uniform(0.0, 0.7 * duration))
+            else:  # half of the kills are aimed into a save: one of the next three
+                for _ in range(chance.randint(1, 3)):
+                    while saving[0] and not gone(victim):
+                        time.sleep(0.0002)
+                    while not saving[0] and not gone(victim):
+                        time.sleep(0.0002)
+                time.sleep(chance.uniform(0, 0.003))
             if gone(victim):
                 codes = wait(children)
                 if codes != [0] * processes:
@@ -178,7 +172,7 @@ def main() -> int:
             shutil.rmtree(run)
     seconds = time.monotonic() - began
     print(
-        f"{processes} process(es): {kills} kills, {inside} inside a save, {runs} runs,"
+        f"{args.script}, {processes} process(es): {kills} kills, {inside} inside a save, {runs} runs,"
         f" {lost} lost, {different} different, {seconds:.0f} s"
     )
     return int(lost + different > 0)

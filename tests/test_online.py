@@ -110,7 +110,7 @@ def test_the_buffer_can_be_left_out(online: Script, tmp_path: Path, capsys: pyte
 
 def test_a_run_of_the_other_script_is_refused(online: Script, script: Script) -> None:
     run = online("--steps", 30)
-    with pytest.raises(UserError, match=r"is a run of online_trainer.py; go on with: python online_trainer.py --resume"):
+    with pytest.raises(UserError, match="is a run of online_trainer.py; go on with: python online_trainer.py --resu"):
         script("--resume", run)
 
 

@@ -304,6 +304,42 @@ class BadLoss:
 LOSS_BUILDER_REGISTRY["bad"] = BadLoss
 
 
+class Trouble(Minimal):
+    """Takes its time, and on one process does what must not keep the others waiting."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """What happens, where and when."""
+
+        seconds: float = 0.02
+        """Seconds a call."""
+        kind: str = "none"
+        """raise, hang, die, or none."""
+        rank: int = 1
+        """On which process."""
+        at: int = 40
+        """At which call."""
+
+    def __init__(self, models: Any, optimizers: Any, loss: Any, device: Any, config: Any) -> None:
+        super().__init__(models, optimizers, loss, device)
+        self.config = config
+
+    def train_step(self, data: dict[str, Any], iterations: int) -> dict[str, Any]:  # type: ignore[override]
+        time.sleep(self.config.seconds)
+        if iterations == self.config.at and int(os.environ.get("RANK", "0")) == self.config.rank:
+            match self.config.kind:
+                case "raise":
+                    raise ArithmeticError("trouble")
+                case "hang":
+                    time.sleep(1000)
+                case "die":
+                    os.kill(os.getpid(), 9)
+        return super().train_step(data)
+
+
+TRAINER_REGISTRY["trouble"] = Trouble
+
+
 class ManyUpdates(Minimal):
     """Twenty updates in one call; autocast must not serve weights from before a step."""
 

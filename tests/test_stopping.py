@@ -1,0 +1,371 @@
+"""Stopping on request, and runs that fail: what is saved, what is said, and who is left behind."""
+
+import functools
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from components import TRAINER_REGISTRY, checkpoint, run_record
+from components.curves import read_lines
+from components.run_record import Run, StopRequest
+from conftest import ROOT, environ, learned, states, weights
+
+Script = Callable[..., Path]
+OFFLINE = (ROOT / "offline_trainer.py", "--plugins", "toy", "--dataset", "toy", "--batch-size", 16)
+ONLINE = (ROOT / "online_trainer.py", "--plugins", "toy", "--trainer", "sac", "--env", "savable", "--batch-size", 16)
+TROUBLE = (*OFFLINE, "--trainer", "trouble", "--eval-episodes", 0, "--log-every", 10, "--steps", 100_000)
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--quiet")
+TWO = ("--multi_gpu", "--num_processes", "2")
+
+
+def status(run: Path) -> dict[str, Any]:
+    return json.loads((run / "status.json").read_text())
+
+
+# ---- in this process -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def signal_at(name: str, call: int, number: int) -> Iterator[None]:
+    """Send this process a signal in the middle of a call of a trainer's `train_step`."""
+    cls, count = TRAINER_REGISTRY[name], iter(range(10**9))
+    whole = cls.train_step
+
+    def train_step(self: Any, data: Any) -> Any:
+        if next(count) == call:
+            os.kill(os.getpid(), number)
+        return whole(self, data)
+
+    cls.train_step = train_step
+    try:
+        yield
+    finally:
+        cls.train_step = whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_stops_at_the_next_step(script: Script, number: int) -> None:
+    options = ("--trainer", "bc", "--steps", 40, "--model.dropout", 0.3, "--log-every", 7)
+    whole = script(*options, folder="whole")
+    with signal_at("bc", 12, number):
+        run = script(*options)
+    assert status(run) == {"state": "preempted", "step": 13, "reason": "stopped by a signal"}
+    assert checkpoint.newest(run / "checkpoints")[1]["step"] == 13
+    assert not (run / "policy").exists()
+    script("--resume", run)
+    assert states(run) == states(whole) and learned(run)[-1] == learned(whole)[-1]
+
+
+def test_the_online_script_stops_likewise(online: Script) -> None:
+    options = ("--env", "savable", "--steps", 80, "--trainer", "sac")
+    whole = online(*options, folder="whole")
+    with signal_at("sac", 12, signal.SIGTERM):
+        run = online(*options)
+    assert status(run)["state"] == "preempted" and status(run)["step"] == 34
+    online("--resume", run)
+    assert states(run) == states(whole)
+
+
+@pytest.mark.parametrize("which", ["script", "online"])
+def test_a_long_evaluation_does_not_hold_up_the_stop(
+    which: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threading.Timer(3.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    options = ("--eval-episodes", 10**6, "--eval-envs", 2, "--eval-every", 30, "--steps", 100, "--save-every", 0)
+    run = request.getfixturevalue(which)(*options)
+    assert time.monotonic() - began < 10
+    assert status(run)["state"] == "preempted" and status(run)["step"] == 30
+    assert "the evaluation at step 30 failed, training goes on: process 0: StoppedError" in capsys.readouterr().out
+    assert checkpoint.newest(run / "checkpoints")[1]["step"] == 30
+
+
+def test_before_the_run_has_begun_a_signal_leaves_at_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, 0)
+    with pytest.raises(SystemExit) as stop, run:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert stop.value.code == 143
+
+
+def test_one_request_sent_twice_is_one_request() -> None:
+    stop = StopRequest()
+    stop.armed = True
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+        time.sleep(0.001)
+    stop.asked_at -= 10
+    os.kill(os.getpid(), signal.SIGUSR1)  # the launcher's end is no second request, however late
+    time.sleep(0.001)
+    assert stop.asked
+
+
+class Full:
+    """A disk without room for a while."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, files: str) -> None:
+        self.full, self.files, self.whole = True, re.compile(files), open
+        monkeypatch.setattr("builtins.open", self.open)
+
+    def open(self, file: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
+        if self.full and set(mode) & set("wa") and self.files.search(str(file)):
+            raise OSError(28, "No space left on device")
+        return self.whole(file, mode, *arguments, **keywords)
+
+
+def test_a_full_disk_loses_no_line_of_the_log(
+    script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = Full(monkeypatch, r"metrics.jsonl|eval.jsonl|status.json-new")
+    saves = checkpoint.save
+
+    def save(root: Path, step: int, *arguments: Any) -> None:
+        disk.full = step < 30
+        saves(root, step, *arguments)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    run = script("--trainer", "bc", "--steps", 40, "--log-every", 5, "--save-every", 10)
+    out = capsys.readouterr().out
+    assert "metrics.jsonl CANNOT BE WRITTEN (No space left on device), its lines are kept" in out
+    assert "CHECKPOINT AT STEP 10 FAILED, 1 in a row" in out and "CHECKPOINT AT STEP 20 FAILED, 2 in a row" in out
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(5, 41, 5))
+    assert status(run)["state"] == "finished"
+
+
+def test_no_float64_where_apple_has_none(online: Script, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's MPS lacks float64: none may come up in a batch, in an update, or in what acts."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from components.normalisation import Normaliser
+    from components.policy import Policy
+
+    calls: list[str] = []
+
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (list, tuple)) else [out]:
+                assert not (isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64), function
+            return out
+
+    def watched(owner: Any, name: str) -> None:
+        whole = getattr(owner, name)
+
+        @functools.wraps(whole)
+        def method(*arguments: Any, **keywords: Any) -> Any:
+            calls.append(name)
+            with NoFloat64():
+                return whole(*arguments, **keywords)
+
+        monkeypatch.setattr(owner, name, method)
+
+    for trainer in ("bc", "sac"):
+        watched(TRAINER_REGISTRY[trainer], "train_step")
+    watched(Normaliser, "__call__")
+    watched(Policy, "_forward")
+    watched(torch.optim.Optimizer, "zero_grad")
+    online("--eval-episodes", 2, "--trainer.n-step", 2, "--steps", 40)
+    script("--trainer", "bc", "--steps", 4, "--eval-episodes", 2, folder="offline")
+    assert {"train_step", "__call__", "_forward", "zero_grad"} <= set(calls)
+
+
+# ---- real processes ------------------------------------------------------------------------------------------------
+
+
+class Job:
+    """A command line in a process group of its own."""
+
+    def __init__(self, *words: object, cwd: Path, cpu: bool = False, **options: Any) -> None:
+        env = environ(**({"ACCELERATE_USE_CPU": "true"} if cpu else {}))
+        texts = [str(word) for word in words]
+        self.out = open(cwd / "out.txt", "w")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            texts, cwd=cwd, env=env, stdout=self.out, stderr=subprocess.STDOUT, start_new_session=True, **options
+        )
+        self.run = cwd / "run"
+
+    def wait_for_line(self, count: int = 1) -> None:
+        """Until the run is under way."""
+        self._until(lambda: len(read_lines(self.run / "metrics.jsonl")) >= count, 90)
+
+    def end(self, seconds: float) -> int:
+        """The exit code; fails when it takes longer."""
+        return self.process.wait(seconds)
+
+    def worker(self) -> int:
+        """Process number of rank 0."""
+        return int((self.run / ".lock").read_text())
+
+    def _until(self, condition: Callable[[], bool], seconds: float) -> None:
+        limit = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < limit and self.process.poll() is None, self.text()
+            time.sleep(0.05)
+
+    def text(self) -> str:
+        return Path(self.out.name).read_text()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def members(session: int) -> set[int]:
+    """The living processes of a session, and of the sessions that its members have started."""
+    found = {session}
+    for _ in range(4):
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = path.read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[1]) in found or int(fields[3]) in found:
+                found.add(int(path.parent.name))
+    return {pid for pid in found if alive(pid)}
+
+
+real = [pytest.mark.slow, pytest.mark.launched]
+
+
+@pytest.mark.launched
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_launch_of_one_leaves_no_orphan(tmp_path: Path, number: int) -> None:
+    job = Job(*LAUNCH, *TROUBLE, "--run-dir", "run", cwd=tmp_path)
+    job.wait_for_line()
+    worker = job.worker()
+    assert alive(worker) and worker != job.process.pid
+    job.process.send_signal(number)
+    job.end(25)
+    limit = time.monotonic() + 25
+    while alive(worker) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not alive(worker)
+    assert status(job.run)["state"] == "preempted"
+    assert checkpoint.newest(job.run / "checkpoints")[1]["step"] == status(job.run)["step"]
+
+
+@pytest.mark.launched
+def test_a_process_that_raises_ends_the_job(tmp_path: Path) -> None:
+    options = ("--trainer.kind", "raise", "--run-dir", "run")
+    job = Job(*LAUNCH, *TWO, *TROUBLE, *options, cwd=tmp_path, cpu=True)
+    job.wait_for_line(4)
+    assert job.end(15) != 0
+    assert "ArithmeticError: trouble" in (job.run / "error-rank1.txt").read_text()
+    assert job.text().count("error: process 1: ArithmeticError: trouble") == 1
+    assert status(job.run)["state"] == "failed" and "see error-rank1.txt" in status(job.run)["reason"]
+
+
+class TestRealProcesses:
+    """Minutes long."""
+
+    pytestmark = real
+
+    @pytest.mark.parametrize("words", [TROUBLE, ONLINE], ids=["offline", "online"])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_to_the_script_itself(self, tmp_path: Path, words: tuple, number: int) -> None:
+        job = Job(sys.executable, *words, "--steps", 10**6, "--run-dir", "run", cwd=tmp_path)
+        job.wait_for_line(3)
+        job.process.send_signal(number)
+        assert job.end(25) == 0
+        assert status(job.run)["state"] == "preempted"
+        assert checkpoint.newest(job.run / "checkpoints")[1]["step"] == status(job.run)["step"]
+
+    @pytest.mark.parametrize("words", [TROUBLE, ONLINE], ids=["offline", "online"])
+    @pytest.mark.parametrize("to_all", [False, True], ids=["launcher", "group"])
+    def test_a_signal_to_a_launch_of_two(self, tmp_path: Path, words: tuple, to_all: bool) -> None:
+        options = ("--steps", 10**6, "--run-dir", "run")
+        job = Job(*LAUNCH, *TWO, *words, *options, cwd=tmp_path, cpu=True)
+        job.wait_for_line(3)
+        processes = members(job.process.pid)
+        if to_all:
+            os.killpg(job.process.pid, signal.SIGINT)
+        else:
+            job.process.send_signal(signal.SIGTERM)
+        job.end(25)
+        assert status(job.run)["state"] == "preempted"
+        folder, manifest = checkpoint.newest(job.run / "checkpoints")
+        assert manifest["step"] == status(job.run)["step"] and manifest["world_size"] == 2
+        assert {"rank-0.safetensors", "rank-1.safetensors"} <= set(manifest["files"])
+        assert not [pid for pid in processes if alive(pid)]
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_second_signal_leaves_at_once(self, tmp_path: Path, number: int) -> None:
+        options = ("--trainer.kind", "hang", "--trainer.rank", 0, "--run-dir", "run")
+        job = Job(sys.executable, *TROUBLE, *options, cwd=tmp_path)
+        job.wait_for_line(4)
+        time.sleep(1)
+        job.process.send_signal(number)
+        time.sleep(1)
+        assert job.process.poll() is None
+        job.process.send_signal(number)
+        assert job.end(2) == 128 + number
+
+    def test_a_process_that_is_killed_ends_the_job(self, tmp_path: Path) -> None:
+        job = Job(*LAUNCH, *TWO, *TROUBLE, "--trainer.kind", "die", "--run-dir", "run", cwd=tmp_path, cpu=True)
+        job.wait_for_line(4)
+        processes = members(job.process.pid)
+        assert job.end(15) != 0 and status(job.run)["state"] == "failed"
+        assert not [pid for pid in processes if alive(pid)]
+
+    @pytest.mark.parametrize("launcher", [(), (*LAUNCH[1:], *TWO)], ids=["alone", "two"])
+    def test_a_hang_ends_at_the_stated_timeout(self, tmp_path: Path, launcher: tuple) -> None:
+        rank = 1 if launcher else 0
+        options = ("--trainer.kind", "hang", "--trainer.rank", rank, "--hang-timeout", 5, "--run-dir", "run")
+        job = Job(sys.executable, *launcher, *TROUBLE, *options, cwd=tmp_path, cpu=bool(launcher))
+        job.wait_for_line(4)
+        assert job.end(20) == 1
+        text = (job.run / f"error-rank{rank}.txt").read_text()
+        assert f"process {rank} hangs at " in text and "toy.py" in text and "time.sleep(1000)" in text
+        assert f"error: process {rank} hangs at " in job.text()
+        assert status(job.run)["state"] == "failed" and "--hang-timeout" in status(job.run)["reason"]
+
+    def test_two_runs_in_one_folder(self, tmp_path: Path) -> None:
+        job = Job(sys.executable, *TROUBLE, "--run-dir", "run", cwd=tmp_path)
+        job.wait_for_line()
+        words = [str(word) for word in (sys.executable, OFFLINE[0], "--resume", "run")]
+        second = subprocess.run(words, cwd=tmp_path, env=environ(), capture_output=True, text=True)
+        assert second.returncode == 2 and f"is in use by process {job.worker()}" in second.stderr
+        job.process.kill()
+        job.end(5)
+        with pytest.raises(AssertionError):  # the lock went with its process
+            again = Job(sys.executable, OFFLINE[0], "--resume", "run", "--steps", 60, cwd=tmp_path)
+            assert again.end(60) != 0
+
+    def test_a_disk_without_room_stops_the_run_and_costs_no_checkpoint(self, tmp_path: Path) -> None:
+        options = ("--trainer", "bc", "--eval-episodes", 0, "--save-every", 10, "--run-dir", "run")
+        assert Job(sys.executable, *OFFLINE, *options, "--steps", 20, cwd=tmp_path).end(60) == 0
+        before = weights(tmp_path / "run")
+        small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # noqa: E731
+        job = Job(sys.executable, OFFLINE[0], "--resume", "run", "--steps", 100, cwd=tmp_path, preexec_fn=small)
+        assert job.end(60) == 1
+        for count, step in ((1, 30), (2, 40), (3, 50)):
+            assert f"CHECKPOINT AT STEP {step} FAILED, {count} in a row, older ones are kept" in job.text()
+        assert "60 FAILED" not in job.text() and status(job.run)["state"] == "failed"
+        folder, manifest = checkpoint.newest(job.run / "checkpoints")
+        assert manifest["step"] == 20 and all(
+            torch.equal(value, before[key]) for key, value in weights(job.run).items()
+        )
+        assert not list((job.run / "checkpoints").glob(".tmp-*"))
+
+
+def test_the_first_line_of_an_error_is_all_that_is_shown() -> None:
+    assert (
+        run_record.first_line(ValueError("one\ntwo")) == "one" and run_record.first_line(ValueError()) == "no message"
+    )
