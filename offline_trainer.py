@@ -145,11 +145,6 @@ class Args(Names):
     optimizer_options: Annotated[Any, tyro.conf.arg(name="optimizer")]
     env_options: Annotated[Any, tyro.conf.arg(name="env")]
 
-    @property
-    def subject(self) -> str:
-        """What is learnt from, in a run folder's default name."""
-        return self.dataset
-
 
 LEAST = {"steps": 1, "batch_size": 1, "grad_accumulation": 1, "grad_clip": 0, "seed": 0, "workers": 0, "log_every": 1}
 LEAST |= {"eval_every": 0, "eval_episodes": 0, "eval_envs": 1, "eval_seed": 0}
@@ -165,7 +160,8 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
     Returns the arguments, the command line that gives them (of a resumed run: its own, and what is given beside it),
     and the record of the run that is resumed.
     """
-    names, stored = cli.parse_names(Names, argv), {}
+    names: Any = cli.parse_names(Names, argv)
+    stored: dict[str, Any] = {}
     if resumed := names.resume:  # the run's own command line, and what is given beside it
         stored = run_record.read_args(Path(resumed), made_by=Path(__file__).name)
         asked = {option: getattr(names, option) or stored["args"][option] for option in CHOICES}
@@ -507,7 +503,8 @@ def main(argv: list[str]) -> int:
     set_seed(args.seed)  # the same everywhere until the models exist
     rank = accelerator.process_index
     run_record.start_logging(rank)
-    name = f"{args.trainer}-{args.subject}-{time.strftime('%Y%m%d-%H%M%S')}"
+    subject = cli.subject(args, "dataset" if "dataset" in CHOICES else "env")
+    name = f"{args.trainer}-{subject}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = parallel.on_first(rank, lambda: args.resume or run_record.claim(args.run_dir, name))
     with Run(Path(path), rank, args.hang_timeout) as run, torch.autograd.set_detect_anomaly(args.debug):
         if args.resume and run.finished_at() >= args.steps:

@@ -101,6 +101,13 @@ def without(argv: Sequence[str], option: str) -> list[str]:
     return words
 
 
+def subject(args: Any, option: str) -> str:
+    """What a run is about, for its folder's name: the task or id of what `option` chose, or else its name."""
+    options = getattr(args, f"{option}_options")
+    named = getattr(options, "id", "") or getattr(options, "task", "") or getattr(args, option)
+    return re.sub(r"[^\w.-]+", "-", str(named))
+
+
 def at_least(options: Any, least: dict[str, int]) -> None:
     """Refuse options below the least value that makes sense. Raises UserError naming the first."""
     for name, value in least.items():

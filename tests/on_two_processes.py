@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import offline_trainer  # noqa: E402
+import online_trainer  # noqa: E402
 import toy  # noqa: E402
 from components import TRAINER_REGISTRY, parallel  # noqa: E402
 
@@ -21,14 +22,15 @@ offline_trainer.Accelerator.end_training = lambda self: None  # type: ignore[met
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 
 
-def run(name: str, *options: object, resume: bool = False) -> str:
+def run(name: str, *options: object, resume: bool = False, script: Any = offline_trainer) -> str:
     """Run the script on both processes; returns what it raised."""
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
-    where = ("--resume", FOLDER / name) if resume else ("--run-dir", FOLDER / name, "--dataset", "toy")
+    data = ("--dataset", "toy") if script is offline_trainer else ("--env", "savable", "--num-envs", 4)
+    where = ("--resume", FOLDER / name) if resume else ("--run-dir", FOLDER / name, *data)
     small = () if resume else ("--batch-size", 16, "--eval-episodes", 0)
     try:
-        offline_trainer.main([str(word) for word in (*where, *small, *options)])
+        script.main([str(word) for word in (*where, *small, *options)])
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
         (FOLDER / f"{name}-error-{RANK}.txt").write_text(problem)
@@ -117,6 +119,11 @@ if __name__ == "__main__":
     run("minimal", "--trainer", "minimal", "--dataset", "minimal_data", "--steps", 20)
     run("with_keywords", "--trainer", "with_keywords", "--dataset", "minimal_data", "--steps", 20)
     run("evaluated", "--trainer", "bc", *SGD, "--eval-episodes", 7, "--eval-envs", 2)
+    randn_like, torch.randn_like = torch.randn_like, toy.sliced_noise(RANK, 2)
+    run("sac", *toy.SAC, *SGD)
+    torch.randn_like = randn_like
+    learning = ("--steps", 80, "--learning-starts", 20, *toy.SAC)
+    run("online", *learning, "--eval-episodes", 3, "--save-every", 40, script=online_trainer)
     resumable = ("--trainer", "bc", "--steps", 30, "--save-every", 10, "--log-every", 7, "--model.dropout", 0.3)
     run("whole", *resumable)
     dying(15, lambda: run("resumed", *resumable))

@@ -1,6 +1,7 @@
 """Registries, protocols and the checks that `isinstance` cannot make."""
 
 import ast
+import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -18,6 +19,7 @@ from components import REGISTRIES, UserError, register
 from components.command_line import instantiate, options_of
 from conftest import ROOT
 
+SCRIPTS = ("offline_trainer", "online_trainer")
 SPEC = {
     "observation.state": {"shape": (5,), "dtype": "float32"},
     "action": {"shape": (2,), "dtype": "float32"},
@@ -74,20 +76,44 @@ def documented_fields(tree: ast.AST) -> set[str]:
     return found
 
 
-def test_every_option_of_the_script_is_read_and_documented() -> None:
-    import offline_trainer
-
-    tree = ast.parse((ROOT / "offline_trainer.py").read_text())
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_option_of_the_scripts_is_read_and_documented(name: str) -> None:
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     read |= {
         n.attr
         for n in ast.walk(ast.parse((ROOT / "components/run_record.py").read_text()))
         if isinstance(n, ast.Attribute)
     }
-    for field in fields(offline_trainer.Args):
+    for field in fields(importlib.import_module(name).Args):
         assert field.name in read | set(REGISTRIES), f"--{field.name} is never read"
         if not field.name.endswith("_options"):
             assert field.name in documented_fields(tree), f"--{field.name} has no docstring"
+
+
+def definitions(name: str) -> dict[str, str]:
+    """Every function of a script and every method, by its qualified name, as text."""
+    text = (ROOT / f"{name}.py").read_text()
+    found: dict[str, str] = {}
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                if isinstance(child, ast.FunctionDef):
+                    found[prefix + child.name] = ast.get_source_segment(text, child) or ""
+                visit(child, f"{prefix}{child.name}.")
+
+    visit(ast.parse(text), "")
+    return found
+
+
+def test_what_both_scripts_have_is_textually_equal() -> None:
+    offline, online = (definitions(name) for name in SCRIPTS)
+    shared = offline.keys() & online.keys()
+    assert {"parse_args", "start_accelerator", "StepHook.average", "build_learner", "save", "finish", "main"} <= shared
+    for name in shared:
+        assert offline[name] == online[name], f"{name} differs between the scripts"
+    assert len(offline.keys() ^ online.keys()) == 2  # each has its own loop, and nothing else
 
 
 def test_registry_literals_have_no_duplicate_keys() -> None:
@@ -134,7 +160,11 @@ def test_registered_components_import_little_at_module_level() -> None:
 
 def test_no_pickle_anywhere() -> None:
     words = ("weights_only=False", "pickle.load", "allow_pickle=True", "yaml.load(", "torch.save(", "trust_remote_code")
-    for path in [ROOT / "offline_trainer.py", ROOT / "protocols.py", *(ROOT / "components").rglob("*.py")]:
+    for path in [
+        *(ROOT / f"{name}.py" for name in SCRIPTS),
+        ROOT / "protocols.py",
+        *(ROOT / "components").rglob("*.py"),
+    ]:
         for word in words:
             assert word not in path.read_text(), f"{path}: {word}"
 

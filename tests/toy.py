@@ -21,6 +21,7 @@ from components import (
 from components.datasets.episodes import build_episodes
 
 STATE, ACTION, LENGTH = 5, 2, 10
+SAC = ("--trainer", "sac", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16)
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
 
 
@@ -338,6 +339,17 @@ class Trouble(Minimal):
 
 
 TRAINER_REGISTRY["trouble"] = Trouble
+
+
+def sliced_noise(rank: int, world: int) -> Any:
+    """Stands in for `torch.randn_like`: noise of the global batch, of which a process takes its part."""
+    calls = iter(range(10**9))
+
+    def randn_like(x: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(next(calls))
+        return torch.randn(len(x) * world, *x.shape[1:], generator=generator)[rank * len(x) : (rank + 1) * len(x)]
+
+    return randn_like
 
 
 class ManyUpdates(Minimal):

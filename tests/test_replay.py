@@ -1,0 +1,271 @@
+"""Transitions and the replay buffer: where episodes end, n-step windows at both borders, what is kept."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from components.collection import Collector, describe_env
+from components.environments import Environments
+from components.replay import ReplayBuffer
+from components.returns import n_step_return
+
+
+class Counting(gym.Env):
+    """Observation: (episode, step). It terminates after 3 steps in even episodes, is truncated after 4 in odd ones."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gym.spaces.Box(-2, 4, (1,), np.float32)
+    episode = -1
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.episode, self.count = self.episode + 1, 0
+        return np.array([self.episode, 0.0]), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        even = self.episode % 2 == 0
+        observation = np.array([self.episode, float(self.count)])
+        reward = 10.0 * self.episode + self.count
+        return observation, reward, even and self.count == 3, not even and self.count == 4, {"success": even}
+
+
+class Nested(Counting):
+    """The same observation in a dict, in two parts."""
+
+    observation_space = gym.spaces.Dict(
+        {"agent_pos": gym.spaces.Box(-9, 99, (1,)), "environment_state": gym.spaces.Box(-9, 99, (1,))}
+    )
+
+    def _split(self, observation: np.ndarray) -> dict[str, np.ndarray]:
+        return {"agent_pos": observation[:1], "environment_state": observation[1:]}
+
+    def reset(self, **keywords: Any) -> Any:
+        observation, info = super().reset(**keywords)
+        return self._split(observation), info
+
+    def step(self, action: np.ndarray) -> Any:
+        observation, *rest = super().step(action)
+        return self._split(observation), *rest
+
+
+def collect(env: Callable[[], Any], mode: str, vector: Any, steps: int) -> tuple[list[dict[str, Tensor]], list[Any]]:
+    """Step two environments; returns the valid transitions of the second one, and the episodes of both."""
+    make = lambda n, seed: vector([env] * n, autoreset_mode=mode)  # noqa: E731
+    environments = Environments(make, 2, 0, 10.0)
+    collector = Collector(environments, 0, 0, 0, print)
+    collector.start(0)
+    start = int(np.concatenate([v[1] for v in collector.observation.values()])[0])  # episodes that resets have used up
+    found, episodes = [], []
+    for _ in range(steps):
+        transitions, ended = collector.step(np.zeros((2, 1), dtype=np.float32))
+        assert transitions is not None
+        episodes += ended
+        if transitions["valid"][1]:
+            found.append({key: value[1] for key, value in transitions.items()})
+    environments.close()
+    assert start == found[0]["next.observation.state"][0]
+    return found, episodes
+
+
+@pytest.mark.parametrize("vector", [gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv])
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
+def test_no_transition_crosses_an_episode(mode: str, vector: Any) -> None:
+    found, episodes = collect(Counting, mode, vector, 20)
+    first = int(found[0]["observation.state"][0])
+    expected = []
+    for episode in range(first, first + 10):
+        last = 3 if episode % 2 == 0 else 4
+        for step in range(last):
+            reward, end = 10.0 * episode + step + 1, step + 1 == last
+            expected.append(([episode, step], reward, [episode, step + 1], end and last == 3, end))
+    names = ("observation.state", "reward", "next.observation.state", "terminated", "ended")
+    assert [tuple(t[name].tolist() for name in names) for t in found] == expected[: len(found)]
+    assert len(found) == (20 if mode != "NextStep" else 16)  # one step in four or five only resets
+    lengths = [3 if (first + i // 2) % 2 == 0 else 4 for i in range(len(episodes))]
+    assert [episode["episode_length"] for episode in episodes] == lengths
+    assert episodes[0]["episode_success"] == float(first % 2 == 0)
+
+
+def test_observations_in_a_dict() -> None:
+    plain, _ = collect(Counting, "SameStep", gym.vector.SyncVectorEnv, 12)
+    make = lambda n, seed: gym.vector.SyncVectorEnv([Nested] * n, autoreset_mode="SameStep")  # noqa: E731
+    environments = Environments(make, 2, 0, 10.0)
+    collector = Collector(environments, 0, 0, 0, print)
+    collector.start(0)
+    for expected in plain:
+        transitions, _ = collector.step(np.zeros((2, 1), dtype=np.float32))
+        assert transitions is not None
+        parts = [transitions[f"next.observation.{name}"][1] for name in ("state", "environment_state")]
+        assert torch.equal(torch.cat(parts), expected["next.observation.state"])
+
+
+def test_the_spec_of_an_environment() -> None:
+    spec = describe_env(gym.vector.SyncVectorEnv([Counting] * 2), "counting")
+    assert spec["observation.state"] == {"shape": (2,), "dtype": "float32"} == spec["next.observation.state"]
+    assert spec["action"] == {"shape": (1,), "dtype": "float32", "stats": {"min": [-2.0], "max": [4.0]}}
+    assert spec["reward"]["shape"] == () and spec["terminated"]["dtype"] == "bool"
+
+
+def test_seeds_are_known_by_the_environments_place_among_all() -> None:
+    make = lambda n, seed: gym.vector.SyncVectorEnv([Counting] * n)  # noqa: E731
+    one = Collector(Environments(make, 4, 0, 0), 7, 0, 0, print)
+    two = Collector(Environments(make, 2, 0, 0), 7, 2, 0, print)
+    one.start(0)
+    two.start(0)
+    assert one.seeds[2:] == two.seeds and len(set(one.seeds)) == 4
+    two.start(100)
+    assert not set(one.seeds) & set(two.seeds)
+
+
+# ---- n-step returns ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ended", "value", "last", "factor"),
+    [
+        ([False, False, False], 1 + 0.5 * 2 + 0.25 * 4, 2, 0.125),  # in the middle of an episode
+        ([False, False, True], 1 + 0.5 * 2 + 0.25 * 4, 2, 0.125),  # its last step ends the window, too
+        ([False, True, False], 1 + 0.5 * 2, 1, 0.25),
+        ([True, False, True], 1, 0, 0.5),
+    ],
+)
+def test_n_step_returns_by_hand(ended: list[bool], value: float, last: int, factor: float) -> None:
+    found = n_step_return(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([ended]), 0.5)
+    assert [x.item() for x in found] == [value, last, factor]
+
+
+def buffer(n_step: int, size: int = 100, num_envs: int = 1) -> ReplayBuffer:
+    spec = {key: {"shape": (1,), "dtype": "float32"} for key in ("observation.state", "action")}
+    spec |= {"reward": {"shape": (), "dtype": "float32"}, "terminated": {"shape": (), "dtype": "bool"}}
+    spec |= {"next.observation.state": {"shape": (1,), "dtype": "float32"}}
+    options = type("Options", (), {"n_step": n_step, "discount": 0.5})
+    return ReplayBuffer(spec, size, num_envs, num_envs, options)
+
+
+def row(t: int, terminated: bool = False, ended: bool = False, envs: int = 1, valid: bool = True) -> dict[str, Tensor]:
+    """The transition from state t to t + 1 with reward 2^t."""
+    state = torch.full((envs, 1), float(t))
+    flags = {"terminated": terminated, "ended": ended, "valid": valid}
+    return {
+        "observation.state": state,
+        "action": -state,
+        "reward": torch.full((envs,), 2.0**t),
+        "next.observation.state": state + 1,
+        **{key: torch.full((envs,), value) for key, value in flags.items()},
+    }
+
+
+def drawn(made: ReplayBuffer) -> dict[int, tuple[float, float, float, bool]]:
+    """State -> (reward, successor, discount, terminated) of every window."""
+    batch = made.sample(2000)
+    keys = ("reward", "next.observation.state", "discount", "terminated")
+    rows = zip(
+        batch["observation.state"].flatten().tolist(), *(batch[key].flatten().tolist() for key in keys), strict=True
+    )
+    found: dict[int, Any] = {}
+    for state, *rest in rows:
+        assert found.setdefault(int(state), tuple(rest)) == tuple(rest)
+    return found
+
+
+def test_n_step_targets_at_both_borders() -> None:
+    made = buffer(n_step=3)
+    for t in range(4):
+        made.add(row(t, terminated=t == 3, ended=t == 3))  # an episode that terminates: states 0 to 3
+    for t in range(5, 9):
+        made.add(row(t, ended=t == 8))  # one that is truncated: states 5 to 8
+    for t in range(10, 12):
+        made.add(row(t))  # one that goes on
+    assert drawn(made) == {
+        0: (1 + 1 + 1, 3, 0.125, False),  # 2^t 0.5^k makes each term 2^t
+        1: (2 + 2 + 2, 4, 0.125, True),
+        2: (4 + 4, 4, 0.25, True),
+        3: (8, 4, 0.5, True),
+        5: (96, 8, 0.125, False),
+        6: (192, 9, 0.125, False),  # bootstraps from the last observation: truncated, not terminated
+        7: (256, 9, 0.25, False),
+        8: (256, 9, 0.5, False),
+        10: (2048, 12, 0.25, False),  # as far as it is known
+        11: (2048, 12, 0.5, False),
+    }
+
+
+def test_the_ring_forgets_the_oldest_and_windows_do_not_cross_its_head() -> None:
+    made = buffer(n_step=2, size=4)
+    for t in range(7):
+        made.add(row(t))
+    assert len(made) == 4
+    assert drawn(made) == {
+        3: (16, 5, 0.25, False),
+        4: (32, 6, 0.25, False),
+        5: (64, 7, 0.25, False),
+        6: (64, 7, 0.5, False),
+    }
+
+
+def test_a_cut_ends_the_episode_without_terminating_it() -> None:
+    made = buffer(n_step=2)
+    made.add(row(0))
+    made.add(row(1))
+    made.cut()
+    made.add(row(5))
+    found = drawn(made)
+    assert found[1] == (2, 2, 0.5, False) and found[0] == (2, 2, 0.25, False)
+
+
+def test_steps_that_only_reset_are_left_out() -> None:
+    made = buffer(n_step=1, num_envs=2)
+    made.add(row(0, envs=2))
+    mixed = row(1, envs=2)
+    mixed["valid"] = torch.tensor([True, False])
+    made.add(mixed)
+    made.add(row(2, envs=2))
+    assert made.count.tolist() == [3, 2]
+    assert [env["rows"][:, 0].tolist() for env in made.state_dict()["envs"]] == [[0, 1, 2], [0, 2]]
+
+
+def test_sampling_is_uniform_over_what_is_there() -> None:
+    torch.manual_seed(0)
+    made = buffer(n_step=1, num_envs=2)
+    made.add(row(0, envs=2))
+    second = row(1, envs=2)
+    second["valid"] = torch.tensor([True, False])
+    made.add(second)
+    states = made.sample(30_000)["observation.state"].flatten()
+    assert abs(float((states == 1).float().mean()) - 1 / 3) < 0.01  # 3 transitions, one of which is in state 1
+
+
+def test_pictures_stay_bytes() -> None:
+    spec = {"observation.images.camera": {"shape": (3, 4, 4), "dtype": "uint8"}}
+    spec |= {"reward": {"shape": (), "dtype": "float32"}, "terminated": {"shape": (), "dtype": "bool"}}
+    made = ReplayBuffer(spec, 10, 1, 1, None)
+    picture = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
+    flags = {key: torch.tensor([True]) for key in ("terminated", "ended", "valid")}
+    made.add({"observation.images.camera": picture, "reward": torch.ones(1), **flags})
+    batch = made.sample(2)
+    assert batch["observation.images.camera"].dtype == torch.uint8 and batch["reward"].shape == (2,)
+    assert torch.equal(batch["observation.images.camera"][1], picture[0])
+
+
+def test_only_the_filled_part_is_saved_and_any_number_of_processes_restores_it() -> None:
+    made = buffer(n_step=2, size=40, num_envs=4)  # rings of 10
+    for t in range(13):
+        made.add(row(t, ended=t == 11, envs=4))
+    state = {"buffer": made.state_dict()}
+    assert all(len(env["rows"]) == 10 for env in state["buffer"]["envs"])
+    again = buffer(n_step=2, size=40, num_envs=4)
+    assert again.restore(state, 0) and drawn(again) == drawn(made)
+    half = {
+        "ranks": [{"buffer": {"envs": state["buffer"]["envs"][:2]}}, {"buffer": {"envs": state["buffer"]["envs"][2:]}}]
+    }
+    whole = buffer(n_step=2, size=40, num_envs=4)
+    assert whole.restore(half, 0) and whole.count.tolist() == [10] * 4
+    shorter = buffer(n_step=2, size=24, num_envs=4)  # the newest are kept
+    assert shorter.restore(state, 0) and sorted(drawn(shorter)) == list(range(7, 13))
+    assert not buffer(1).restore({}, 0)
