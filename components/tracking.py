@@ -46,13 +46,16 @@ class Tracker:
         id_file.write_text(run_id)
         options = {"project": project, "name": name or self.folder.name, "group": group or None, "config": config}
         options |= {"id": run_id, "resume": "allow", "dir": str(self.folder)}
-        wanted = os.environ.get("WANDB_MODE") or ("online" if self._reachable(wandb.Settings().base_url) else "offline")
+        server = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url
+        wanted = os.environ.get("WANDB_MODE") or ("online" if self._reachable(server) else "offline")
         for mode in dict.fromkeys((wanted, "offline")):
             try:
                 settings = wandb.Settings(init_timeout=PATIENCE, silent=True)
                 self.run = wandb.init(mode=mode, settings=settings, **options)  # type: ignore[arg-type]
             except Exception as error:
                 logger.warning("--track: wandb %s failed (%s)", mode, (str(error) or repr(error)).splitlines()[0])
+                options["id"] = uuid.uuid4().hex[:8]  # wandb may hold on to the id of a run that did not begin
+                id_file.write_text(options["id"])
                 continue
             if mode == "offline":
                 logger.warning("--track: wandb is offline; later: wandb sync %s/wandb/offline-run-*", self.folder)
