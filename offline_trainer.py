@@ -448,7 +448,8 @@ def evaluate(evaluator: Any, step: int, run: Run) -> None:
     """Play the episodes and tell the result; a failure of theirs is told, too, and the run goes on."""
     result, problem = evaluator.evaluate(step)
     if result is None:
-        run.say(f"the evaluation at step {step} failed, training goes on: {problem}")
+        how = "was left out" if run.stop.asked else "failed, training goes on"
+        run.say(f"the evaluation at step {step} {how}: {problem}")
     else:
         run.evaluated(result)
 

@@ -222,7 +222,7 @@ class Evaluator:
         """Film the first three episodes in an environment made from `options`; returns why there is no film, or ""."""
         if "rgb_array" not in (getattr(self.environments.envs, "metadata", None) or {}).get("render_modes", ()):
             return "the environment has no render mode 'rgb_array'"
-        return record_video(self.policy, options, self.seeds[:3], path, self.tick)
+        return record_video(self.policy, options, self.seeds[:3], path, self.environments.timeout, self.tick)
 
 
 @torch.no_grad()
@@ -294,12 +294,19 @@ def headline(result: dict[str, Any]) -> str:
 
 
 def record_video(
-    policy: Policy, factory: Any, seeds: Sequence[int], path: Path, tick: Callable[[], None], every: int = 3
+    policy: Policy,
+    factory: Any,
+    seeds: Sequence[int],
+    path: Path,
+    timeout: float,
+    tick: Callable[[], None],
+    every: int = 3,
 ) -> str:
     """Film one episode per seed as H.264. Returns "" or, in one line, why there is no video.
 
     Args:
         factory: An environment factory with the option `render_mode`.
+        timeout: Seconds that a step of the environment may take.
         tick: Called at each step; what it raises ends the film.
         every: Keep one frame in so many.
     """
@@ -312,7 +319,7 @@ def record_video(
         with preserved(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # whatever a graphics library warns of, the line below says
             filming: Any = replace(factory, render_mode="rgb_array")  # type: ignore[type-var]
-            envs = filming.build(1, seeds[0])
+            envs = Environments(filming.build, 1, seeds[0], timeout)
             try:
                 run_episodes(policy, envs, seeds, frames, tick)
                 fps = max(1, round(envs.metadata.get("render_fps", 30) / every))
@@ -332,5 +339,8 @@ def record_video(
     except Exception as error:
         path.unlink(missing_ok=True)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"{reason}; it needs EGL (Debian: apt-get install libegl1 libgl1-mesa-dri) and pip install av"
+        if isinstance(error, ImportError):
+            return f"{reason}; pip install {error.name or 'av'}"
+        needs = "; it needs EGL (Debian: apt-get install libegl1 libgl1-mesa-dri)"
+        return reason + (needs if "gl" in reason.lower() else "")
     return ""

@@ -80,7 +80,7 @@ def runs_table(runs: list[Path]) -> str:
             [
                 members[0].name if len(members) == 1 else f"{members[0].name} (+{len(members) - 1})",
                 config["trainer"],
-                config["dataset"],
+                subject(config)[0],
                 str(len(members)),
                 metric,
                 with_interval([value for _, value in scores], metric, episodes),
@@ -89,7 +89,14 @@ def runs_table(runs: list[Path]) -> str:
                 "/".join(sorted({s["state"] for s in status})),
             ]
         )
-    return markdown(["run", "trainer", "dataset", "seeds", "metric", "mean [95 %]", "steps", "train s", "state"], rows)
+    return markdown(["run", "trainer", "on", "seeds", "metric", "mean [95 %]", "steps", "train s", "state"], rows)
+
+
+def subject(config: dict[str, Any]) -> tuple[str, str]:
+    """What a run learnt from or in: the dataset, or else the environment, and which one of its kind."""
+    option = "dataset" if "dataset" in config else "env"
+    options = config[f"{option}_options"]
+    return config[option], options.get("task") or options.get("id") or Path(options.get("path") or "").name
 
 
 def last_score(run: Path) -> tuple[str, float] | None:
@@ -110,12 +117,13 @@ def own_evaluations(run: Path) -> list[dict[str, Any]]:
 def result_row(run: Path) -> dict[str, Any]:
     """One run as a row of a results file."""
     record = run_record.read_args(run)
-    config, options = record["args"], record["args"]["dataset_options"]
+    config = record["args"]
+    suite, task = subject(config)
     score = last_score(run)
     assert score is not None
     return {
-        "suite": config["dataset"],
-        "task": options.get("task") or Path(options.get("path", "")).name,
+        "suite": suite,
+        "task": task,
         "trainer": config["trainer"],
         "seed": record["seed"],
         "steps": run_record.read_status(run)["step"],
@@ -123,7 +131,7 @@ def result_row(run: Path) -> dict[str, Any]:
         "value": score[1],
         "episodes": own_evaluations(run)[-1]["episodes"],
         "train_seconds": round(run_seconds(run), 1),
-        "command": " ".join(["offline_trainer.py", *record["argv"]]),
+        "command": " ".join([record["script"], *record["argv"]]),
         "commit": record["git_commit"],
     }
 

@@ -454,9 +454,12 @@ def read_args(run: Path, made_by: str = "") -> dict[str, Any]:
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """A run's `status.json`; a run that was killed before it wrote one is at step 0."""
-    path = run / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {"state": "unknown", "step": 0, "reason": ""}
+    """A run's `status.json`; a run that was killed before it wrote one is at step 0, as is one where it is damaged."""
+    try:
+        status = json.loads((run / "status.json").read_text())
+        return {key: status[key] for key in ("state", "step", "reason")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"state": "unknown", "step": 0, "reason": ""}
 
 
 def environment(components: Iterable[type]) -> dict[str, Any]:

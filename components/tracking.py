@@ -54,8 +54,8 @@ class Tracker:
                 self.run = wandb.init(mode=mode, settings=settings, **options)  # type: ignore[arg-type]
             except Exception as error:
                 logger.warning("--track: wandb %s failed (%s)", mode, (str(error) or repr(error)).splitlines()[0])
-                options["id"] = uuid.uuid4().hex[:8]  # wandb may hold on to the id of a run that did not begin
-                id_file.write_text(options["id"])
+                options["id"] = run_id = uuid.uuid4().hex[:8]  # wandb may hold on to the id of a run that did not begin
+                id_file.write_text(run_id)
                 continue
             if mode == "offline":
                 logger.warning("--track: wandb is offline; later: wandb sync %s/wandb/offline-run-*", self.folder)
