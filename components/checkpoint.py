@@ -113,10 +113,14 @@ def _as_json(value: Any) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file at once: a reader sees the old one or the new one."""
     temporary = path.with_name(f".{path.name}-new")
-    with open(temporary, "w") as file:
-        file.write(_as_json(value))
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(_as_json(value))
+        sync(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 # ---- saving --------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+PANELS = 15
+
 
 def step_of(line: str) -> float:
     """The step of a line of a .jsonl file; infinite for a torn one."""
@@ -30,14 +32,14 @@ def draw_curves(runs: list[Path], path: Path) -> None:
 
     metrics = {run: read_lines(run / "metrics.jsonl") for run in runs}
     evaluations = {run: read_lines(run / "eval.jsonl") for run in runs}
-    names = sorted({key for lines in metrics.values() for line in lines for key in line if _is_curve(key)})
+    names = sorted({key for lines in metrics.values() for line in lines for key in line if _is_curve(key)}, key=_place)
     score = (
         "success_rate"
         if any(e["success_rate"] is not None for es in evaluations.values() for e in es)
         else "return_mean"
     )
     panels = [score, *names] if any(evaluations.values()) else names
-    panels = panels[:12] or ["train/loss"]
+    panels = panels[:PANELS] or ["train/loss"]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False)
@@ -72,3 +74,8 @@ def draw_curves(runs: list[Path], path: Path) -> None:
 
 def _is_curve(key: str) -> bool:
     return key.startswith(("train/", "val/"))
+
+
+def _place(key: str) -> tuple[int, str]:
+    """Losses first, what is the same in every run last."""
+    return ("loss" not in key) + 2 * ("/grad_norm" in key) + 4 * ("/lr." in key), key

@@ -135,11 +135,6 @@ class Run:
         """
         from . import REGISTRIES
 
-        self.begun, self.step = True, step
-        self.stop.armed = True
-        self.beat()
-        if self.hang_timeout > 0:
-            threading.Thread(target=self._watch, daemon=True).start()
         config = self.config = asdict(args) | {"resume": ""}  # the same for a resumed run
         record: dict[str, Any] = {
             "script": Path(inspect.getfile(type(args))).name,
@@ -155,10 +150,17 @@ class Run:
             surroundings = environment(chosen)
             if args.resume:
                 self.compare_machine(surroundings)
-            write_json(self.path / "args.json", record | surroundings)
+            try:
+                write_json(self.path / "args.json", record | surroundings)
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be written ({error.strerror}); make room or mend it") from error
             if args.track:
                 self.tracker.start(config, args.track_project, args.track_name, args.track_group)
         self.progress = Progress(args.steps, step, shown=self.first)
+        self.begun, self.step, self.stop.armed = True, step, True
+        self.beat()
+        if self.hang_timeout > 0:
+            threading.Thread(target=self._watch, daemon=True).start()
         self._status("running")
 
     def compare_machine(self, now: dict[str, Any]) -> None:
@@ -236,10 +238,16 @@ class Run:
 
     def _status(self, state: str, reason: str = "") -> None:
         if self.first:
+            path, status = self.path / "status.json", {"state": state, "step": self.step, "reason": reason}
             try:
-                write_json(self.path / "status.json", {"state": state, "step": self.step, "reason": reason})
-            except OSError as error:
-                self.say(f"{self.path / 'status.json'} CANNOT BE WRITTEN ({error.strerror})")
+                write_json(path, status)
+            except OSError as error:  # a full disk has room for what replaces the old words in their place
+                try:
+                    with open(path, "r+") as file:
+                        file.write(json.dumps(status))
+                        file.truncate()
+                except OSError:
+                    self.say(f"{path} CANNOT BE WRITTEN ({error.strerror})")
 
     def finished_at(self) -> int:
         """The step at which the run finished; -1 when it did not."""
@@ -251,10 +259,10 @@ class Run:
         for name in ("metrics.jsonl", "eval.jsonl") if self.first else ():
             path = self.path / name
             if path.exists():
-                kept = "".join(line for line in path.read_text().splitlines(True) if step_of(line) <= step)
-                temporary = path.with_name(f".{name}-new")
-                temporary.write_text(kept)
-                os.replace(temporary, path)
+                text = path.read_text()
+                kept = "".join(line for line in text.splitlines(True) if step_of(line) <= step)
+                if kept != text:  # what stays is the beginning of the file
+                    os.truncate(path, len(kept.encode()))
 
 
 class StopRequest:
@@ -293,12 +301,12 @@ def end_with_launcher() -> None:
     """
     parent = os.getppid()
     try:
-        words = Path(f"/proc/{parent}/cmdline").read_bytes()
-        if b"accelerate" in words or b"torchrun" in words or b"torch.distributed" in words:
+        words = Path(f"/proc/{parent}/cmdline").read_text().split("\0")[:4]
+        if any(Path(word).name.startswith(("accelerate", "torchrun", "torch.distributed")) for word in words):
             ctypes.CDLL(None).prctl(1, signal.SIGUSR1)  # PR_SET_PDEATHSIG
             if os.getppid() != parent:  # it went before we asked
                 os.kill(os.getpid(), signal.SIGUSR1)
-    except (OSError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return
 
 
@@ -405,9 +413,13 @@ def claim(wanted: str, default_name: str) -> str:
         if (path / "args.json").exists():
             raise UserError(f"--run-dir {path} holds a run; continue it with --resume {path}, or choose another folder")
         probe = path / ".write-test"
-        probe.write_text("")
-        probe.unlink()
+        try:
+            probe.write_text("a full disk takes an empty file, but no words")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
+        with contextlib.suppress(OSError):  # nothing is in it, or it was there before
+            path.rmdir()
         raise UserError(f"--run-dir {path} cannot be written ({error.strerror}); choose another folder") from error
     return str(path)
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,48 @@ def test_every_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, file
     folder, _ = newest(tmp_path)
     assert folder.name == "step-000000010"
     assert (tmp_path / ".damaged-step-000000020").exists()
+
+
+@pytest.mark.parametrize("which", ["script", "online"])
+def test_every_damage_to_a_real_checkpoint_is_noticed(which: str, request: pytest.FixtureRequest) -> None:
+    """Truncated, flipped bits, appended to, missing: each file of a run's newest checkpoint, 100 %."""
+    run = request.getfixturevalue(which)("--trainer", {"script": "bc", "online": "sac"}[which], "--steps", 30)
+    folder, manifest = newest(run / "checkpoints")
+    chance = random.Random(0)
+    names = [*manifest["files"], "manifest.json"]
+    assert {"rank-0.safetensors", "trainer.safetensors", "optimizer-policy.safetensors"} < set(names)
+    cases = noticed = 0
+    for name in names:
+        path = folder / name
+        whole = path.read_bytes()
+        damaged: list[bytes | None] = [None, whole + b"\0", b""]
+        damaged += [whole[: chance.randrange(len(whole))] for _ in range(3)]
+        for place in [0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(8))]:
+            damaged.append(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1 :])
+        for data in damaged:
+            path.unlink()
+            if data is not None:
+                path.write_bytes(data)
+            cases += 1
+            try:
+                verify(folder)
+            except DamagedError as error:
+                noticed += name in str(error)
+            path.write_bytes(whole)
+    assert verify(folder) == manifest
+    assert noticed == cases >= 80, f"{noticed} of {cases}"
+
+
+@pytest.mark.parametrize("damage", ["args.json", "status.json"])
+def test_damage_beside_the_checkpoints(script: Callable[..., Path], damage: str) -> None:
+    run = script("--trainer", "bc", "--steps", 10)
+    (run / damage).write_text('{"sta')
+    if damage == "args.json":
+        with pytest.raises(UserError, match=r"args.json: damaged \(JSONDecodeError"):
+            script("--resume", run)
+    else:  # where the run stands is told by its checkpoints
+        script("--resume", run, "--steps", 20)
+        assert json.loads((run / damage).read_text())["step"] == 20
 
 
 def test_nothing_but_damage_is_refused_and_so_is_nothing(tmp_path: Path) -> None:

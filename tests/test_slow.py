@@ -1,10 +1,12 @@
 """Minutes long: the default command as a user runs it, kill -9, and the compiled losses."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,11 +62,31 @@ def test_lerobot_files_through_the_launcher(tmp_path: Path) -> None:
     assert json.loads((run / "args.json").read_text())["mixed_precision"] == "bf16"
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 20)])
-def test_kill_9_at_random_moments_loses_nothing(processes: int, kills: int) -> None:
-    options = ("--processes", processes, "--kills", kills, "--seed", 1)
+@pytest.mark.parametrize("script", ["offline", "online"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_9_at_random_moments_loses_nothing(script: str, processes: int) -> None:
+    options = ("--script", script, "--processes", processes, "--kills", 20, "--seed", 1)
     done = command(sys.executable, ROOT / "tests" / "killer.py", *options, cwd=ROOT, timeout=400)
     assert done.returncode == 0 and " 0 lost, 0 different" in done.stdout, done.stdout + done.stderr
+    kills, inside = re.search(r"(\d+) kills, (\d+) inside a save", done.stdout).groups()
+    assert int(kills) >= 20 and int(inside) >= 5
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sac_solves_pendulum_in_ten_thousand_steps(tmp_path: Path, processes: int) -> None:
+    words = (ROOT / "online_trainer.py", "--trainer", "sac", "--run-dir", tmp_path / "run")
+    if processes == 1:
+        done = command(*LAUNCH, *words, cwd=tmp_path, timeout=400)
+    else:
+        done = two_processes(*words, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
+    evaluations = {line["step"]: line["return_mean"] for line in read_lines(tmp_path / "run" / "eval.jsonl")}
+    assert evaluations[10_000] > -200 and evaluations[1000] < -1000
+    assert max(evaluations[step] for step in (3000, 4000, 5000)) > -400  # as fast on two processes as on one
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["updates"] == 9000
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["world_size"] == processes
+    state = np.array([[1.0, 0.0, 0.0]], dtype=np.float32)  # upright and still: nothing to do
+    assert abs(load_policy(tmp_path / "run").act({"observation.state": state})[0, 0]) < 0.7
 
 
 def test_compiled_losses_train_the_same(script: Callable[..., Path]) -> None:
