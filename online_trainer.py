@@ -557,6 +557,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     set_seed(derive_seed(args.seed, rank) % 2**32)
     training_mode(models, opts, args)
     progress: dict[str, Any] = {"step": 0, "updates": 0, "owed": 0.0, "filled_from": 0, "best_step": -1}
+    progress["learning_starts"] = learning_starts
     own: dict[str, Any] = {}
     if args.resume:
         if found := parallel.on_first(rank, lambda: checkpoint.latest(run.path / "checkpoints")):
@@ -569,7 +570,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
             raise UserError(f"--steps {args.steps} is below step {progress['step']}, which {run.path} has reached")
         run.rewind(progress["step"])
         run.say(f"going on from step {progress['step']}{optimizers.kept_length(opts, args.steps)}")
-    step = progress["step"]
+    step, learning_starts = progress["step"], progress["learning_starts"]
     run.begin(args, argv, {"name": args.env, **asdict(args.env_options)}, step, accelerator.mixed_precision)
     run.say(f"{run.path}: {world} process(es), {num_envs} environments{note}, batch {batch_size}, {args.steps} steps")
     kept = "in memory and in checkpoints" if args.save_buffer else "in memory only: a resumed run fills a new one"
@@ -652,9 +653,9 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
             next_vote = step + num_envs * (1 if world == 1 else min(max(int(1 / votes[0][2]), 1), 50))
         if due(step, num_envs, args.save_every, args.steps) or overdue or stopping:
             progress["step"], last = step, stopping or step >= args.steps
-            state = {"collector": collector.state_dict()} | (
-                {"buffer": buffer.state_dict()} if args.save_buffer else {}
-            )
+            state = {"collector": collector.state_dict()}
+            if args.save_buffer:
+                state["buffer"] = buffer.state_dict()
             failed_saves = save(args, learner, run, progress, state, failed_saves, last)
             saved_at = time.monotonic()
 

@@ -190,7 +190,7 @@ class Evaluator:
         world: int = 1,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        check_env(environments.envs, policy.spec, env["name"])
+        check_env(environments, policy.spec, env["name"])
         self.policy, self.environments, self.env, self.seeds = policy, environments, env, seeds
         self.rank, self.world, self.tick, self.failed = rank, world, tick, False
 

@@ -261,8 +261,10 @@ class Run:
             if path.exists():
                 text = path.read_text()
                 kept = "".join(line for line in text.splitlines(True) if step_of(line) <= step)
-                if kept != text:  # what stays is the beginning of the file
-                    os.truncate(path, len(kept.encode()))
+                if kept != text:
+                    temporary = path.with_name(f".{name}-new")
+                    temporary.write_text(kept)
+                    os.replace(temporary, path)
 
 
 class StopRequest:

@@ -12,7 +12,7 @@ import torch
 
 from components import TRAINER_REGISTRY, UserError, checkpoint, load_policy
 from components.curves import read_lines
-from conftest import difference, learned, states, weights
+from conftest import ONLINE, difference, learned, states, weights
 from test_offline import interrupt_after
 
 Script = Callable[..., Path]
@@ -106,6 +106,16 @@ def test_the_buffer_can_be_left_out(online: Script, tmp_path: Path, capsys: pyte
     online("--resume", run)
     updates = {line["step"]: line["updates"] for line in read_lines(run / "metrics.jsonl")}
     assert updates[40] == 20 == updates[60] and updates[100] == 60  # it waits until the new one is filled, too
+
+
+def test_a_default_beyond_the_run_shrinks_and_stays(
+    online: Script, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(ONLINE, "--learning-starts")
+    run = online("--steps", 60)
+    assert "learning starts at step 30, the default of 1000 is beyond the run" in capsys.readouterr().out
+    online("--resume", run, "--steps", 80)
+    assert read_lines(run / "metrics.jsonl")[-1]["updates"] == 50
 
 
 def test_a_run_of_the_other_script_is_refused(online: Script, script: Script) -> None:
