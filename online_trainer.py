@@ -203,10 +203,11 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
         default = Args(**vars(names) | simple, **groups, model_options=models)
     args = cli.parse(Args, argv, default, quiet=os.environ.get("RANK", "0") != "0")
     cli.at_least(args, LEAST)
+    args = debug.plain(args) if args.debug else args
     if resumed:
         run_record.refuse_changes(resumed, stored["args"], asdict(args), RESUME_MAY_CHANGE)
         args.resume = resumed
-    return debug.plain(args) if args.debug else args, argv, stored
+    return args, argv, stored
 
 
 def needed_models(trainer: type, model: str) -> dict[str, str]:

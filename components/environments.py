@@ -23,9 +23,13 @@ class FaultyEnvError(RuntimeError):
         self.index, self.problem = index, problem
 
 
+class LateError(BaseException):
+    """The deadline has passed. No `Exception`, so that an environment that catches those does not catch this."""
+
+
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside when it takes longer; 0 for no limit.
+    """Raise LateError inside when it takes longer, and again each second after; 0 for no limit.
 
     It needs signals, so it does nothing outside the main thread. A call into C that never returns is beyond its reach;
     there `--hang-timeout` ends the run.
@@ -35,10 +39,10 @@ def deadline(seconds: float) -> Iterator[None]:
         return
 
     def late(number: int, frame: Any) -> None:
-        raise TimeoutError
+        raise LateError
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
@@ -67,11 +71,11 @@ class Environments:
             FaultyEnvError: they hang while they are made.
         """
         self.close()
-        self.turn = -1
+        self.turn, self.answering = -1, True
         try:
             with deadline(self.timeout):
                 self.envs = self.make(self.num_envs, seed)
-        except TimeoutError as error:
+        except LateError as error:
             raise FaultyEnvError(-1, f"took longer than {self.timeout:g} s to be made (--env-timeout)") from error
         # An environment in this process says when its turn comes, so that whoever does not come back is known.
         for index, env in enumerate(getattr(getattr(self.envs, "unwrapped", None), "envs", ())):
@@ -97,11 +101,13 @@ class Environments:
         return self._call("step", self.envs.step, action)
 
     def _call(self, name: str, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        self.turn = -1
+        self.turn, self.answering = -1, False
         try:
             with deadline(self.timeout):
-                return call(*arguments, **keywords)
-        except TimeoutError as error:
+                answer = call(*arguments, **keywords)
+            self.answering = True
+            return answer
+        except LateError as error:
             problem = f"did not come back from {name} within {self.timeout:g} s (--env-timeout)"
             raise FaultyEnvError(self._culprit(error), problem) from error
         except (EOFError, ConnectionError) as error:
@@ -122,15 +128,19 @@ class Environments:
         return pipes.index(None) if None in pipes else -1
 
     def close(self) -> None:
-        """Close them; worker processes, which may hang or be dead, are killed first."""
-        envs, self.envs = self.envs, None
-        if envs is None:
+        """Close them, within seconds. Worker processes that have failed, or do not end by themselves, are killed."""
+        if self.envs is None:
             return
-        processes = getattr(getattr(envs, "unwrapped", None), "processes", ())
+        base: Any = getattr(self.envs, "unwrapped", None)
+        processes = getattr(base, "processes", ())
+        with contextlib.suppress(Exception, LateError), deadline(5.0):
+            if self.answering or not processes:
+                self.envs.close()
         for process in processes:
             process.kill()
-        with contextlib.suppress(Exception), deadline(5.0):
-            envs.close(**({"terminate": True} if processes else {}))
+            process.join()
+            base.closed = True  # so that nothing waits for the answer of one that is gone
+        self.envs = None
 
 
 def check_finite(observation: dict[str, np.ndarray], reward: np.ndarray, rows: Sequence[int] | np.ndarray) -> None:

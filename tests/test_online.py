@@ -247,3 +247,5 @@ def test_debug_walks_the_whole_path(
     assert re.search(r"model policy: \d+ parameters, \d+ learn", out) and "gradient norms: policy " in out
     assert "return" in out or "success" in out
     assert "loaded step-000000040" in out and "loaded the policy; at zero it acts [" in out
+    request.getfixturevalue(which)("--resume", run, "--steps", 50)
+    assert "loaded step-000000050" in capsys.readouterr().out

@@ -288,17 +288,21 @@ class TestRealProcesses:
         assert checkpoint.newest(job.run / "checkpoints")[1]["step"] == status(job.run)["step"]
 
     @pytest.mark.parametrize("words", [TROUBLE, ONLINE], ids=["offline", "online"])
-    @pytest.mark.parametrize("to_all", [False, True], ids=["launcher", "group"])
-    def test_a_signal_to_a_launch_of_two(self, tmp_path: Path, words: tuple, to_all: bool) -> None:
+    @pytest.mark.parametrize("how", ["SIGTERM to the launcher", "SIGKILL to the launcher", "SIGINT to the group"])
+    def test_a_signal_to_a_launch_of_two(self, tmp_path: Path, words: tuple, how: str) -> None:
         options = ("--steps", 10**6, "--run-dir", "run")
         job = Job(*LAUNCH, *TWO, *words, *options, cwd=tmp_path, cpu=True)
         job.wait_for_line(3)
         processes = members(job.process.pid)
-        if to_all:
-            os.killpg(job.process.pid, signal.SIGINT)
+        number = getattr(signal, how.split()[0])
+        if how.endswith("group"):
+            os.killpg(job.process.pid, number)
         else:
-            job.process.send_signal(signal.SIGTERM)
-        job.end(25)
+            job.process.send_signal(number)
+        limit = time.monotonic() + 25
+        while any(alive(pid) for pid in processes) and time.monotonic() < limit:
+            job.process.poll()
+            time.sleep(0.05)
         assert status(job.run)["state"] == "preempted"
         folder, manifest = checkpoint.newest(job.run / "checkpoints")
         assert manifest["step"] == status(job.run)["step"] and manifest["world_size"] == 2
