@@ -55,8 +55,9 @@ def draw_curves(runs: list[Path], path: Path) -> None:
                 low, high = zip(*(line["success_ci"] for line in lines if line.get(name) is not None), strict=True)
                 axis.fill_between(x, low, high, alpha=0.2)
                 axis.set_ylim(-0.02, 1.02)
-            elif "loss" in name and min(y) > 0:
-                axis.set_yscale("log")
+        shown = [value for line in axis.lines for value in line.get_ydata()]
+        if "loss" in name and min(shown, default=0) > 0:
+            axis.set_yscale("log")
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(which="both", labelsize=7)
