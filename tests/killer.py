@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -88,6 +89,13 @@ def spawn(script: str, run: Path, processes: int, port: int) -> list[int]:
     return children
 
 
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def gone(child: int) -> bool:
     """Whether a child has ended; it stays to be waited for."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
@@ -121,26 +129,24 @@ def main() -> int:
     torch.optim.Adam([parameter]).step()  # its first step imports for seconds: before the forks
     importlib.import_module("matplotlib.pyplot")
     began = time.monotonic()
-    port = 20_000 + os.getpid() % 20_000
-    codes = wait(spawn(args.script, root / "whole", processes, port))
+    codes = wait(spawn(args.script, root / "whole", processes, free_port()))
     assert codes == [0] * processes, (codes, (root / "error.txt").read_text())
     duration, expected = time.monotonic() - began, result(root / "whole")
-    kills = inside = runs = lost = different = attempts = 0
+    kills = inside = runs = lost = different = 0
     while kills < args.kills:
         run, last, done = root / f"run-{runs}", 0, False
         runs += 1
         while not done:
-            attempts += 1
-            children = spawn(args.script, run, processes, port + attempts)
+            children = spawn(args.script, run, processes, free_port())
             victim = chance.choice(children)
             if chance.random() < 0.5:
                 time.sleep(chance.uniform(0.0, 0.7 * duration))
             else:  # half of the kills are aimed into a save: one of the next three
+                limit = time.monotonic() + 3 * duration
                 for _ in range(chance.randint(1, 3)):
-                    while saving[0] and not gone(victim):
-                        time.sleep(0.0002)
-                    while not saving[0] and not gone(victim):
-                        time.sleep(0.0002)
+                    for wanted in (0, 1):
+                        while saving[0] != wanted and not any(map(gone, children)) and time.monotonic() < limit:
+                            time.sleep(0.0002)
                 time.sleep(chance.uniform(0, 0.003))
             if gone(victim):
                 codes = wait(children)
