@@ -546,7 +546,9 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     if learning_starts >= args.steps and not cli.given(argv, "learning-starts"):
         learning_starts = args.steps // 2
         note += f"; learning starts at step {learning_starts}, the default of {args.learning_starts} is beyond the run"
-    learner = build_learner(args, accelerator, spec, int((args.steps - learning_starts) * args.updates_per_step))
+    total_updates = max(int((args.steps - learning_starts) * args.updates_per_step), 0)
+    note += "" if total_updates else "; NO UPDATES (see --learning-starts, --updates-per-step)"
+    learner = build_learner(args, accelerator, spec, max(total_updates, 1))
     models, loss, opts, trainer, passed, metrics, hooks, _ = learner
     actor = policy.acting_policy(trainer, models, normaliser, spec)
     if actor is None:

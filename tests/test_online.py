@@ -51,6 +51,13 @@ def test_updates_follow_environment_steps(online: Script, utd: float) -> None:
     assert read_lines(run / "metrics.jsonl")[-1]["updates"] == int(40 * utd)
 
 
+@pytest.mark.parametrize("options", [("--updates-per-step", 0), ("--learning-starts", 90)])
+def test_a_run_without_updates_says_so(online: Script, capsys: pytest.CaptureFixture[str], options: tuple) -> None:
+    run = online(*options)
+    assert "NO UPDATES (see --learning-starts, --updates-per-step)" in capsys.readouterr().out
+    assert read_lines(run / "metrics.jsonl")[-1]["updates"] == 0
+
+
 def test_evaluation_changes_nothing_in_training(online: Script) -> None:
     plain = online(folder="plain")
     evaluated = online("--eval-episodes", 3, "--eval-every", 7, folder="evaluated")
