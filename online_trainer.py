@@ -34,6 +34,7 @@ from components import (
     optimizers,
     parallel,
     policy,
+    process,
     run_record,
 )
 from components import command_line as cli
@@ -683,4 +684,4 @@ def check(hooks: list[StepHook]) -> None:
 
 
 if __name__ == "__main__":
-    run_record.run(main)
+    process.run(main)

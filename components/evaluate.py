@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import ENV_BUILDER_REGISTRY, load_policy, run_record
+from . import ENV_BUILDER_REGISTRY, load_policy, process, run_record
 from .command_line import at_least, import_plugins, instantiate, one_line, options_of, parse, parse_names, pick
 from .environments import Environments
 from .errors import UserError
@@ -89,4 +89,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     os.environ.pop("RANK", None)
-    run_record.run(main)
+    process.run(main)

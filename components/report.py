@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import run_record
+from . import process, run_record
 from .command_line import parse
 from .curves import draw_curves, read_lines
 from .errors import UserError
@@ -201,4 +201,4 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 if __name__ == "__main__":
     os.environ.pop("RANK", None)
-    run_record.run(main)
+    process.run(main)

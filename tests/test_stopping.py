@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from components import TRAINER_REGISTRY, checkpoint, run_record
+from components import TRAINER_REGISTRY, checkpoint, process
 from components.curves import read_lines
-from components.run_record import Run, StopRequest
+from components.process import StopRequest
+from components.run_record import Run
 from conftest import ROOT, environ, learned, states, weights
 
 Script = Callable[..., Path]
@@ -370,6 +371,4 @@ class TestRealProcesses:
 
 
 def test_the_first_line_of_an_error_is_all_that_is_shown() -> None:
-    assert (
-        run_record.first_line(ValueError("one\ntwo")) == "one" and run_record.first_line(ValueError()) == "no message"
-    )
+    assert process.first_line(ValueError("one\ntwo")) == "one" and process.first_line(ValueError()) == "no message"

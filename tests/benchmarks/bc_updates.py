@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import offline_trainer  # noqa: E402
-from components import REGISTRIES, features, losses, normalisation, optimizers, run_record  # noqa: E402
+from components import REGISTRIES, features, losses, normalisation, optimizers, surroundings  # noqa: E402
 from components.datasets.episodes import EpisodeDataset  # noqa: E402
 from components.models.mlp import MLP  # noqa: E402
 from components.sampling import Batches, batch_indices  # noqa: E402
@@ -234,7 +234,7 @@ def main() -> None:
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     torch.set_num_threads(1)
 
-    machine = run_record.environment(())["machine"]
+    machine = surroundings.environment(())["machine"]
     print(f"torch {torch.__version__}, {machine['cpu']}, {torch.get_num_threads()} thread, {args.clock} clock")
     for switch in SWITCHES:
         error = matmul_error(switch)

@@ -1,0 +1,69 @@
+"""What else decides a run's numbers: versions, commit, machine."""
+
+import hashlib
+import inspect
+import platform
+import subprocess
+import time
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "torch",
+    "accelerate",
+    "wandb",
+    "safetensors",
+    "tyro",
+    "numpy",
+    "gymnasium",
+    "metaworld",
+    "mujoco",
+    "pyarrow",
+)
+
+
+def environment(components: Iterable[type]) -> dict[str, Any]:
+    """Versions, commit and machine: what else decides a run's numbers. No environment variables, so no secrets."""
+    packages: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "component_versions": {f"{c.__module__}.{c.__qualname__}": _source_hash(c) for c in components},
+        "packages": packages,
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+        "machine": {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "platform": platform.platform()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _source_hash(component: type) -> str | None:
+    """A component's version is its file: the first digits of the SHA-256 of its source."""
+    try:
+        file = inspect.getsourcefile(component)
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else None
+    except (OSError, TypeError):
+        return None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
