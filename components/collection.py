@@ -90,13 +90,7 @@ class Collector:
 
     def _replace(self, fault: FaultyEnvError, action: np.ndarray | None) -> None:
         """Say what happened, and make new environments. Raises RuntimeError beyond the limit."""
-        i = fault.index
-        text = f"environment {self.first + i if i >= 0 else '(unknown)'}"
-        if i >= 0:
-            text += f" (seed {self.seeds[i]}, step {self.lengths[i]} of its episode)"
-        text += f" {fault.problem}"
-        if i >= 0 and action is not None:
-            text += f"; action {np.array2string(action[i], precision=6, threshold=20)}"
+        text = fault.told(self.first, self.seeds, self.lengths, action)
         self.replaced += 1
         if self.replaced > self.limit:
             raise RuntimeError(f"{text}; replacement {self.replaced} is above --env-restarts {self.limit}") from fault

@@ -22,6 +22,20 @@ class FaultyEnvError(RuntimeError):
         super().__init__(f"environment {index if index >= 0 else '(unknown)'} {problem}")
         self.index, self.problem = index, problem
 
+    def told(self, first: int, seeds: Sequence[int], steps: np.ndarray, action: np.ndarray | None) -> str:
+        """All that is known of it in one line.
+
+        Args:
+            first: Index, over all processes, of this process's first environment.
+            seeds, steps: Of each environment: its last seed, and the steps of its episode so far.
+            action: `[N, Da]`, what was asked of them; None in a reset.
+        """
+        i = self.index
+        if i < 0:
+            return str(self)
+        text = f"environment {first + i} (seed {seeds[i]}, step {steps[i]} of its episode) {self.problem}"
+        return text if action is None else f"{text}; action {np.array2string(action[i], precision=6, threshold=20)}"
+
 
 class LateError(BaseException):
     """The deadline has passed. No `Exception`, so that an environment that catches those does not catch this."""

@@ -134,11 +134,11 @@ def run_episodes(
             if frames is not None and running[0]:
                 frames.append(envs.render()[0])
             action = np.clip(policy.act(observation_batch(observation)), space.low, space.high).astype(space.dtype)
-            observation, reward, terminated, truncated, info = envs.step(action)
             try:
+                observation, reward, terminated, truncated, info = envs.step(action)
                 check_finite(observation_batch(observation), reward, np.flatnonzero(running))
             except FaultyEnvError as fault:
-                raise RuntimeError(f"{fault} in the episode of seed {padded[fault.index]}") from fault
+                raise RuntimeError(fault.told(0, padded, lengths, action)) from fault
             returns[running] += np.asarray(reward)[running]
             lengths[running] += 1
             for slot in np.flatnonzero(running):
