@@ -15,7 +15,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import offline_trainer  # noqa: E402
 import online_trainer  # noqa: E402
 import toy  # noqa: E402
-from components import TRAINER_REGISTRY, parallel  # noqa: E402
+from components import TRAINER_REGISTRY, parallel, process  # noqa: E402
 
 # The group of processes lives on from run to run: torch cannot make a second one from the same rendezvous.
 offline_trainer.Accelerator.end_training = lambda self: None  # type: ignore[method-assign]
@@ -137,3 +137,8 @@ if __name__ == "__main__":
     values = torch.tensor([[1.0, 3.0], [5.0, 7.0]])[RANK]
     moments = [float(x) for x in (*parallel.global_moments(values), parallel.global_mean(values))]
     (FOLDER / f"moments-{RANK}.json").write_text(json.dumps(moments))
+    # As the scripts end: an interpreter that is taken down beside gloo's threads may abort.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    process.leave(0)
