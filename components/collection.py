@@ -25,14 +25,19 @@ def describe_env(envs: Any, name: str) -> dict[str, dict[str, Any]]:
         raise UserError(f"env {name!r} has the action space {action}; expected a Box of one dimension")
     if not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
         raise UserError(f"env {name!r} has actions without bounds ({action}); wrap it in RescaleAction or ClipAction")
-    for part in space.spaces.values() if hasattr(space, "spaces") else (space,):
-        if not (hasattr(part, "low") or hasattr(part, "spaces")):
-            raise UserError(f"env {name!r} has the observation space {space}; expected Box, or a Dict of Box")
+    if not all(hasattr(part, "low") for part in _parts(space)):
+        raise UserError(f"env {name!r} has the observation space {space}; expected Box, or a Dict of Box")
     observation, _ = envs.reset()
     first = {key: as_tensor(value)[0] for key, value in observation_batch(observation).items()}
     item = first | {"action": torch.zeros(action.shape), "reward": torch.tensor(0.0), "terminated": torch.tensor(False)}
     item |= {f"next.{key}": value for key, value in first.items()}
     return describe(item, {"action": {"min": action.low, "max": action.high}})
+
+
+def _parts(space: Any) -> list[Any]:
+    """The spaces in a Dict, and in the Dict of its pictures; any other space is its own only part."""
+    named = space.spaces if isinstance(getattr(space, "spaces", None), dict) else {"": space}
+    return [part for key, own in named.items() for part in (_parts(own) if key == "pixels" else [own])]
 
 
 def as_tensor(array: Any) -> Tensor:
@@ -82,7 +87,7 @@ class Collector:
             self.resetting = np.zeros(n, dtype=bool)  # under NEXT_STEP: the next step only resets
             try:
                 observation, _ = self.environments.reset(seed=self.seeds)
-                self.observation = observation_batch(observation)
+                self.observation = {key: np.array(value) for key, value in observation_batch(observation).items()}
                 check_finite(self.observation, self.returns, range(n))
                 return
             except FaultyEnvError as fault:
@@ -99,6 +104,8 @@ class Collector:
             self.environments.rebuild(derive_seed(self.seed, self.first, self.started_at, self.replaced) % 2**31)
         except FaultyEnvError as another:
             self._replace(another, None)
+        except UserError as error:  # what the factory says when it cannot build; it could when the run began
+            self._replace(FaultyEnvError(-1, f"cannot be made anew: {error}"), None)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Tensor] | None, list[dict[str, float]]]:
         """Act in all environments.

@@ -42,7 +42,10 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     panels = panels[:PANELS] or ["train/loss"]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False)
+    width, height = 4.2 * columns, 3.0 * rows  # inches, as the margins; fitting those to the text would draw all twice
+    margins = {"left": 0.75 / width, "right": 1 - 0.15 / width, "bottom": 0.45 / height, "top": 1 - 0.35 / height}
+    margins |= {"wspace": 0.75 / 3.4, "hspace": 0.8 / 2.2}  # in widths and heights of a panel
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, gridspec_kw=margins)
     for axis, name in zip(axes.flat, panels, strict=False):
         for run in runs:
             lines = evaluations[run] if name == score else metrics[run]
@@ -63,10 +66,9 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         axis.tick_params(which="both", labelsize=7)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(panels) :]:
-        axis.axis("off")
+        axis.remove()
     if len(runs) > 1:
         axes.flat[0].legend(fontsize=6)
-    figure.tight_layout()
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=100, format="png")
     os.replace(temporary, path)

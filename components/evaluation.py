@@ -89,6 +89,8 @@ def check_env(envs: Any, spec: dict[str, Any], name: str) -> None:
             f"env {name!r} takes actions of width {space.shape[0]}, the dataset and the model have {action}"
         )
     observation, _ = envs.reset()
+    if isinstance(observation, tuple):
+        raise UserError(f"env {name!r} has the observation space {envs.single_observation_space}; expected Box or Dict")
     found = observation_batch(observation)
     for key in (key for key in spec if key.startswith("observation.")):
         if key not in found:

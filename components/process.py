@@ -1,7 +1,6 @@
 """How a process is stopped and how it ends: signals, the launcher's end, exit codes."""
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -25,6 +24,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked, self.armed, self.asked_at, self.pid = False, False, 0.0, os.getpid()
+        self.last_words: Callable[[], None] = lambda: None  # said before a second signal leaves at once
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, self._ask)
@@ -40,25 +40,39 @@ class StopRequest:
             self.asked, self.asked_at = True, time.monotonic()
         # `timeout` and some launchers send the same signal to a process and then to its group: that is one request.
         elif number != signal.SIGUSR1 and time.monotonic() - self.asked_at > 0.1:
+            self.last_words()
             leave(128 + number)
 
 
 def end_with_launcher() -> None:
-    """Ask Linux to signal this process when the `accelerate launch` that started it is gone, however it ended.
+    """Watch the `accelerate launch` or torchrun that started this process, and ask it to stop when that is gone.
 
     Without this a one-process launch that is stopped leaves its training behind as an orphan. The signal is SIGUSR1: a
-    request to save and stop which does not count as the second one when SIGTERM went to both. Under a shell nothing is
-    done, since a run with `nohup` is meant to outlive it.
+    request to save and stop which does not count as the second one when SIGTERM went to both. A process that a shell
+    started is not watched, since a run with `nohup` is meant to outlive it.
     """
-    parent = os.getppid()
-    try:
-        words = Path(f"/proc/{parent}/cmdline").read_text().split("\0")[:4]
-        if any(Path(word).name.startswith(("accelerate", "torchrun", "torch.distributed")) for word in words):
-            ctypes.CDLL(None).prctl(1, signal.SIGUSR1)  # PR_SET_PDEATHSIG
-            if os.getppid() != parent:  # it went before we asked
-                os.kill(os.getpid(), signal.SIGUSR1)
-    except (OSError, ValueError, AttributeError):
+    if not {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & set(os.environ):  # a launcher sets them
         return
+    parent, asked = os.getppid(), signal.SIGUSR1
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), asked)
+
+    if _adopts_orphans(parent):  # it went while this process was being loaded
+        os.kill(os.getpid(), asked)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _adopts_orphans(pid: int) -> bool:
+    """Whether a process is the system's first one, or systemd, and no launcher (in a container it may be the first)."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:  # no Linux, or not ours to read
+        command = ""
+    first = pid == 1 or Path(command.split("\0")[0]).name == "systemd"
+    return first and not any(launcher in command for launcher in ("accelerate", "torch"))
 
 
 def leave(code: int) -> NoReturn:
@@ -88,14 +102,14 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         code = 130
     except Exception as error:
         who = "" if first else f"process {os.environ['RANK']}: "
-        print(f"error: {who}{type(error).__name__}: {first_line(error)} ({where(error)})", file=sys.stderr)
+        print(f"error: {who}{type(error).__name__}: {in_one_line(error)} ({where(error)})", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone
             stream.flush()
     leave(code)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"
+def in_one_line(error: BaseException) -> str:
+    """The first line of an error's message, and its notes."""
+    first = (str(error).strip().splitlines() or ["no message"])[0]
+    return "; ".join([first, *getattr(error, "__notes__", ())])

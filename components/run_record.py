@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -21,10 +22,12 @@ from .curves import draw_curves, step_of
 from .errors import StoppedError, UserError
 from .evaluation import headline, scores
 from .parallel import world_size
-from .process import StopRequest, leave
+from .process import StopRequest, in_one_line, leave
 from .progress import Progress
 from .surroundings import environment
 from .tracking import Tracker
+
+ALONE = 5.0  # seconds after which an error that rank 0 has not told must be this process's own
 
 
 class Run:
@@ -47,6 +50,7 @@ class Run:
         self.lock = lock(path) if self.first else None
         self.tracker, self.progress = Tracker(path), Progress(0, 0, shown=self.first)
         self.stop = StopRequest()
+        self.stop.last_words = lambda: self._status("preempted", "a second signal: left without saving")
         self.cleanup = contextlib.ExitStack()  # what must be closed however the run ends
 
     def __enter__(self) -> "Run":
@@ -55,26 +59,37 @@ class Run:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self.hang_timeout = 0.0
         self.progress.close()
-        if error is not None and not isinstance(error, (UserError, SystemExit)) and self.path.exists():
-            self._write_error("".join(traceback.format_exception(error)))
-        if error is not None and self.begun:
-            self._status("failed", self._reason(error))
-        elif error is not None and self.first:
-            discard(self.path)
+        if error is not None:
+            self._failed(error)
         self.cleanup.close()
         self.tracker.finish()
         if self.lock is not None:
             self.lock.close()
 
-    def _write_error(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # the disk may be full
-            (self.path / f"error-rank{self.rank}.txt").write_text(text)
+    def _failed(self, error: BaseException) -> None:
+        """Leave word of what ended the run."""
+        if isinstance(error, UserError) and not self.first:
+            self._say_alone(error)
+        elif not isinstance(error, (UserError, SystemExit)):
+            self._write_error("".join(traceback.format_exception(error)))
+        for path in sorted(self.path.glob("error-rank*.txt")):
+            if path.name != f"error-rank{self.rank}.txt":  # whoever lost its peer points to the peer's own words
+                error.add_note(f"see {path}")
+        if self.begun:
+            self._status("failed", f"{type(error).__name__}: {in_one_line(error)}")
+        elif self.first:
+            discard(self.path)
 
-    def _reason(self, error: BaseException) -> str:
-        """What failed; a process that lost its peer points to the peer's own words."""
-        others = sorted(path.name for path in self.path.glob("error-rank*.txt"))
-        others = [name for name in others if name != f"error-rank{self.rank}.txt"]
-        return f"{type(error).__name__}: {error}" + (f" (see {', '.join(others)})" if others else "")
+    def _say_alone(self, error: UserError) -> None:
+        """Nearly always rank 0 says the same and ends, and the launcher ends this process; else it has to speak."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(ALONE)
+        self._write_error("".join(traceback.format_exception(error)))
+        print(f"error: process {self.rank}: {error}", file=sys.stderr, flush=True)
+
+    def _write_error(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the disk may be full, or the folder gone
+            (self.path / f"error-rank{self.rank}.txt").write_text(text)
 
     def beat(self) -> None:
         """Tell that the run gets on. Raises nothing; the loops call it at every step."""
@@ -216,6 +231,8 @@ class Run:
         self.say(f"finished: {self.path}")
 
     def _status(self, state: str, reason: str = "") -> None:
+        if state != "running":
+            self.stop.last_words = lambda: None  # nothing that comes later changes how the run ended
         if self.first:
             path, status = self.path / "status.json", {"state": state, "step": self.step, "reason": reason}
             try:

@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import offline_trainer  # noqa: E402
 import online_trainer  # noqa: E402
 import toy  # noqa: E402, F401  (registers the components that the tests use)
-from components import checkpoint  # noqa: E402
+from components import checkpoint, run_record  # noqa: E402
 from components.curves import read_lines  # noqa: E402
 
 torch.set_num_threads(1)
@@ -37,6 +37,18 @@ def signal_handlers() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def curves() -> None:
+    """For the tests that look at a run's curves."""
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them takes longer than the small trainings here, so the other tests go without."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(run_record, "draw_curves", lambda runs, path: None)
 
 
 def fill(argv: list[str], defaults: dict[str, object]) -> list[str]:

@@ -23,7 +23,7 @@ Script = Callable[..., Path]
 # ---- what it learns and leaves behind ------------------------------------------------------------------------------
 
 
-def test_bc_learns_the_toy_and_leaves_a_run_folder(script: Script) -> None:
+def test_bc_learns_the_toy_and_leaves_a_run_folder(script: Script, curves: None) -> None:
     run = script("--trainer", "bc", "--steps", 300, "--eval-episodes", 20, "--eval-every", 100, "--save-every", 100)
     args = json.loads((run / "args.json").read_text())
     assert args["args"]["steps"] == 300 and args["args"]["optimizer_options"]["lr"] == 1e-3

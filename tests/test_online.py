@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import toy
 from components import TRAINER_REGISTRY, UserError, checkpoint, load_policy
 from components.curves import read_lines
 from conftest import ONLINE, difference, learned, states, weights
@@ -21,7 +22,9 @@ Script = Callable[..., Path]
 # ---- what it learns and leaves behind ------------------------------------------------------------------------------
 
 
-def test_sac_learns_the_toy_and_leaves_a_run_folder(online: Script, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sac_learns_the_toy_and_leaves_a_run_folder(
+    online: Script, curves: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ("--steps", 600, "--learning-starts", 100, "--eval-episodes", 10, "--eval-every", 300, "--batch-size", 64)
     run = online(*options, "--model.hidden-dims", 64, "--model.critic.hidden-dims", 64, "--trainer.discount", 0.5)
     args = json.loads((run / "args.json").read_text())
@@ -179,6 +182,16 @@ def test_too_many_faults_end_the_run(online: Script, tmp_path: Path) -> None:
     assert status["state"] == "failed" and "--env-restarts 2" in status["reason"]
 
 
+def test_one_that_cannot_be_made_again_is_a_fault_like_any(
+    online: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy.FaultyEnv, "built", 1)
+    message = "cannot be made anew: env 'faulty': OSError: no licence on this machine.*above --env-restarts 2"
+    with pytest.raises(RuntimeError, match=message):
+        online("--env", "faulty", "--env.kind", "gone", "--env-restarts", 2, "--steps", 600)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+
+
 def test_an_evaluation_with_a_faulty_environment_fails_alone(
     online: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +211,7 @@ def test_an_evaluation_with_a_faulty_environment_fails_alone(
     ("options", "message"),
     [
         (("--env.id", "CartPole-v1"), r"has the action space Discrete\(2\); expected a Box of one dimension"),
+        (("--env.id", "TendonPair-v0"), r"has the observation space Tuple\(.*\); expected Box, or a Dict of Box"),
         (("--env.id", "Pendulum-v9"), "Pendulum-v9"),
         (("--trainer", "sacc"), "unknown trainer; nearest: sac"),
         (("--env", "nothing"), "unknown env"),

@@ -54,9 +54,11 @@ class Nested(Counting):
         return self._split(observation), *rest
 
 
-def collect(env: Callable[[], Any], mode: str, vector: Any, steps: int) -> tuple[list[dict[str, Tensor]], list[Any]]:
+def collect(
+    env: Callable[[], Any], mode: str, vector: Any, steps: int, copy: bool = True
+) -> tuple[list[dict[str, Tensor]], list[Any]]:
     """Step two environments; returns the valid transitions of the second one, and the episodes of both."""
-    make = lambda n, seed: vector([env] * n, autoreset_mode=mode)  # noqa: E731
+    make = lambda n, seed: vector([env] * n, autoreset_mode=mode, copy=copy)  # noqa: E731
     environments = Environments(make, 2, 0, 10.0)
     collector = Collector(environments, 0, 0, 0, print)
     collector.start(0)
@@ -75,8 +77,10 @@ def collect(env: Callable[[], Any], mode: str, vector: Any, steps: int) -> tuple
 
 @pytest.mark.parametrize("vector", [gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv])
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
-def test_no_transition_crosses_an_episode(mode: str, vector: Any) -> None:
-    found, episodes = collect(Counting, mode, vector, 20)
+@pytest.mark.parametrize("copy", [True, False])
+def test_no_transition_crosses_an_episode(mode: str, vector: Any, copy: bool) -> None:
+    """Also where the vector environment gives the same array again and again (`copy=False`)."""
+    found, episodes = collect(Counting, mode, vector, 20, copy)
     first = int(found[0]["observation.state"][0])
     expected = []
     for episode in range(first, first + 10):

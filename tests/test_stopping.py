@@ -270,7 +270,7 @@ def test_a_process_that_raises_ends_the_job(tmp_path: Path) -> None:
     assert job.end(15) != 0
     assert "ArithmeticError: trouble" in (job.run / "error-rank1.txt").read_text()
     assert job.text().count("error: process 1: ArithmeticError: trouble") == 1
-    assert status(job.run)["state"] == "failed" and "see error-rank1.txt" in status(job.run)["reason"]
+    assert status(job.run)["state"] == "failed" and "see run/error-rank1.txt" in status(job.run)["reason"]
 
 
 class TestRealProcesses:
@@ -321,6 +321,25 @@ class TestRealProcesses:
         assert job.process.poll() is None
         job.process.send_signal(number)
         assert job.end(2) == 128 + number
+        assert status(job.run)["state"] == "preempted" and "second signal" in status(job.run)["reason"]
+
+    def test_a_launcher_that_is_killed_at_once_leaves_no_orphan(self, tmp_path: Path) -> None:
+        job = Job(*LAUNCH, *TROUBLE, "--run-dir", "run", cwd=tmp_path)
+        job._until(lambda: len(members(job.process.pid)) == 2, 60)
+        (worker,) = members(job.process.pid) - {job.process.pid}
+        job.process.kill()
+        job.end(5)
+        limit = time.monotonic() + 25
+        while alive(worker) and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert not alive(worker)
+
+    def test_what_the_user_can_mend_on_one_process_alone_is_said_by_that_one(self, tmp_path: Path) -> None:
+        words = (*ONLINE[:-4], "--env", "faulty", "--env.kind", "rank 1", "--run-dir", "run")
+        job = Job(*LAUNCH, *TWO, *words, cwd=tmp_path, cpu=True)
+        assert job.end(60) != 0
+        assert job.text().count("error: process 1: env 'faulty': OSError: no licence on this machine") == 1
+        assert "no licence on this machine" in (job.run / "error-rank1.txt").read_text()
 
     def test_a_process_that_is_killed_ends_the_job(self, tmp_path: Path) -> None:
         job = Job(*LAUNCH, *TWO, *TROUBLE, "--trainer.kind", "die", "--run-dir", "run", cwd=tmp_path, cpu=True)
@@ -349,9 +368,8 @@ class TestRealProcesses:
         assert second.returncode == 2 and f"is in use by process {job.worker()}" in second.stderr
         job.process.kill()
         job.end(5)
-        with pytest.raises(AssertionError):  # the lock went with its process
-            again = Job(sys.executable, OFFLINE[0], "--resume", "run", "--steps", 60, cwd=tmp_path)
-            assert again.end(60) != 0
+        again = Job(sys.executable, OFFLINE[0], "--resume", "run", "--steps", 60, cwd=tmp_path)
+        assert again.end(60) == 0  # the lock went with its process
 
     def test_a_disk_without_room_stops_the_run_and_costs_no_checkpoint(self, tmp_path: Path) -> None:
         options = ("--trainer", "bc", "--eval-episodes", 0, "--save-every", 10, "--run-dir", "run")
@@ -370,5 +388,7 @@ class TestRealProcesses:
         assert not list((job.run / "checkpoints").glob(".tmp-*"))
 
 
-def test_the_first_line_of_an_error_is_all_that_is_shown() -> None:
-    assert process.first_line(ValueError("one\ntwo")) == "one" and process.first_line(ValueError()) == "no message"
+def test_the_first_line_of_an_error_and_its_notes_are_all_that_is_shown() -> None:
+    noted = ValueError("one\ntwo")
+    noted.add_note("see three")
+    assert process.in_one_line(noted) == "one; see three" and process.in_one_line(ValueError()) == "no message"

@@ -45,7 +45,18 @@ class ToyEnv(gym.Env):
         return self.state, -error, False, self.count == LENGTH, {"success": self.good}
 
 
+class PairEnv(ToyEnv):
+    """Its observation is a tuple, which no policy here takes."""
+
+    observation_space = gym.spaces.Tuple((ToyEnv.observation_space, gym.spaces.Discrete(3)))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        state, info = super().reset(seed=seed)
+        return (state, 0), info
+
+
 gym.register("TendonToy-v0", entry_point=ToyEnv)
+gym.register("TendonPair-v0", entry_point=PairEnv)
 
 
 class SavableEnvs(gym.vector.SyncVectorEnv):
@@ -84,6 +95,8 @@ ENV_BUILDER_REGISTRY["savable"] = Savable
 class FaultyEnv(ToyEnv):
     """Misbehaves at one of its steps, if it is the one that should."""
 
+    built = 0  # vectors of them
+
     def __init__(self, index: int, options: "Faulty") -> None:
         self.index, self.options, self.own = index, options, 0
 
@@ -92,7 +105,7 @@ class FaultyEnv(ToyEnv):
         observation, reward, terminated, truncated, info = super().step(action)
         if self.index == self.options.index and self.own == self.options.at:
             match self.options.kind:
-                case "raise":
+                case "raise" | "gone":
                     raise ArithmeticError("simulator exploded")
                 case "hang":
                     time.sleep(1000)
@@ -121,6 +134,10 @@ class Faulty:
     """In processes of their own."""
 
     def build(self, num_envs: int, seed: int) -> Any:
+        """Two of the kinds are faults of this method: on the second process, and from the third call on."""
+        FaultyEnv.built += 1
+        if self.kind == "rank 1" and os.environ.get("RANK") == "1" or self.kind == "gone" and FaultyEnv.built > 2:
+            raise OSError("no licence on this machine")
         vector = gym.vector.AsyncVectorEnv if self.workers else gym.vector.SyncVectorEnv
         makes = [lambda i=i: FaultyEnv(i, self) for i in range(num_envs)]
         return vector(makes, autoreset_mode="SameStep")
