@@ -11,7 +11,7 @@ python offline_trainer.py --resume runs/x                                 # go o
 import math
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -39,6 +39,7 @@ from components import (
 )
 from components import command_line as cli
 from components.environments import Environments
+from components.errors import StoppedError
 from components.metrics import Metrics
 from components.normalisation import Normaliser
 from components.random_state import get_random_state
@@ -447,11 +448,13 @@ def make_evaluator(args: Args, actor: Any, name: str, env: Any, rank: int, world
 
 
 def evaluate(evaluator: Any, step: int, run: Run) -> None:
-    """Play the episodes and tell the result; a failure of theirs is told, too, and the run goes on."""
+    """Play the episodes and tell the result; a failure of theirs is told, too, and the run goes on.
+
+    Raises StoppedError on all processes when a stop is asked for.
+    """
     result, problem = evaluator.evaluate(step)
     if result is None:
-        how = "was left out" if run.stop.asked else "failed, training goes on"
-        run.say(f"the evaluation at step {step} {how}: {problem}")
+        run.say(f"the evaluation at step {step} failed, training goes on: {problem}")
     else:
         run.evaluated(result)
 
@@ -547,10 +550,10 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
     # From here on each process draws its own noise; a resumed run finds everything as it was.
     set_seed(derive_seed(args.seed, rank) % 2**32)
     training_mode(models, opts, args)
-    progress: dict[str, Any] = {"step": 0, "best_step": -1, "best_loss": math.inf}
+    progress: dict[str, Any] = {"step": 0, "best_step": -1, "best_loss": math.inf, "unevaluated": False}
     if args.resume:
         if found := parallel.on_first(rank, lambda: checkpoint.latest(run.path / "checkpoints")):
-            progress = checkpoint.restore(*found, models, opts, loss, trainer, args.trainer)
+            progress |= checkpoint.restore(*found, models, opts, loss, trainer, args.trainer)
             own = checkpoint.restore_rank(*found, rank, derive_seed(args.seed, rank, progress["step"]))
             metrics.values = own.get("metrics", {})
         if progress["step"] > args.steps:
@@ -569,43 +572,48 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
     stopping, failed_saves, next_vote, saved_at = False, 0, step, time.monotonic()
     first, logged_at, data_s, step_s = step, step, 0.0, 0.0
-    while step < args.steps and not stopping:
-        where = {"epoch": step // batches.per_epoch, "total_epochs": -(-args.steps // batches.per_epoch)}
-        where["iterations"] = step
-        for hook in hooks:
-            hook.iterations = step
-        for _ in range(micro_steps):
-            began = time.perf_counter()
-            batch = normaliser(to_device(next(stream), device))
-            if args.debug and step == first:
-                debug.show_batch(batch, run.say)
-            loaded = time.perf_counter()
-            with precision:
-                metrics.add(trainer.train_step(batch, **{name: where[name] for name in passed}), "train/")
-            data_s, step_s = data_s + loaded - began, step_s + time.perf_counter() - loaded
-        run.step = step = step + 1
-        run.beat()
+    while not stopping and (step < args.steps or progress["unevaluated"]):
+        # Learn; but first a resumed run makes up for the evaluation that a signal had cut short.
+        began = time.perf_counter()
+        owing, progress["unevaluated"] = progress["unevaluated"], False
+        if not owing:
+            where = {"epoch": step // batches.per_epoch, "total_epochs": -(-args.steps // batches.per_epoch)}
+            where["iterations"] = step
+            for hook in hooks:
+                hook.iterations = step
+            for _ in range(micro_steps):
+                drawn = time.perf_counter()
+                batch = normaliser(to_device(next(stream), device))
+                if args.debug and step == first:
+                    debug.show_batch(batch, run.say)
+                loaded = time.perf_counter()
+                with precision:
+                    metrics.add(trainer.train_step(batch, **{name: where[name] for name in passed}), "train/")
+                data_s, step_s = data_s + loaded - drawn, step_s + time.perf_counter() - loaded
+            run.step = step = step + 1
+            run.beat()
 
         # Evaluate: the held-out loss, and episodes in the environment.
         held_out: dict[str, float] = {}
         improved = False
         if due(step, 1, args.eval_every, args.steps) and (holds_out or evaluator is not None):
             check(hooks)
-            with evaluation_mode(models, opts, args):
+            progress["unevaluated"] = True
+            with evaluation_mode(models, opts, args), suppress(StoppedError):
                 if holds_out:
                     value = evaluation.held_out_loss(trainer, validation, normaliser, batch_size, device, run.tick)
-                    if (value := parallel.from_first(value)) is not None:
-                        held_out["val/loss"] = value
-                        if improved := value < progress["best_loss"]:
-                            progress |= {"best_step": step, "best_loss": value}
+                    held_out["val/loss"] = value
+                    if improved := value < progress["best_loss"]:
+                        progress |= {"best_step": step, "best_loss": value}
                 if evaluator is not None:
                     evaluate(evaluator, step, run)
+                progress["unevaluated"] = False
             next_vote = step  # it may have been cut short because a stop was asked for
 
         # Log: means over the interval and over the processes.
-        if due(step, 1, args.log_every, args.steps) or held_out:
+        if (due(step, 1, args.log_every, args.steps) or held_out) and not progress["unevaluated"]:
             check(hooks)
-            count, seconds = step - logged_at, max(data_s + step_s, 1e-9)
+            count, seconds = max(step - logged_at, 1), max(data_s + step_s, 1e-9)
             rates = {f"train/lr.{name}": opt.param_groups[0]["lr"] for name, opt in opts.items()}
             times = {"data_s": data_s / count, "step_s": step_s / count, "samples_per_s": count * batch_size / seconds}
             record = {"step": step} | metrics.means() | held_out | rates | times
@@ -626,7 +634,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
             failed_saves = save(args, learner, run, progress, {}, failed_saves, last)
             saved_at = time.monotonic()
 
-    if step < args.steps:
+    if step < args.steps or progress["unevaluated"]:
         run.preempted()
     else:
         finish(args, learner, run, actor, evaluator, env)

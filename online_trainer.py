@@ -11,7 +11,7 @@ python online_trainer.py --resume runs/x                                  # go o
 import math
 import os
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -40,6 +40,7 @@ from components import (
 from components import command_line as cli
 from components.collection import Collector, describe_env
 from components.environments import Environments
+from components.errors import StoppedError
 from components.metrics import Metrics
 from components.normalisation import Normaliser
 from components.random_state import get_random_state
@@ -454,11 +455,13 @@ def make_evaluator(args: Args, actor: Any, name: str, env: Any, rank: int, world
 
 
 def evaluate(evaluator: Any, step: int, run: Run) -> None:
-    """Play the episodes and tell the result; a failure of theirs is told, too, and the run goes on."""
+    """Play the episodes and tell the result; a failure of theirs is told, too, and the run goes on.
+
+    Raises StoppedError on all processes when a stop is asked for.
+    """
     result, problem = evaluator.evaluate(step)
     if result is None:
-        how = "was left out" if run.stop.asked else "failed, training goes on"
-        run.say(f"the evaluation at step {step} {how}: {problem}")
+        run.say(f"the evaluation at step {step} failed, training goes on: {problem}")
     else:
         run.evaluated(result)
 
@@ -561,11 +564,11 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     set_seed(derive_seed(args.seed, rank) % 2**32)
     training_mode(models, opts, args)
     progress: dict[str, Any] = {"step": 0, "updates": 0, "owed": 0.0, "filled_from": 0, "best_step": -1}
-    progress["learning_starts"] = learning_starts
+    progress |= {"learning_starts": learning_starts, "unevaluated": False}
     own: dict[str, Any] = {}
     if args.resume:
         if found := parallel.on_first(rank, lambda: checkpoint.latest(run.path / "checkpoints")):
-            progress = checkpoint.restore(*found, models, opts, loss, trainer, args.trainer)
+            progress |= checkpoint.restore(*found, models, opts, loss, trainer, args.trainer)
             own = checkpoint.restore_rank(*found, rank, derive_seed(args.seed, rank, progress["step"]))
             metrics.values = own.get("metrics", {})
             if not buffer.restore(own, rank * mine):
@@ -590,55 +593,61 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
     stopping, failed_saves, next_vote, saved_at = False, 0, step, time.monotonic()
     first, logged_at, logged_updates, data_s, step_s = progress["updates"], step, progress["updates"], 0.0, 0.0
-    while step < args.steps and not stopping:
-        # Act: at random until learning starts, then as the trainer explores.
+    while not stopping and (step < args.steps or progress["unevaluated"]):
+        # Act and learn; but first a resumed run makes up for the evaluation that a signal had cut short.
         began = time.perf_counter()
-        if step < learning_starts:
-            action = low + (high - low) * torch.rand(mine, len(low)).numpy()
-        else:
-            action = np.clip(explorer.act(collector.observation), low, high)
-        transitions, episodes = collector.step(action)
-        if transitions is None:  # a fault: the episodes are cut, new ones begin
-            buffer.cut()
-        else:
-            buffer.add(transitions)
-        for episode in episodes:
-            metrics.add(episode, "train/")
-        run.step = step = step + num_envs
-        run.beat()
-        data_s += time.perf_counter() - began
-
-        # Learn: so many updates for each environment step.
-        if step - progress["filled_from"] > learning_starts:
-            progress["owed"] += num_envs * args.updates_per_step
-        for hook in hooks:
-            hook.iterations = step
-        while progress["owed"] >= 1:
-            where = {"epoch": 0, "total_epochs": 1, "iterations": progress["updates"]}
-            for _ in range(micro_steps):
-                drawn = time.perf_counter()
-                batch = normaliser(to_device(buffer.sample(batch_size // (world * micro_steps)), device))
-                if args.debug and progress["updates"] == first:
-                    debug.show_batch(batch, run.say)
-                loaded = time.perf_counter()
-                with precision:
-                    metrics.add(trainer.train_step(batch, **{name: where[name] for name in passed}), "train/")
-                data_s, step_s = data_s + loaded - drawn, step_s + time.perf_counter() - loaded
-            progress["owed"] -= 1
-            progress["updates"] += 1
+        owing, progress["unevaluated"] = progress["unevaluated"], False
+        if not owing:
+            # Act: at random until learning starts, then as the trainer explores.
+            if step < learning_starts:
+                action = low + (high - low) * torch.rand(mine, len(low)).numpy()
+            else:
+                action = np.clip(explorer.act(collector.observation), low, high)
+            transitions, episodes = collector.step(action)
+            if transitions is None:  # a fault: the episodes are cut, new ones begin
+                buffer.cut()
+            else:
+                buffer.add(transitions)
+            for episode in episodes:
+                metrics.add(episode, "train/")
+            run.step = step = step + num_envs
             run.beat()
+            data_s += time.perf_counter() - began
+
+            # Learn: so many updates for each environment step.
+            if step - progress["filled_from"] > learning_starts:
+                progress["owed"] += num_envs * args.updates_per_step
+            for hook in hooks:
+                hook.iterations = step
+            while progress["owed"] >= 1:
+                where = {"epoch": 0, "total_epochs": 1, "iterations": progress["updates"]}
+                for _ in range(micro_steps):
+                    drawn = time.perf_counter()
+                    batch = normaliser(to_device(buffer.sample(batch_size // (world * micro_steps)), device))
+                    if args.debug and progress["updates"] == first:
+                        debug.show_batch(batch, run.say)
+                    loaded = time.perf_counter()
+                    with precision:
+                        metrics.add(trainer.train_step(batch, **{name: where[name] for name in passed}), "train/")
+                    data_s, step_s = data_s + loaded - drawn, step_s + time.perf_counter() - loaded
+                progress["owed"] -= 1
+                progress["updates"] += 1
+                run.beat()
 
         # Evaluate: episodes in environments of their own.
         if evaluator is not None and due(step, num_envs, args.eval_every, args.steps):
             check(hooks)
-            with evaluation_mode(models, opts, args):
+            progress["unevaluated"] = True
+            with evaluation_mode(models, opts, args), suppress(StoppedError):
                 evaluate(evaluator, step, run)
+                progress["unevaluated"] = False
             next_vote = step  # it may have been cut short because a stop was asked for
 
         # Log: means over the interval and over the processes.
-        if due(step, num_envs, args.log_every, args.steps):
+        if due(step, num_envs, args.log_every, args.steps) and not progress["unevaluated"]:
             check(hooks)
-            count, made, seconds = step - logged_at, progress["updates"] - logged_updates, max(data_s + step_s, 1e-9)
+            count, seconds = max(step - logged_at, 1), max(data_s + step_s, 1e-9)
+            made = progress["updates"] - logged_updates
             rates = {f"train/lr.{name}": opt.param_groups[0]["lr"] for name, opt in opts.items()}
             times = {"data_s": data_s / count, "step_s": step_s / count, "samples_per_s": made * batch_size / seconds}
             times["env_steps_per_s"] = count / seconds
@@ -663,7 +672,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
             failed_saves = save(args, learner, run, progress, state, failed_saves, last)
             saved_at = time.monotonic()
 
-    if step < args.steps:
+    if step < args.steps or progress["unevaluated"]:
         run.preempted()
     else:
         finish(args, learner, run, actor, evaluator, args.env_options)

@@ -200,9 +200,12 @@ class Evaluator:
         """Play the episodes; returns (the line for `eval.jsonl`, "") or, on all processes alike, (None, what failed).
 
         Leaves the random generators as they were, so training goes on as if it had not happened.
+
+        Raises:
+            StoppedError: on all processes, when a stop was asked for on any.
         """
         mine: list[dict[str, Any]] = []
-        problem = ""
+        problem, stopped = "", False
         with preserved():
             try:
                 if self.failed:
@@ -211,13 +214,17 @@ class Evaluator:
                 seeds = list(self.seeds)[self.rank :: self.world]
                 mine = run_episodes(self.policy, self.environments, seeds, tick=self.tick)
                 self.failed = False
+            except StoppedError:
+                stopped = True
             except Exception as error:
                 logger.debug("evaluation failed", exc_info=True)
                 problem = f"process {self.rank}: {type(error).__name__}: {error}"
-        gathered = parallel.gather((mine, problem))
-        if problems := [problem for _, problem in gathered if problem]:
-            return None, problems[0]
-        episodes = sorted((e for part, _ in gathered for e in part), key=lambda episode: episode["seed"])
+        parts, problems, stops = zip(*parallel.gather((mine, problem, stopped)), strict=True)
+        if any(stops):
+            raise StoppedError("stopped by a signal")
+        if any(problems):
+            return None, next(filter(None, problems))
+        episodes = sorted((e for part in parts for e in part), key=lambda episode: episode["seed"])
         return summarise(episodes, self.env, step, self.policy), ""
 
     def film(self, path: Path, options: Any) -> str:
@@ -235,12 +242,13 @@ def held_out_loss(
     batch_size: int,
     device: torch.device,
     tick: Callable[[], None] = lambda: None,
-) -> float | None:
+) -> float:
     """Mean of the trainer's `losses` over the validation set; leaves the random generators as they were.
 
-    `tick` is called for each batch; None when it says by StoppedError that a stop was asked for.
+    Raises:
+        StoppedError: on all processes, when `tick`, which is called for each batch, raised it on the first.
     """
-    total = 0.0
+    mean, total = None, 0.0
     with preserved(), contextlib.suppress(StoppedError):
         for rows in torch.arange(len(dataset)).split(batch_size):
             tick()
@@ -248,8 +256,10 @@ def held_out_loss(
             losses = trainer.losses(data)
             losses = losses[0] if isinstance(losses, tuple) else losses  # (loss, metrics), or the loss, or named terms
             total += float(sum(losses.values()) if isinstance(losses, dict) else losses) * len(rows)
-        return total / len(dataset)
-    return None
+        mean = total / len(dataset)
+    if (mean := parallel.from_first(mean)) is None:
+        raise StoppedError("stopped by a signal")
+    return mean
 
 
 def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:

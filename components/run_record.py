@@ -21,7 +21,7 @@ from .checkpoint import sync, write_json
 from .curves import draw_curves, step_of
 from .errors import StoppedError, UserError
 from .evaluation import headline, scores
-from .parallel import world_size
+from .parallel import on_first, world_size
 from .process import StopRequest, in_one_line, leave
 from .progress import Progress
 from .surroundings import environment
@@ -40,6 +40,9 @@ class Run:
         path: The folder, which exists.
         rank: This process.
         hang_timeout: Seconds without a `beat` after which the process ends itself; 0 for never.
+
+    Raises:
+        UserError: on every process, when another run holds the folder.
     """
 
     def __init__(self, path: Path, rank: int, hang_timeout: float = 0.0) -> None:
@@ -47,11 +50,15 @@ class Run:
         self.begun, self.step, self.hang_timeout = False, 0, hang_timeout
         self.config: dict[str, Any] = {}
         self.unwritten: list[tuple[str, dict[str, Any]]] = []
-        self.lock = lock(path) if self.first else None
+        self.lock: Any = None
+        on_first(rank, self._take_lock)  # where the folder is in use, every process leaves it as it is
         self.tracker, self.progress = Tracker(path), Progress(0, 0, shown=self.first)
         self.stop = StopRequest()
         self.stop.last_words = lambda: self._status("preempted", "a second signal: left without saving")
         self.cleanup = contextlib.ExitStack()  # what must be closed however the run ends
+
+    def _take_lock(self) -> None:
+        self.lock = lock(self.path)
 
     def __enter__(self) -> "Run":
         return self

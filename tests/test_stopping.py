@@ -22,7 +22,7 @@ from components import TRAINER_REGISTRY, checkpoint, process
 from components.curves import read_lines
 from components.process import StopRequest
 from components.run_record import Run
-from conftest import ROOT, environ, learned, states, weights
+from conftest import ROOT, environ, learned, states, two_processes, weights
 
 Script = Callable[..., Path]
 OFFLINE = (ROOT / "offline_trainer.py", "--plugins", "toy", "--dataset", "toy", "--batch-size", 16)
@@ -90,8 +90,43 @@ def test_a_long_evaluation_does_not_hold_up_the_stop(
     run = request.getfixturevalue(which)(*options)
     assert time.monotonic() - began < 10
     assert status(run)["state"] == "preempted" and status(run)["step"] == 30
-    assert "the evaluation at step 30 was left out: process 0: StoppedError" in capsys.readouterr().out
+    assert "stopped at step 30; go on with --resume" in capsys.readouterr().out
     assert checkpoint.newest(run / "checkpoints")[1]["step"] == 30
+    assert not read_lines(run / "eval.jsonl") and not any(line["step"] == 30 for line in learned(run))
+
+
+@pytest.mark.parametrize("at", ["held-out loss", "first", "last"])
+@pytest.mark.parametrize("which", ["online", "script"])
+def test_a_resumed_run_makes_up_for_the_evaluation_that_was_cut_short(
+    which: str, at: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the run and at its end: the run is equal to one that never stopped."""
+    train = request.getfixturevalue(which)
+    if which == "online" and at == "held-out loss":
+        pytest.skip("it has none")
+    options = (*(("--trainer", "bc") if which == "script" else ("--env", "savable")), "--steps", 60)
+    options = (*options, "--eval-every", 20, "--eval-episodes", 3, "--eval-envs", 2, "--save-every", 30)
+    ticks, tick, stop_at = 0, Run.tick, -1
+
+    def stopping(run: Run) -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        tick(run)
+
+    monkeypatch.setattr(Run, "tick", stopping)
+    whole = train(*options, folder="whole")
+    each, ticks = ticks // 3, 0  # of one evaluation: batches of the held-out loss, then steps of the episodes
+    stop_at = {"held-out loss": each + 1, "first": 10, "last": 2 * each + 10}[at]
+    run = train(*options)
+    assert status(run) == {"state": "preempted", "step": {"held-out loss": 40, "first": 20, "last": 60}[at]} | {
+        "reason": "stopped by a signal"
+    }
+    train("--resume", run)
+    assert status(run)["state"] == "finished"
+    assert learned(run) == learned(whole) and states(run) == states(whole)
+    assert read_lines(run / "eval.jsonl") == read_lines(whole / "eval.jsonl")
 
 
 def test_before_the_run_has_begun_a_signal_leaves_at_once(tmp_path: Path) -> None:
@@ -365,7 +400,11 @@ class TestRealProcesses:
         job.wait_for_line()
         words = [str(word) for word in (sys.executable, OFFLINE[0], "--resume", "run")]
         second = subprocess.run(words, cwd=tmp_path, env=environ(), capture_output=True, text=True)
-        assert second.returncode == 2 and f"is in use by process {job.worker()}" in second.stderr
+        in_use = f"error: run is in use by process {job.worker()}"
+        assert second.returncode == 2 and second.stderr.count(in_use) == 1
+        pair = two_processes(OFFLINE[0], "--resume", "run", cwd=tmp_path)
+        assert pair.returncode != 0 and pair.stderr.count("error:") == pair.stderr.count(in_use) == 1
+        assert not list(job.run.glob("error-rank*.txt"))  # those would be the first run's
         job.process.kill()
         job.end(5)
         again = Job(sys.executable, OFFLINE[0], "--resume", "run", "--steps", 60, cwd=tmp_path)

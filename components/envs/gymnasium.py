@@ -40,7 +40,9 @@ class GymnasiumEnv:
             envs = gym.make_vec(self.id, num_envs, vectorization_mode=self.vectorization_mode, **options)
         except gym.error.DependencyNotInstalled as error:
             raise UserError(f"--env.id {self.id}: {error}") from error
-        except (gym.error.UnregisteredEnv, ModuleNotFoundError) as error:
+        except ModuleNotFoundError as error:
+            raise UserError(f"--env.id {self.id}: {str(error).partition('.')[0]}; install its package") from error
+        except gym.error.UnregisteredEnv as error:
             raise UserError(f"--env.id {self.id}: {error}; {nearest(self.id, gym.registry)}") from error
         envs.reset(seed=seed)
         return envs
