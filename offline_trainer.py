@@ -408,6 +408,7 @@ def build_learner(args: Args, accelerator: Accelerator, spec: Any, updates: int)
         for name, parameters in learning.items()
     }
     trainer, passed = make_trainer(args, models, opts, loss, spec, accelerator.device)
+    models.to(accelerator.device)  # what the trainer has added
     parallel.broadcast(torch.nn.ModuleList([models, loss]))
     metrics = Metrics()
     hooks = [StepHook(accelerator, i, name, opt, args, metrics) for i, (name, opt) in enumerate(opts.items())]

@@ -13,7 +13,7 @@ from .policy import load_policy
 
 # Defaults under --debug, of the scripts that have them; what the command line gives stays. A component may add its own
 # in `debug_options`.
-SMALL = {"steps": 40, "batch_size": 32, "log_every": 10, "eval_every": 20, "eval_episodes": 2, "eval_envs": 1}
+SMALL = {"steps": 40, "batch_size": 32, "log_every": 10, "eval_every": 20, "eval_episodes": 1, "eval_envs": 1}
 SMALL |= {"save_every": 20, "num_envs": 2, "learning_starts": 20, "buffer_size": 1000}
 
 # Under --debug, whatever the command line says: no processes beside this one, no clocks, nothing between the debugger

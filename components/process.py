@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .command_line import where
+from .environments import hurry
 from .errors import UserError
+
+PATIENCE = 10.0  # seconds that an environment which does not come back may hold up a stop
 
 
 class StopRequest:
@@ -38,6 +41,7 @@ class StopRequest:
             raise SystemExit(128 + number)
         if not self.asked:
             self.asked, self.asked_at = True, time.monotonic()
+            hurry(PATIENCE)
         # `timeout` and some launchers send the same signal to a process and then to its group: that is one request.
         elif number != signal.SIGUSR1 and time.monotonic() - self.asked_at > 0.1:
             self.last_words()

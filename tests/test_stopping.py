@@ -129,6 +129,20 @@ def test_a_resumed_run_makes_up_for_the_evaluation_that_was_cut_short(
     assert read_lines(run / "eval.jsonl") == read_lines(whole / "eval.jsonl")
 
 
+def test_an_environment_that_hangs_does_not_hold_up_the_stop(
+    online: Script, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "PATIENCE", 1.0)
+    threading.Timer(2.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    run = online("--env", "faulty", "--env.kind", "hang", "--env.at", 17, "--steps", 60)  # its timeout is 60 s
+    assert time.monotonic() - began < 10
+    assert status(run)["state"] == "preempted" and status(run)["step"] == 34
+    assert re.search(
+        r"environment 1 \(seed.* did not come back from step within [123](\.\d+)? s", capsys.readouterr().out
+    )
+
+
 def test_before_the_run_has_begun_a_signal_leaves_at_once(tmp_path: Path) -> None:
     run = Run(tmp_path, 0)
     with pytest.raises(SystemExit) as stop, run:
