@@ -223,7 +223,7 @@ def start_accelerator(mixed_precision: str | None, hang_timeout: float) -> Accel
     if precision not in ("no", "bf16"):
         raise UserError(f"mixed precision {precision} is not supported (its scaler fits one optimizer only); use bf16")
     # How long processes wait for one that hangs: a little longer than that one, which knows where, waits for itself.
-    patience = timedelta(seconds=hang_timeout + 5) if hang_timeout else timedelta(days=365)
+    patience = timedelta(seconds=min(hang_timeout + 5, 1e9)) if hang_timeout else timedelta(days=365)
     group = InitProcessGroupKwargs(timeout=patience)
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group])
     if str(accelerator.distributed_type.value) not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
@@ -443,9 +443,10 @@ def make_evaluator(args: Args, actor: Any, name: str, env: Any, rank: int, world
         return None
     seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
     slots = min(args.eval_envs, -(-len(seeds) // world))
-    envs = Environments(partial(build, "env", name, env), slots, args.eval_seed, args.env_timeout)
-    run.cleanup.callback(envs.close)
-    return evaluation.Evaluator(actor, envs, {"name": name, **asdict(env)}, seeds, rank, world, run.tick)
+    with cli.one_line(f"env {name!r}"):
+        envs = Environments(partial(build, "env", name, env), slots, args.eval_seed, args.env_timeout)
+        run.cleanup.callback(envs.close)
+        return evaluation.Evaluator(actor, envs, {"name": name, **asdict(env)}, seeds, rank, world, run.tick)
 
 
 def evaluate(evaluator: Any, step: int, run: Run) -> None:
@@ -507,7 +508,7 @@ def main(argv: list[str]) -> int:
     accelerator = start_accelerator(args.mixed_precision or stored.get("mixed_precision"), args.hang_timeout)
     if args.debug and accelerator.num_processes > 1:
         raise UserError("--debug runs in one process; leave it out, or launch with --num_processes 1")
-    set_seed(args.seed)  # the same everywhere until the models exist
+    set_seed(args.seed % 2**32)  # the same everywhere until the models exist
     rank = accelerator.process_index
     run_record.start_logging(rank)
     subject = cli.subject(args, "dataset" if "dataset" in CHOICES else "env")

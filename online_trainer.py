@@ -230,7 +230,7 @@ def start_accelerator(mixed_precision: str | None, hang_timeout: float) -> Accel
     if precision not in ("no", "bf16"):
         raise UserError(f"mixed precision {precision} is not supported (its scaler fits one optimizer only); use bf16")
     # How long processes wait for one that hangs: a little longer than that one, which knows where, waits for itself.
-    patience = timedelta(seconds=hang_timeout + 5) if hang_timeout else timedelta(days=365)
+    patience = timedelta(seconds=min(hang_timeout + 5, 1e9)) if hang_timeout else timedelta(days=365)
     group = InitProcessGroupKwargs(timeout=patience)
     accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group])
     if str(accelerator.distributed_type.value) not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU"):
@@ -450,9 +450,10 @@ def make_evaluator(args: Args, actor: Any, name: str, env: Any, rank: int, world
         return None
     seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
     slots = min(args.eval_envs, -(-len(seeds) // world))
-    envs = Environments(partial(build, "env", name, env), slots, args.eval_seed, args.env_timeout)
-    run.cleanup.callback(envs.close)
-    return evaluation.Evaluator(actor, envs, {"name": name, **asdict(env)}, seeds, rank, world, run.tick)
+    with cli.one_line(f"env {name!r}"):
+        envs = Environments(partial(build, "env", name, env), slots, args.eval_seed, args.env_timeout)
+        run.cleanup.callback(envs.close)
+        return evaluation.Evaluator(actor, envs, {"name": name, **asdict(env)}, seeds, rank, world, run.tick)
 
 
 def evaluate(evaluator: Any, step: int, run: Run) -> None:
@@ -514,7 +515,7 @@ def main(argv: list[str]) -> int:
     accelerator = start_accelerator(args.mixed_precision or stored.get("mixed_precision"), args.hang_timeout)
     if args.debug and accelerator.num_processes > 1:
         raise UserError("--debug runs in one process; leave it out, or launch with --num_processes 1")
-    set_seed(args.seed)  # the same everywhere until the models exist
+    set_seed(args.seed % 2**32)  # the same everywhere until the models exist
     rank = accelerator.process_index
     run_record.start_logging(rank)
     subject = cli.subject(args, "dataset" if "dataset" in CHOICES else "env")
@@ -537,9 +538,10 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     num_envs, note = fit_envs(args.num_envs, world, cli.given(argv, "num-envs"))
     mine = num_envs // world
     make = partial(build, "env", args.env, args.env_options)
-    environments = Environments(make, mine, derive_seed(args.seed, rank) % 2**31, args.env_timeout)
-    run.cleanup.callback(environments.close)
-    spec = describe_env(environments, args.env)
+    with cli.one_line(f"env {args.env!r}"):
+        environments = Environments(make, mine, derive_seed(args.seed, rank) % 2**31, args.env_timeout)
+        run.cleanup.callback(environments.close)
+        spec = describe_env(environments)
     normaliser = Normaliser(spec).to(device)
     micro_steps = args.grad_accumulation
     batch_size, _ = fit_batch(args.batch_size, args.batch_size, world * micro_steps, asked=True)
@@ -558,7 +560,8 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     actor = policy.acting_policy(trainer, models, normaliser, spec)
     if actor is None:
         raise UserError(f"trainer {args.trainer!r} has nothing that acts: no policy(), and no model named 'policy'")
-    explorer = policy.Policy(trainer.explorer(), normaliser, spec) if hasattr(trainer, "explorer") else actor
+    explorer = trainer.explorer() if hasattr(trainer, "explorer") else actor.module
+    explorer = policy.Policy(explorer, normaliser, spec)  # its own history: evaluations come between its steps
     evaluator = make_evaluator(args, actor, args.env, args.env_options, rank, world, run)
 
     # From here on each process draws its own noise; a resumed run finds everything as it was but its environments.
@@ -605,6 +608,8 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
             else:
                 action = np.clip(explorer.act(collector.observation), low, high)
             transitions, episodes = collector.step(action)
+            while transitions is None and not len(buffer):  # a fault before there is anything to learn from
+                transitions, episodes = collector.step(action)
             if transitions is None:  # a fault: the episodes are cut, new ones begin
                 buffer.cut()
             else:

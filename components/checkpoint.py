@@ -286,7 +286,9 @@ def newest(root: Path, set_aside: bool = True) -> tuple[Path, dict[str, Any]]:
             damaged.append(str(error))
             logger.warning("damaged checkpoint, trying the one before: %s", error)
             if set_aside:
-                os.rename(folder, folder.with_name(f".damaged-{folder.name}"))
+                aside = folder.with_name(f".damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)  # of an earlier time that the run came by here
+                os.rename(folder, aside)
     if damaged:
         raise UserError(f"{root}: every checkpoint is damaged ({damaged[0]}); start a new run in another folder")
     raise UserError(f"{root}: no checkpoint here; expected folders such as step-000001000")

@@ -14,7 +14,7 @@ from .features import describe
 from .sampling import derive_seed
 
 
-def describe_env(envs: Any, name: str) -> dict[str, dict[str, Any]]:
+def describe_env(envs: Any) -> dict[str, dict[str, Any]]:
     """`spec` of an environment's transitions; its action carries the bounds, so that it is normalised to [-1, 1].
 
     Raises:
@@ -22,11 +22,11 @@ def describe_env(envs: Any, name: str) -> dict[str, dict[str, Any]]:
     """
     action, space = envs.single_action_space, envs.single_observation_space
     if getattr(action, "shape", None) is None or len(action.shape) != 1 or not hasattr(action, "low"):
-        raise UserError(f"env {name!r} has the action space {action}; expected a Box of one dimension")
+        raise UserError(f"it has the action space {action}; expected a Box of one dimension")
     if not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
-        raise UserError(f"env {name!r} has actions without bounds ({action}); wrap it in RescaleAction or ClipAction")
+        raise UserError(f"it has actions without bounds ({action}); wrap it in RescaleAction or ClipAction")
     if not all(hasattr(part, "low") for part in _parts(space)):
-        raise UserError(f"env {name!r} has the observation space {space}; expected Box, or a Dict of Box")
+        raise UserError(f"it has the observation space {space}; expected Box, or a Dict of Box")
     observation, _ = envs.reset()
     first = {key: as_tensor(value)[0] for key, value in observation_batch(observation).items()}
     item = first | {"action": torch.zeros(action.shape), "reward": torch.tensor(0.0), "terminated": torch.tensor(False)}

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import math
 import re
 import sys
 import traceback
@@ -109,9 +110,9 @@ def subject(args: Any, option: str) -> str:
 
 
 def at_least(options: Any, least: dict[str, int]) -> None:
-    """Refuse options below the least value that makes sense. Raises UserError naming the first."""
+    """Refuse options below the least value that makes sense, and infinite ones. Raises UserError naming the first."""
     for name, value in least.items():
-        if not getattr(options, name) >= value:
+        if not value <= getattr(options, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be {value} or more")
 
 
@@ -129,7 +130,7 @@ def one_line(subject: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{subject}: {error}") from error
+        raise UserError(str(error) if str(error).startswith(subject) else f"{subject}: {error}") from error
     except Exception as error:
         raise UserError(f"{subject}: {type(error).__name__}: {error} ({where(error)})") from error
 

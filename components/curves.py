@@ -9,18 +9,19 @@ PANELS = 15
 
 
 def step_of(line: str) -> float:
-    """The step of a line of a .jsonl file; infinite for a torn one."""
+    """The step of a line of a .jsonl file; infinite for a torn or damaged one."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
+        return float(int(json.loads(line)["step"])) if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError, OverflowError):
         return float("inf")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a torn last line is left out."""
+    """The objects of a .jsonl file; torn and damaged lines are left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(True) if step_of(line) < float("inf")]
+    lines = path.read_text(errors="replace").splitlines(True)
+    return [json.loads(line) for line in lines if step_of(line) < float("inf")]
 
 
 def draw_curves(runs: list[Path], path: Path) -> None:

@@ -10,6 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from .errors import UserError
+
+LONGEST = 1e7  # seconds that a timer takes on every system
+
 
 class FaultyEnvError(RuntimeError):
     """An environment that raised, hung, died, or gave what is not finite.
@@ -57,7 +61,7 @@ def deadline(seconds: float) -> Iterator[None]:
         raise LateError
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    signal.setitimer(signal.ITIMER_REAL, min(seconds, LONGEST), 1.0)
     try:
         yield
     finally:
@@ -90,6 +94,7 @@ class Environments:
 
         Raises:
             FaultyEnvError: they hang while they are made.
+            UserError: they are not as many as were asked for.
         """
         self.close()
         self.turn, self.answering = -1, True
@@ -98,8 +103,12 @@ class Environments:
                 self.envs = self.make(self.num_envs, seed)
         except LateError as error:
             raise FaultyEnvError(-1, f"took longer than {self.timeout:g} s to be made (--env-timeout)") from error
+        if self.envs.num_envs != self.num_envs:
+            raise UserError(f"build({self.num_envs}, seed) gives {self.envs.num_envs} environments")
         # An environment in this process says when its turn comes, so that whoever does not come back is known.
         for index, env in enumerate(getattr(getattr(self.envs, "unwrapped", None), "envs", ())):
+            if not (hasattr(env, "step") and hasattr(env, "reset")):
+                break
             env.step, env.reset = self._marking(index, env.step), self._marking(index, env.reset)
 
     def __getattr__(self, name: str) -> Any:

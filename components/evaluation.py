@@ -36,17 +36,25 @@ def observation_batch(observation: Any) -> dict[str, np.ndarray]:
         array = np.asarray(observation)
         if array.dtype == np.uint8 and array.ndim == 4:
             return {"observation.images.camera": array.transpose(0, 3, 1, 2)}
-        return {"observation.state": array.reshape(len(array), -1)}
+        return {"observation.state": _vectors(array)}
     named: dict[str, np.ndarray] = {}
     for key, value in observation.items():
         if key == "pixels":
             cameras = value if isinstance(value, dict) else {"camera": value}
             named |= {f"observation.images.{name}": np.moveaxis(x, -1, -3) for name, x in cameras.items()}
         elif key in ("agent_pos", "observation"):
-            named["observation.state"] = np.asarray(value)
+            named["observation.state"] = _vectors(value)
+        elif key.startswith("observation.images."):
+            named[key] = np.asarray(value)
         else:
-            named[key if key.startswith("observation.") else f"observation.{key}"] = np.asarray(value)
+            named[key if key.startswith("observation.") else f"observation.{key}"] = _vectors(value)
     return named
+
+
+def _vectors(value: Any) -> np.ndarray:
+    """`[N, D]` float32 of an observation of any shape and type that is no picture."""
+    array = np.asarray(value)
+    return array.reshape(len(array), -1).astype(np.float32)
 
 
 def choose_env(
@@ -74,7 +82,7 @@ def choose_env(
     return name, options_of(ENV_BUILDER_REGISTRY[name], base | explicit)
 
 
-def check_env(envs: Any, spec: dict[str, Any], name: str) -> None:
+def check_env(envs: Any, spec: dict[str, Any]) -> None:
     """Refuse an environment whose action or observation widths are not the data's.
 
     Raises:
@@ -83,21 +91,19 @@ def check_env(envs: Any, spec: dict[str, Any], name: str) -> None:
     space = envs.single_action_space
     action = int(spec["action"]["shape"][-1])
     if getattr(space, "shape", None) is None or len(space.shape) != 1:
-        raise UserError(f"env {name!r} has the action space {space}; the data's actions are vectors of width {action}")
+        raise UserError(f"it has the action space {space}; the data's actions are vectors of width {action}")
     if space.shape[0] != action:
-        raise UserError(
-            f"env {name!r} takes actions of width {space.shape[0]}, the dataset and the model have {action}"
-        )
+        raise UserError(f"it takes actions of width {space.shape[0]}, the dataset and the model have {action}")
     observation, _ = envs.reset()
     if isinstance(observation, tuple):
-        raise UserError(f"env {name!r} has the observation space {envs.single_observation_space}; expected Box or Dict")
+        raise UserError(f"it has the observation space {envs.single_observation_space}; expected Box or Dict")
     found = observation_batch(observation)
     for key in (key for key in spec if key.startswith("observation.")):
         if key not in found:
-            raise UserError(f"env {name!r} gives {', '.join(found)}, the policy needs {key!r}")
+            raise UserError(f"it gives {', '.join(found)}, the policy needs {key!r}")
         have, want = found[key].shape[-1], int(spec[key]["shape"][-1])
         if have != want:
-            raise UserError(f"env {name!r} gives {key!r} of width {have}, the dataset has {want}")
+            raise UserError(f"it gives {key!r} of width {have}, the dataset has {want}")
 
 
 def run_episodes(
@@ -163,7 +169,7 @@ def success_of(info: dict[str, Any], slot: int) -> bool | None:
         info = final
     for key in ("success", "is_success"):
         if key in info and np.all(info.get(f"_{key}", [True] * (slot + 1))[slot]):
-            return bool(np.asarray(info[key])[slot] > 0.5)
+            return bool(np.all(np.asarray(info[key][slot]) > 0.5))
     return None
 
 
@@ -192,7 +198,7 @@ class Evaluator:
         world: int = 1,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        check_env(environments, policy.spec, env["name"])
+        check_env(environments, policy.spec)
         self.policy, self.environments, self.env, self.seeds = policy, environments, env, seeds
         self.rank, self.world, self.tick, self.failed = rank, world, tick, False
 

@@ -262,7 +262,7 @@ class Run:
         for name in ("metrics.jsonl", "eval.jsonl") if self.first else ():
             path = self.path / name
             if path.exists():
-                text = path.read_text()
+                text = path.read_text(errors="replace")
                 kept = "".join(line for line in text.splitlines(True) if step_of(line) <= step)
                 if kept != text:
                     temporary = path.with_name(f".{name}-new")
@@ -355,12 +355,14 @@ def discard(path: Path) -> None:
 def lock(path: Path) -> Any:
     """Hold the run folder for as long as this process lives; the returned file keeps the lock.
 
+    The lock is the process's own: workers that it has forked, and that outlive it, do not hold it.
+
     Raises:
         UserError: another process holds it.
     """
     file = open(path / ".lock", "a+")  # noqa: SIM115  (held for life)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.seek(0)
         raise UserError(f"{path} is in use by process {file.read().strip() or '?'}; wait for it or stop it") from error
@@ -377,8 +379,8 @@ def read_args(run: Path, made_by: str = "") -> dict[str, Any]:
         raise UserError(f"{run}: no run here (args.json is missing)")
     try:
         record = json.loads(path.read_text())
-        script = record["script"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        script, *_ = record["script"], record["args"]["seed"], [word.split() for word in record["argv"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
     if made_by and script != made_by:
         raise UserError(f"{run} is a run of {script}; go on with: python {script} --resume {run}")
@@ -389,6 +391,6 @@ def read_status(run: Path) -> dict[str, Any]:
     """A run's `status.json`; a run that was killed before it wrote one is at step 0, as is one where it is damaged."""
     try:
         status = json.loads((run / "status.json").read_text())
-        return {key: status[key] for key in ("state", "step", "reason")}
+        return {"state": str(status["state"]), "step": int(status["step"]), "reason": str(status["reason"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {"state": "unknown", "step": 0, "reason": ""}

@@ -67,9 +67,9 @@ class Tracker:
     def _reachable(base_url: str) -> bool:
         """Whether there is a key and the server answers within seconds; wandb itself would wait for 100 s."""
         found: list[bool] = []
-        url = urlparse(base_url)
 
         def knock() -> None:
+            url = urlparse(base_url)
             if os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(url.hostname or ""):
                 port = url.port or (443 if url.scheme == "https" else 80)
                 with socket.create_connection((url.hostname or "", port), timeout=PATIENCE):

@@ -130,6 +130,13 @@ def test_every_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, file
     assert (tmp_path / ".damaged-step-000000020").exists()
 
 
+def test_the_same_step_is_damaged_twice(tmp_path: Path) -> None:
+    for _ in range(2):  # the run comes by it again after it went back
+        make(tmp_path, 10, 20)
+        (tmp_path / "step-000000020" / "trainer.safetensors").unlink()
+        assert newest(tmp_path)[0].name == "step-000000010"
+
+
 @pytest.mark.parametrize("which", ["script", "online"])
 def test_every_damage_to_a_real_checkpoint_is_noticed(which: str, request: pytest.FixtureRequest) -> None:
     """Truncated, flipped bits, appended to, missing: each file of a run's newest checkpoint, 100 %."""

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 import offline_trainer
 from components import LOSS_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, checkpoint, load_policy
 from components.curves import read_lines
+from components.run_record import lock
 from conftest import ROOT, command, difference, learned, states, weights
 
 Script = Callable[..., Path]
@@ -597,12 +599,26 @@ def test_run_folders_that_cannot_be_used(script: Script, tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         script("--trainer", "bc", folder="file/run")
-    from components.run_record import lock
-
     held = lock(run)
-    with pytest.raises(UserError, match=f"in use by process {os.getpid()}"):
-        lock(run)
+    code = "import sys; from pathlib import Path; from components.run_record import lock; lock(Path(sys.argv[1]))"
+    assert f"in use by process {os.getpid()}" in command(sys.executable, "-c", code, run, cwd=ROOT).stderr
     held.close()
+    assert command(sys.executable, "-c", code, run, cwd=ROOT).returncode == 0
+
+
+def test_damaged_records_of_a_run(script: Script, tmp_path: Path) -> None:
+    """Lines that are no JSON are dropped; what cannot be read is named, in one line."""
+    run = script("--trainer", "bc", "--steps", 20, "--log-every", 10)
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'\xff\xfe\n{"step": "x"}\n{"step": Infinity}\n{"step"')
+    (run / "status.json").write_text('{"state": 1, "step": "x", "reason": []}')
+    script("--resume", run, "--steps", 30)
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [10, 20, 30]
+    record = json.loads((run / "args.json").read_text())
+    for damage in ({"argv": 3}, {"args": []}, {"args": {}}):
+        (run / "args.json").write_text(json.dumps(record | damage))
+        with pytest.raises(UserError, match="args.json: damaged"):
+            script("--resume", run)
 
 
 def test_a_folder_with_other_files_is_used_and_kept(script: Script, tmp_path: Path) -> None:

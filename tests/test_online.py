@@ -68,7 +68,10 @@ def test_evaluation_changes_nothing_in_training(online: Script) -> None:
 
 
 def test_a_trainer_without_an_explorer_collects_with_its_policy(online: Script) -> None:
-    run = online("--trainer", "actor_critic", "--model", "plain", "--model.critic.width", 8, "--steps", 40)
+    """Evaluations, in other numbers of environments, come between the steps of its collection."""
+    options = ("--model", "plain", "--model.critic.width", 8, "--steps", 40, "--eval-episodes", 3, "--eval-every", 10)
+    run = online("--trainer", "actor_critic", *options)
+    assert [line["step"] for line in read_lines(run / "eval.jsonl")] == [10, 20, 30, 40]
     assert read_lines(run / "metrics.jsonl")[-1]["updates"] == 20
 
 
@@ -175,6 +178,12 @@ def test_a_faulty_environment_is_named_and_replaced(
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
 
+def test_a_fault_before_there_is_anything_to_learn_from(online: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy.FaultyEnv, "faults", 0)
+    run = online("--env", "faulty", "--env.at", 1, "--env.once", "--learning-starts", 0, "--steps", 20)
+    assert read_lines(run / "metrics.jsonl")[-1]["updates"] == 20 and toy.FaultyEnv.faults == 1
+
+
 def test_too_many_faults_end_the_run(online: Script, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"environment 1 \(seed.*replacement 3 is above --env-restarts 2"):
         online("--env", "faulty", "--env-restarts", 2, "--steps", 600)
@@ -211,8 +220,11 @@ def test_an_evaluation_with_a_faulty_environment_fails_alone(
     ("options", "message"),
     [
         (("--env.id", "CartPole-v1"), r"has the action space Discrete\(2\); expected a Box of one dimension"),
-        (("--env.id", "TendonPair-v0"), r"has the observation space Tuple\(.*\); expected Box, or a Dict of Box"),
+        (("--env.id", "TendonPair-v0"), r"env 'gymnasium': it has the observation space Tuple\(.*; expected Box, or"),
         (("--env.id", "Pendulum-v9"), "Pendulum-v9"),
+        (("--env", "faulty", "--env.missing", "1"), r"env 'faulty': build\(2, seed\) gives 1 environments"),
+        (("--env", "faulty", "--env.kind", "reset"), r"FaultyEnvError: environment 1 raised OSError in reset"),
+        (("--env-timeout", "inf"), "--env-timeout inf must be 0 or more"),
         (("--trainer", "sacc"), "unknown trainer; nearest: sac"),
         (("--env", "nothing"), "unknown env"),
         (("--num-envs", "0"), "--num-envs 0 must be 1 or more"),

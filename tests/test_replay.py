@@ -11,6 +11,7 @@ from torch import Tensor
 
 from components.collection import Collector, describe_env
 from components.environments import Environments
+from components.evaluation import observation_batch
 from components.replay import ReplayBuffer
 from components.returns import n_step_return
 
@@ -110,10 +111,18 @@ def test_observations_in_a_dict() -> None:
 
 
 def test_the_spec_of_an_environment() -> None:
-    spec = describe_env(gym.vector.SyncVectorEnv([Counting] * 2), "counting")
+    spec = describe_env(gym.vector.SyncVectorEnv([Counting] * 2))
     assert spec["observation.state"] == {"shape": (2,), "dtype": "float32"} == spec["next.observation.state"]
     assert spec["action"] == {"shape": (1,), "dtype": "float32", "stats": {"min": [-2.0], "max": [4.0]}}
     assert spec["reward"]["shape"] == () and spec["terminated"]["dtype"] == "bool"
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 2), np.float64), ((4,), np.uint8), ((5,), bool), ((), np.float32)])
+@pytest.mark.parametrize("key", ["", "observation", "observation.extra"])
+def test_observations_of_any_shape_and_type_are_vectors(shape: tuple[int, ...], dtype: Any, key: str) -> None:
+    array = np.ones((2, *shape), dtype)
+    (found,) = observation_batch({key: array} if key else array).values()
+    assert found.shape == (2, max(1, int(np.prod(shape)))) and found.dtype == np.float32
 
 
 def test_seeds_are_known_by_the_environments_place_among_all() -> None:

@@ -21,7 +21,7 @@ import torch
 from components import TRAINER_REGISTRY, checkpoint, process
 from components.curves import read_lines
 from components.process import StopRequest
-from components.run_record import Run
+from components.run_record import Run, lock
 from conftest import ROOT, environ, learned, states, two_processes, weights
 
 Script = Callable[..., Path]
@@ -161,6 +161,22 @@ def test_one_request_sent_twice_is_one_request() -> None:
     os.kill(os.getpid(), signal.SIGUSR1)  # the launcher's end is no second request, however late
     time.sleep(0.001)
     assert stop.asked
+
+
+def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path: Path) -> None:
+    """Killed runs leave environments that hang; they were forked while the folder was locked."""
+    code = "import os, sys, time; from pathlib import Path; from components.run_record import lock; "
+    code += "held = lock(Path(sys.argv[1])); child = os.fork(); child or time.sleep(60); print(child, flush=True); "
+    code += "os.kill(os.getpid(), 9)"
+    killed = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environ(), stdout=-1)
+    assert killed.stdout is not None
+    child = int(killed.stdout.readline())
+    killed.wait(30)
+    try:
+        assert alive(child)
+        lock(tmp_path).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 class Full:

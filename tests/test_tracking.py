@@ -82,6 +82,17 @@ def test_without_key_or_network_it_goes_on_offline_within_seconds(
     assert any("wandb is offline" in record.message for record in caplog.records)
 
 
+def test_a_server_address_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_account: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://[bad")
+    tracker = Tracker(tmp_path)
+    tracker.start({"lr": 1}, "tendon", "", "")
+    tracker.log({"train/loss": 1.0}, 1)
+    tracker.finish()
+    assert any("--track: wandb " in record.message for record in caplog.records)
+
+
 class Server(http.server.ThreadingHTTPServer):
     """As much of wandb's server as a run needs to begin; it can stop answering."""
 

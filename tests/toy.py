@@ -96,14 +96,22 @@ class FaultyEnv(ToyEnv):
     """Misbehaves at one of its steps, if it is the one that should."""
 
     built = 0  # vectors of them
+    faults = 0
 
     def __init__(self, index: int, options: "Faulty") -> None:
         self.index, self.options, self.own = index, options, 0
 
+    def reset(self, **keywords: Any) -> Any:
+        if self.index == self.options.index and self.options.kind == "reset":
+            raise OSError("cannot reset")
+        return super().reset(**keywords)
+
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         self.own += 1
         observation, reward, terminated, truncated, info = super().step(action)
-        if self.index == self.options.index and self.own == self.options.at:
+        faulty = self.index == self.options.index and self.own == self.options.at
+        if faulty and not (self.options.once and FaultyEnv.faults):
+            FaultyEnv.faults += 1
             match self.options.kind:
                 case "raise" | "gone":
                     raise ArithmeticError("simulator exploded")
@@ -132,6 +140,10 @@ class Faulty:
     """Which one."""
     workers: bool = False
     """In processes of their own."""
+    once: bool = False
+    """Misbehave no second time."""
+    missing: int = 0
+    """How many fewer than asked for."""
 
     def build(self, num_envs: int, seed: int) -> Any:
         """Two of the kinds are faults of this method: on the second process, and from the third call on."""
@@ -139,7 +151,7 @@ class Faulty:
         if self.kind == "rank 1" and os.environ.get("RANK") == "1" or self.kind == "gone" and FaultyEnv.built > 2:
             raise OSError("no licence on this machine")
         vector = gym.vector.AsyncVectorEnv if self.workers else gym.vector.SyncVectorEnv
-        makes = [lambda i=i: FaultyEnv(i, self) for i in range(num_envs)]
+        makes = [lambda i=i: FaultyEnv(i, self) for i in range(num_envs - self.missing)]
         return vector(makes, autoreset_mode="SameStep")
 
 
