@@ -72,8 +72,8 @@ def main(argv: list[str]) -> int:
     with one_line(f"env {name!r}"):
         make = instantiate(component, args.env_options).build
         envs = Environments(make, min(args.eval_envs, args.eval_episodes), args.eval_seed, args.env_timeout)
-    seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
-    evaluator = Evaluator(policy, envs, {"name": name, **asdict(args.env_options)}, seeds)
+        seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
+        evaluator = Evaluator(policy, envs, {"name": name, **asdict(args.env_options)}, seeds)
     step = run_record.read_status(run)["step"]
     result, problem = evaluator.evaluate(step)
     if result is None:
