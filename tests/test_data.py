@@ -10,21 +10,25 @@ import torch
 from torch.utils.data import DataLoader
 
 from components import UserError, features
-from components.datasets.episodes import EpisodeDataset, build_episodes, held_out_episodes
+from components.datasets.episodes import EpisodeDataset, build_episodes, from_columns, held_out_episodes
 from components.datasets.lerobot import LeRobotDataset
 from components.datasets.metaworld import MetaWorldDemonstrations
 from components.normalisation import statistics
 from conftest import ROOT
 
-LEROBOT = ROOT / "tests" / "fixtures" / "lerobot_v30"
+LEROBOT = ROOT / "tests" / "fixtures" / "lerobot_v30_image"
 
 
 def dataset(obs_steps: int, action_steps: int) -> EpisodeDataset:
     """Two episodes of 3 and 2 steps; row i holds state i and action 10 i."""
     rows = torch.arange(5.0)[:, None]
-    return EpisodeDataset(
-        {"observation.state": rows, "action": 10 * rows}, torch.tensor([3, 5]), obs_steps, action_steps
-    )
+    episodes = from_columns({"observation.state": rows, "action": 10 * rows}, torch.tensor([3, 5]), "rows")
+    return EpisodeDataset(episodes, None, obs_steps, action_steps)
+
+
+def everything(built: dict) -> dict[str, torch.Tensor]:
+    """All items as one batch."""
+    return built["dataset"].get_batch(torch.arange(len(built["dataset"])))
 
 
 # ---- windows -------------------------------------------------------------------------------------------------------
@@ -94,7 +98,7 @@ def test_the_split_takes_one_in_ten_and_never_more_than_a_fifth(
 def test_statistics_are_those_of_the_training_episodes() -> None:
     columns = {"observation.state": torch.randn(100, 2), "action": torch.randn(100, 1), "reward": torch.randn(100)}
     built = build_episodes(columns, torch.arange(10, 101, 10), "data", seed=1)
-    train = built["dataset"].columns
+    train = built["dataset"].get_batch(torch.arange(90))
     assert len(built["dataset"]) == 90 and len(built["validation"]) == 10
     assert built["norm_stats"] == {key: statistics(train[key]) for key in ("observation.state", "action")}
 
@@ -136,7 +140,7 @@ def test_a_dataset_must_be_map_style_and_hold_something() -> None:
 
 def test_demonstrations_are_seeded_cached_and_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
     def columns(**options: object) -> dict[str, torch.Tensor]:
-        return MetaWorldDemonstrations(demos=3, validation=0, **options).build(params={})["dataset"].columns  # type: ignore[arg-type]
+        return everything(MetaWorldDemonstrations(demos=3, validation=0, **options).build(params={}))  # type: ignore[arg-type]
 
     one = columns(cache=str(tmp_path))
     files = list(tmp_path.iterdir())
@@ -153,7 +157,7 @@ def test_demonstrations_are_seeded_cached_and_the_same_for_any_number_of_process
 
 
 def test_successors_never_cross_an_episode(tmp_path: Path) -> None:
-    columns = MetaWorldDemonstrations(demos=2, validation=0, cache="").build()["dataset"].columns
+    columns = everything(MetaWorldDemonstrations(demos=2, validation=0, cache="").build())
     inside = ~columns["terminated"][:-1]
     following = columns["next.observation.state"][:-1]
     assert torch.equal(following[inside], columns["observation.state"][1:][inside])
@@ -183,11 +187,11 @@ def lerobot(tmp_path: Path) -> Path:
 
 
 def test_lerobot_gives_the_rows_that_were_recorded() -> None:
-    """The folder was written by lerobot 0.4.4 from the arrays in `rows.npz`."""
+    """The folder was written by lerobot 0.4.4 from the arrays in `push.npz`."""
     built = LeRobotDataset(str(LEROBOT), validation=0).build()
-    rows = np.load(LEROBOT.parent / "lerobot_rows.npz")
+    rows = np.load(LEROBOT.parent / "push.npz")
     assert len(built["dataset"]) == 215
-    assert built["dataset"].episode_ends.tolist() == [64, 127, 185, 215]
+    assert built["dataset"].episodes.ends.tolist() == [64, 127, 185, 215]
     batch = built["dataset"].get_batch(torch.arange(215))
     assert set(batch) == {"observation.state", "action"}  # images only for cameras that are asked for
     assert np.array_equal(batch["observation.state"].numpy(), rows["observation"].astype(np.float32))

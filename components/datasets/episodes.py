@@ -1,114 +1,329 @@
-"""Episodes resident in memory: observation history, action chunks, padding, the validation split and the statistics.
+"""What all datasets share: history, action chunks, padding, successors, the validation split and the statistics.
 
-Every reader ends here, so that all formats share one definition of a window and of a transition.
+Every reader fills an `Episodes` and ends in `build`, so that all formats have one definition of a window and of a
+transition. Vectors are resident; pictures are decoded when they are needed (`frames.py`).
 """
 
 import logging
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..normalisation import statistics
+from .frames import Frames, stored
 
 logger = logging.getLogger(__name__)
+IMAGES = "observation.images."
+
+
+@dataclass
+class Episodes:
+    """Episodes one after the other: N steps that have an action, and M observations, of which each step has one.
+
+    Where the observation after the last action is stored, an episode has one observation more than it has steps.
+    """
+
+    name: str
+    """Of the data, for messages."""
+    ends: Tensor
+    """`[E]` int64, the step after each episode's last one."""
+    columns: dict[str, Tensor]
+    """`[N, ...]`: action, and where known reward, terminated, truncated, ..."""
+    observations: dict[str, Any]
+    """`[M, ...]`: a tensor, or `Frames`."""
+    at: Tensor
+    """`[N]`, the observation of each step."""
+    after: Tensor
+    """`[N]`, the observation that followed; -1 where it is not known."""
+    tasks: Sequence[str] = ()
+    """Texts; the column `task_index` `[N]` chooses among them."""
+    stored: dict[str, Any] = field(default_factory=dict)
+    """What the format itself declares, for `inspect`: fps, action_space, ..."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[E]`, steps of each episode."""
+        return torch.diff(self.ends, prepend=torch.zeros(1, dtype=torch.int64))
+
+
+def steps_only(ends: Tensor) -> tuple[Tensor, Tensor]:
+    """`at` and `after` `[N]` where an episode has as many observations as steps: the last successor is unknown."""
+    at = torch.arange(int(ends[-1]) if len(ends) else 0)
+    after = at + 1
+    after[ends - 1] = -1
+    return at, after
+
+
+def with_final(ends: Tensor) -> tuple[Tensor, Tensor]:
+    """`at` and `after` `[N]` where an episode has one observation more than it has steps."""
+    lengths = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int64))
+    at = torch.arange(int(ends[-1]) if len(ends) else 0) + torch.repeat_interleave(torch.arange(len(ends)), lengths)
+    return at, at + 1
+
+
+def join_successors(
+    now: dict[str, Tensor], then: dict[str, Tensor], ends: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Observations `[N, ...]` and their stored successors as one array each, with `at` and `after`.
+
+    Inside an episode a successor is the next observation, so only the last ones are kept; data in which that does not
+    hold keeps all of them.
+    """
+    same = steps_only(ends)[1]
+    inner = same >= 0
+    if all(torch.equal(then[key][inner], now[key][same[inner]]) for key in then):
+        at, after = with_final(ends)
+        joined = {}
+        for key, value in now.items():
+            both = value.new_empty(len(value) + len(ends), *value.shape[1:])
+            both[at] = value
+            both[after[ends - 1]] = then[key][ends - 1]
+            joined[key] = both
+        return joined, at, after
+    at = torch.arange(int(ends[-1]))
+    return {key: torch.cat([value, then[key]]) for key, value in now.items()}, at, at + len(at)
 
 
 class EpisodeDataset(Dataset):
-    """Rows of episodes, one after the other; an item is one time step with its history and its action chunk.
+    """An item is one time step with its history and its action chunk.
+
+    Keys, besides the columns: observation.X, and where rewards are known next.observation.X of the vectors (the
+    pictures' successors are in `transitions()` only). The successor is the observation after this step's action, never
+    one of another episode. Where it is not known, `next.is_pad` is true and the observation itself stands in its place;
+    `transitions()` leaves such steps out, unless the step is `terminated`, where nothing is bootstrapped from it.
 
     Args:
-        columns: key -> `[N, ...]`, one row a time step; `next.<key>` holds successors.
-        episode_ends: `[E]`, the row after each episode's last one.
+        rows: `[n]`, the steps that are items; all by default.
         obs_steps: Observation steps To. 1 gives `[Ds]`, more give `[To, Ds]`, the last being now; before the first step
             the first observation is repeated.
         action_steps: Action steps Ta. 1 gives `[Da]`, more give `[Ta, Da]` from now on, and `action_is_pad` `[Ta]`:
             after the last step the last action is repeated.
+        next_images: Give the pictures' successors, too.
     """
 
     deterministic = True  # no random choices: each process may ask for its own part of a batch
+    checked = True  # `build` has looked for NaN
 
     def __init__(
-        self, columns: dict[str, Tensor], episode_ends: Tensor, obs_steps: int = 1, action_steps: int = 1
+        self,
+        episodes: Episodes,
+        rows: Tensor | None = None,
+        obs_steps: int = 1,
+        action_steps: int = 1,
+        next_images: bool = False,
     ) -> None:
-        self.columns, self.episode_ends = columns, episode_ends
-        self.obs_steps, self.action_steps = obs_steps, action_steps
-        lengths = torch.diff(episode_ends, prepend=torch.zeros(1, dtype=torch.int64))
-        self.last = torch.repeat_interleave(episode_ends - 1, lengths)  # [N] last row of the episode of each row
-        self.first = torch.repeat_interleave(episode_ends - lengths, lengths)  # [N] its first row
+        self.episodes, self.obs_steps, self.action_steps, self.next_images = (
+            episodes,
+            obs_steps,
+            action_steps,
+            next_images,
+        )
+        self.rows = torch.arange(len(episodes.at)) if rows is None else rows
+        lengths = episodes.lengths
+        self.last = torch.repeat_interleave(episodes.ends - 1, lengths)  # [N] last step of the episode of each step
+        self.first = torch.repeat_interleave(episodes.ends - lengths, lengths)  # [N] its first step
+        self.gaps = bool((episodes.after < 0).any())
+
+    @property
+    def resident(self) -> bool:
+        """Whether a batch is read from memory, so that workers would only cost time."""
+        return not any(isinstance(store, Frames) for store in self.episodes.observations.values())
 
     def __len__(self) -> int:
-        return len(self.last)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
         return {key: value[0] for key, value in self.get_batch(torch.tensor([index])).items()}
 
-    def get_batch(self, indices: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    def get_batch(self, indices: Tensor, seed: int = 0) -> dict[str, Any]:
         """Items `indices` `[B]` as one batch; `seed` is not needed, since nothing here is random."""
-        batch = {}
-        for key, column in self.columns.items():
-            if self.obs_steps > 1 and "observation." in key:
-                history = indices[:, None] + torch.arange(1 - self.obs_steps, 1)  # [B, To]
-                batch[key] = column[torch.maximum(history, self.first[indices, None])]
-            elif self.action_steps > 1 and key == "action":
-                chunk = indices[:, None] + torch.arange(self.action_steps)  # [B, Ta]
-                last = self.last[indices, None]
+        data, rows = self.episodes, self.rows[indices]
+        batch: dict[str, Any] = {}
+        for key, column in data.columns.items():
+            if key == "task_index":
+                batch["task"] = [data.tasks[i] for i in column[rows].tolist()]
+            elif key == "action" and self.action_steps > 1:
+                chunk = rows[:, None] + torch.arange(self.action_steps)  # [B, Ta]
+                last = self.last[rows, None]
                 batch[key] = column[torch.minimum(chunk, last)]
                 batch["action_is_pad"] = chunk > last
             else:
-                batch[key] = column.index_select(0, indices)
+                batch[key] = column.index_select(0, rows)
+        at = rows
+        if self.obs_steps > 1:
+            history = rows[:, None] + torch.arange(1 - self.obs_steps, 1)  # [B, To]
+            at = torch.maximum(history, self.first[rows, None])
+        at = data.at[at]
+        for key, store in data.observations.items():
+            batch[key] = _take(store, at)
+        if "reward" in data.columns:
+            then = data.after[rows]
+            if self.gaps:
+                batch["next.is_pad"] = then < 0
+                then = torch.where(then < 0, data.at[rows], then)
+            if self.obs_steps > 1:  # the history of the successor ends in it and begins one step later
+                then = torch.cat([at[:, 1:], then[:, None]], 1)
+            for key, store in data.observations.items():
+                if self.next_images or not key.startswith(IMAGES):
+                    batch[f"next.{key}"] = _take(store, then)
         return batch
 
+    def transitions(self) -> "EpisodeDataset":
+        """The steps that offline RL can learn from: reward and successor are known, or the episode terminated there.
 
-def build_episodes(
-    columns: dict[str, Tensor],
-    episode_ends: Tensor,
-    name: str,
+        Raises:
+            UserError: the data has no rewards.
+        """
+        data = self.episodes
+        if "reward" not in data.columns:
+            raise UserError(f"{data.name}: no rewards in this data; found: {', '.join(data.columns)}")
+        rows = self.rows[(data.after[self.rows] >= 0) | data.columns["terminated"][self.rows]]
+        return EpisodeDataset(data, rows, self.obs_steps, self.action_steps, next_images=True)
+
+
+def _take(store: Any, rows: Tensor) -> Tensor:
+    """Observations `rows` `[B]` or `[B, To]` of a tensor, or of pictures that are decoded now."""
+    flat = rows.flatten()
+    taken = store.read(flat.numpy()) if isinstance(store, Frames) else store.index_select(0, flat)
+    return taken.view(*rows.shape, *taken.shape[1:])
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The options that every dataset of files has."""
+
+    path: str = ""
+    """File or folder of the data."""
+    cameras: tuple[str, ...] = ()
+    """Cameras whose pictures are loaded; none by default."""
+    cache: Literal["none", "memory", "disk"] = "none"
+    """Decode all pictures once, into memory or into a file under --dataset.cache-dir; none decodes each when needed."""
+    cache_dir: str = "~/.cache/tendon"
+    """Folder of decoded pictures and of downloads."""
+    obs_steps: int = 1
+    """Observation steps per sample, the last being now."""
+    action_steps: int = 1
+    """Action steps per sample; more than one makes chunks."""
+    validation: float = 0.1
+    """Fraction of the episodes to hold out: at least one, never more than a fifth of the rows; 0 for none."""
+    seed: int = 0
+    """Seed of the choice of held-out episodes."""
+
+    def finish(self, episodes: Episodes, held_out: Tensor | None = None) -> dict[str, Any]:
+        """What `build` returns of `episodes`; `held_out` `[E]` are a split of the data's own."""
+        lazy = {key: store for key, store in episodes.observations.items() if isinstance(store, Frames)}
+        episodes.observations |= stored(lazy, self.cache, self.cache_dir, episodes.name)
+        return build(episodes, self.obs_steps, self.action_steps, self.validation, self.seed, held_out)
+
+
+def chosen_cameras(asked: Sequence[str], found: Sequence[str], name: str) -> list[str]:
+    """The cameras to load, in the order asked for; plain names, or keys such as `observation.images.front`.
+
+    Raises:
+        UserError: one that the data lacks, with those that it has.
+    """
+    cameras = [camera.removeprefix(IMAGES) for camera in asked]
+    for camera in cameras:
+        if camera not in found:
+            have = nearest(camera, found) if found else "it has none"
+            raise UserError(f"--dataset.cameras {camera}: no such camera in {name}; {have}")
+    if found and not cameras:
+        logger.info("%s: cameras that can be chosen with --dataset.cameras: %s", name, ", ".join(sorted(found)))
+    return cameras
+
+
+def build(
+    episodes: Episodes,
     obs_steps: int = 1,
     action_steps: int = 1,
     validation: float = 0.1,
     seed: int = 0,
+    held_out: Tensor | None = None,
 ) -> dict[str, Any]:
     """What a dataset factory returns: {"dataset", "norm_stats"}, and "validation" where episodes could be held out.
 
     Args:
-        name: Of the data, for messages.
         validation: Fraction of the episodes to hold out: at least one, never more than a fifth of the rows; 0 for none.
+        held_out: `[E]` bool, a split of the data's own, instead of that.
 
     Raises:
         UserError: no rows, NaN or Inf (count and first place), options that make no sense.
     """
+    name, lengths = episodes.name, episodes.lengths
     if obs_steps < 1 or action_steps < 1:
         raise UserError(f"--dataset.obs-steps {obs_steps} and --dataset.action-steps {action_steps} must be 1 or more")
     if not 0 <= validation < 1:
         raise UserError(f"--dataset.validation {validation} must be a fraction from 0 to below 1")
-    rows = int(episode_ends[-1]) if len(episode_ends) else 0
-    if rows == 0:
+    if not len(episodes.at):
         raise UserError(f"{name}: the dataset is empty; expected at least one episode with one step")
-    check_finite(columns, episode_ends, name)
-    lengths = torch.diff(episode_ends, prepend=torch.zeros(1, dtype=torch.int64))
-    short = int((lengths < max(obs_steps, action_steps)).sum())
-    if short:
-        window = max(obs_steps, action_steps)
+    complete_flags(episodes)
+    check_finite(episodes)
+    window = max(obs_steps, action_steps)
+    if short := int((lengths < window).sum()):
         logger.info("%s: %d episodes are shorter than the window of %d steps; they are padded", name, short, window)
-    held_out = held_out_episodes(lengths, validation, seed)
-    if validation and not held_out.any():
-        logger.info("%s: no episode is small enough to hold out (a fifth of the rows); no validation set", name)
-    train = _subset(columns, lengths, ~held_out)
+    if held_out is None:
+        held_out = held_out_episodes(lengths, validation, seed)
+        if validation and not held_out.any():
+            logger.info("%s: no episode is small enough to hold out (a fifth of the rows); no validation set", name)
+    if held_out.all():
+        raise UserError(f"{name}: all {len(lengths)} episodes are held out, none is left to learn from")
+    mask = torch.repeat_interleave(held_out, lengths)
+    train, rest = (~mask).nonzero().squeeze(1), mask.nonzero().squeeze(1)
     built: dict[str, Any] = {
-        "dataset": EpisodeDataset(*train, obs_steps, action_steps),
-        "norm_stats": {key: statistics(column) for key, column in train[0].items() if _has_statistics(key, column)},
+        "dataset": EpisodeDataset(episodes, train, obs_steps, action_steps),
+        "norm_stats": {key: statistics(values) for key, values in vectors(episodes, train)},
     }
-    if held_out.any():
-        built["validation"] = EpisodeDataset(*_subset(columns, lengths, held_out), obs_steps, action_steps)
+    if len(rest):
+        built["validation"] = EpisodeDataset(episodes, rest, obs_steps, action_steps)
     return built
 
 
-def _has_statistics(key: str, column: Tensor) -> bool:
-    wanted = key == "action" or key.startswith("observation.")
-    return wanted and column.is_floating_point() and column.ndim == 2
+def build_episodes(columns: dict[str, Tensor], ends: Tensor, name: str, *window: Any, **options: Any) -> dict[str, Any]:
+    """`build` from columns `[N, ...]` alone, which may hold `next.observation.X`; the other arguments are its."""
+    if not len(ends):
+        raise UserError(f"{name}: the dataset is empty; expected at least one episode with one step")
+    return build(from_columns(columns, ends, name), *window, **options)
+
+
+def from_columns(columns: dict[str, Tensor], ends: Tensor, name: str) -> Episodes:
+    """Episodes from one row a step: observation.X, next.observation.X where known, action, ..."""
+    now = {key: value for key, value in columns.items() if key.startswith("observation.")}
+    then = {key: columns[f"next.{key}"] for key in now if f"next.{key}" in columns}
+    rest = {key: value for key, value in columns.items() if "observation." not in key}
+    if then and len(then) == len(now):
+        now, at, after = join_successors(now, then, ends)
+    else:
+        at, after = steps_only(ends)
+    return Episodes(name, ends, rest, now, at, after)
+
+
+def complete_flags(episodes: Episodes) -> None:
+    """Data with rewards has both flags: an episode that ends without `terminated` is truncated."""
+    columns = episodes.columns
+    if "reward" in columns:
+        n = len(columns["reward"])
+        columns.setdefault("terminated", torch.zeros(n, dtype=torch.bool))
+        if "truncated" not in columns:
+            columns["truncated"] = torch.zeros(n, dtype=torch.bool)
+            columns["truncated"][episodes.ends - 1] = True
+            columns["truncated"] &= ~columns["terminated"]
+
+
+def vectors(episodes: Episodes, rows: Tensor) -> list[tuple[str, Tensor]]:
+    """The keys that have statistics, with their values at the steps `rows`."""
+    named = [("action", episodes.columns["action"][rows])] if "action" in episodes.columns else []
+    for key, store in episodes.observations.items():
+        if isinstance(store, Tensor) and store.is_floating_point() and store.ndim == 2:
+            named.append((key, store[episodes.at[rows]]))
+    return [(key, values) for key, values in named if values.is_floating_point() and values.ndim == 2]
 
 
 def held_out_episodes(lengths: Tensor, fraction: float, seed: int) -> Tensor:
@@ -123,21 +338,27 @@ def held_out_episodes(lengths: Tensor, fraction: float, seed: int) -> Tensor:
     return held_out
 
 
-def check_finite(columns: dict[str, Tensor], episode_ends: Tensor, name: str) -> None:
+def check_finite(episodes: Episodes) -> None:
     """Raise UserError with the count and the first place of NaN or Inf values."""
-    for key, column in columns.items():
-        if column.is_floating_point() and not column.isfinite().all():
-            bad = ~column.isfinite()
-            row = int(bad.flatten(1).any(1).nonzero()[0]) if column.ndim > 1 else int(bad.nonzero()[0])
-            episode = int(torch.searchsorted(episode_ends, row, right=True))
-            step = row - (int(episode_ends[episode - 1]) if episode else 0)
-            raise UserError(
-                f"{name}: {int(bad.sum())} NaN or Inf values in {key!r}, first in episode {episode} at step {step};"
-                " clean or drop them"
-            )
+    named = [(key, column, torch.arange(len(column))) for key, column in episodes.columns.items()]
+    named += [(key, store, episodes.at) for key, store in episodes.observations.items() if isinstance(store, Tensor)]
+    for key, values, at in named:
+        if not values.is_floating_point() or values.isfinite().all():
+            continue
+        bad = ~values.isfinite().flatten(1).all(1) if values.ndim > 1 else ~values.isfinite()
+        steps = bad[at].nonzero()
+        of = "" if len(steps) else " of the successors"
+        row = int(steps[0]) if len(steps) else int(bad[episodes.after].nonzero()[0])
+        episode = int(torch.searchsorted(episodes.ends, row, right=True))
+        step = row - (int(episodes.ends[episode - 1]) if episode else 0)
+        raise UserError(
+            f"{episodes.name}: {int((~values.isfinite()).sum())} NaN or Inf values in {key!r}{of}, first in episode"
+            f" {episode} at step {step}; clean or drop them"
+        )
 
 
-def _subset(columns: dict[str, Tensor], lengths: Tensor, keep: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The rows of the episodes to keep, and their ends."""
-    rows = torch.repeat_interleave(keep, lengths)
-    return {key: column[rows] for key, column in columns.items()}, lengths[keep].cumsum(0)
+def as_tensor(array: np.ndarray) -> Tensor:
+    """Numbers as the batches hold them: floats and integers become float32, bools stay, bytes stay."""
+    if array.dtype == np.bool_ or array.dtype == np.uint8:
+        return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))

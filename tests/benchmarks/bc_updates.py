@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import offline_trainer  # noqa: E402
 from components import REGISTRIES, features, losses, normalisation, optimizers, surroundings  # noqa: E402
-from components.datasets.episodes import EpisodeDataset  # noqa: E402
+from components.datasets.episodes import EpisodeDataset, from_columns  # noqa: E402
 from components.models.mlp import MLP  # noqa: E402
 from components.sampling import Batches, batch_indices  # noqa: E402
 from components.trainers.bc import BC  # noqa: E402
@@ -59,7 +59,7 @@ def random_episodes(rows: int, state: int, action: int, **window: int) -> Episod
     generator = torch.Generator().manual_seed(0)
     columns = {STATE: torch.randn(rows, state, generator=generator)}
     columns[ACTION] = torch.randn(rows, action, generator=generator).clamp(-1, 1)
-    return EpisodeDataset(columns, torch.arange(500, rows + 1, 500), **window)
+    return EpisodeDataset(from_columns(columns, torch.arange(500, rows + 1, 500), "random"), None, **window)
 
 
 def make_trainer(spec: dict[str, Any]) -> BC:
@@ -136,7 +136,7 @@ def corl_step(checkout: Path, dataset: EpisodeDataset) -> Callable[[], Any]:
     corl = importlib.util.module_from_spec(spec)
     with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in ("d4rl", "gym", "pyrallis", "wandb")}):
         spec.loader.exec_module(corl)
-    states, actions = dataset.columns[STATE].numpy(), dataset.columns[ACTION].numpy()
+    states, actions = dataset.episodes.observations[STATE].numpy(), dataset.episodes.columns[ACTION].numpy()
     data = {"observations": states, "actions": actions, "next_observations": np.roll(states, -1, 0)}
     data |= {"rewards": np.zeros(len(states), np.float32), "terminals": np.zeros(len(states), np.float32)}
     buffer = corl.ReplayBuffer(states.shape[1], actions.shape[1], len(states))
@@ -150,7 +150,8 @@ def corl_step(checkout: Path, dataset: EpisodeDataset) -> Callable[[], Any]:
 def bc_figures(args: argparse.Namespace, folder: str) -> dict[str, Figure]:
     """Updates per second of all that can be compared, under both switches."""
     dataset = random_episodes(ROWS, 17, 6)
-    stats = {key: normalisation.statistics(column) for key, column in dataset.columns.items()}
+    columns = dataset.episodes.observations | dataset.episodes.columns
+    stats = {key: normalisation.statistics(column) for key, column in columns.items()}
     spec = features.describe(dataset[0], stats)
     normaliser = normalisation.Normaliser(spec)
     indices = itertools.cycle([batch_indices(ROWS, BATCH, 0, step) for step in range(ROWS // BATCH)])

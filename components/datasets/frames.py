@@ -1,0 +1,282 @@
+"""Pictures of a dataset: decoded where and when they are needed, or once into a store of bytes.
+
+A `Frames` is one camera: picture i of M, uint8 `[C, H, W]`. Worker processes read it, so it opens its files in
+the process that reads. `stored` decodes all of them into memory, or into a file that is mapped into memory.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError, require
+from .untrusted import check_chunks, check_memory, decode_picture, gigabytes, hdf5, open_hdf5
+
+logger = logging.getLogger(__name__)
+AT_ONCE = 256  # pictures that are decoded together into a store
+MOST_OPEN = 32  # video files that a process keeps open
+
+
+class Frames:
+    """One camera's pictures.
+
+    Args:
+        count: How many.
+        shape: (C, H, W) of each.
+        files: What they are read from; a store is made again when one of these changes.
+    """
+
+    def __init__(self, count: int, shape: tuple[int, int, int], files: Sequence[Path]) -> None:
+        self.count, self.shape, self.files = count, shape, list(files)
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def nbytes(self) -> int:
+        """Size when decoded."""
+        return self.count * math.prod(self.shape)
+
+    def read(self, rows: np.ndarray) -> Tensor:
+        """Pictures `rows` `[n]`, in that order, `[n, C, H, W]` uint8; one that is asked for twice is decoded once."""
+        unique, inverse = np.unique(rows, return_inverse=True)
+        pictures = np.empty((len(unique), *self.shape), np.uint8)
+        self.decode(unique, pictures)
+        return torch.from_numpy(pictures[inverse])
+
+    def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Decode pictures `rows` `[n]`, increasing, into `out` `[n, C, H, W]`."""
+        raise NotImplementedError
+
+    def _check(self, picture: np.ndarray, place: str) -> np.ndarray:
+        if picture.shape != self.shape:
+            raise UserError(f"{place}: a picture of shape {picture.shape}, but the metadata says {self.shape}")
+        return picture
+
+
+class EncodedFrames(Frames):
+    """PNG or JPEG files that lie one after the other in memory, as they came.
+
+    Args:
+        data: `[bytes]` uint8, all of them.
+        ends: `[M]`, where each ends.
+        place: For messages.
+    """
+
+    def __init__(
+        self, data: np.ndarray, ends: np.ndarray, shape: tuple[int, int, int], files: Sequence[Path], place: str
+    ) -> None:
+        super().__init__(len(ends), shape, files)
+        self.data, self.ends, self.place = data, ends, place
+
+    def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
+        for i, row in enumerate(rows):
+            start = self.ends[row - 1] if row else 0
+            place = f"{self.place}, picture {row}"
+            out[i] = decode_picture(self.data[start : self.ends[row]].tobytes(), self.shape, place)
+
+
+class VideoFrames(Frames):
+    """Frames of video files, found by their time.
+
+    Args:
+        files: The videos.
+        file_of: `[M]`, which of them holds each frame.
+        times: `[M]` float64, seconds from that file's start.
+        fps: Frames a second; a frame counts as found when it is within a quarter of a frame's duration.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], file_of: np.ndarray, times: np.ndarray, shape: tuple[int, int, int], fps: float
+    ) -> None:
+        super().__init__(len(times), shape, files)
+        self.file_of, self.times, self.fps = file_of, times, fps
+        self._open: dict[int, Any] = {}
+        self._process = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}
+
+    def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
+        order = np.lexsort((self.times[rows], self.file_of[rows]))
+        for number in np.unique(self.file_of[rows]):
+            mine = order[self.file_of[rows][order] == number]
+            self._decode_file(int(number), self.times[rows[mine]], out, mine)
+
+    def _decode_file(self, number: int, times: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
+        """Decode the frames at `times`, increasing, into `out[slots]`; seeks to the keyframe before, where it pays."""
+        import av
+
+        path = self.files[number]
+        near = 0.25 / self.fps
+        try:
+            container = self._container(number)
+            stream = container.streams.video[0]
+            if (stream.codec_context.height, stream.codec_context.width) != self.shape[1:]:
+                found = f"{stream.codec_context.height} x {stream.codec_context.width}"
+                raise UserError(f"{path}: pictures of {found}, but the metadata says {self.shape[1]} x {self.shape[2]}")
+            base, frames, at = float(stream.time_base), None, -math.inf
+            start = (stream.start_time or 0) * base
+            frame: Any = None
+            for time, slot in zip(times + start, slots, strict=True):
+                if frames is None or not at - near <= time <= at + 1.0:
+                    container.seek(max(int((time + near) / base), 0), stream=stream, backward=True)
+                    frames, at = container.decode(stream), -math.inf
+                while at < time - near:
+                    frame = next(frames, None)
+                    if frame is None:
+                        break
+                    at = frame.pts * base
+                if frame is None or at > time + near:
+                    raise UserError(f"{path}: no frame at {time:.4f} s, though the metadata names it; is it truncated?")
+                out[slot] = self._check(frame.to_ndarray(format="rgb24").transpose(2, 0, 1), str(path))
+        except UserError:
+            raise
+        except (av.error.FFmpegError, OSError, IndexError, ValueError, TypeError) as error:
+            reason = "missing" if not path.exists() else f"truncated or damaged ({str(error)[:80]})"
+            raise UserError(f"{path}: {reason}") from error
+
+    def _container(self, number: int) -> Any:
+        import av
+
+        if self._process != os.getpid():  # a worker process must not share the open files of the one that started it
+            self._open, self._process = {}, os.getpid()
+        container = self._open.pop(number, None)
+        if container is None:
+            if len(self._open) >= MOST_OPEN:
+                self._open.pop(next(iter(self._open))).close()
+            container = av.open(str(self.files[number]))
+            container.streams.video[0].codec_context.thread_count = 1  # the workers are the parallelism
+        self._open[number] = container  # the one used last comes last
+        return container
+
+
+class HDF5Frames(Frames):
+    """Pictures in arrays `[n, H, W, C]` of one HDF5 file.
+
+    Args:
+        names: The arrays.
+        array_of, row_of: `[M]`, where each picture is.
+        channels_first: They are stored as `[n, C, H, W]`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        names: Sequence[str],
+        array_of: np.ndarray,
+        row_of: np.ndarray,
+        shape: tuple[int, int, int],
+        channels_first: bool = False,
+    ) -> None:
+        super().__init__(len(row_of), shape, [path])
+        self.names, self.array_of, self.row_of, self.channels_first = list(names), array_of, row_of, channels_first
+
+    def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
+        with open_hdf5(self.files[0]) as file:
+            for number in np.unique(self.array_of[rows]):
+                slots = np.flatnonzero(self.array_of[rows] == number)
+                array, wanted = hdf5(file, self.names[number]), self.row_of[rows[slots]]
+                check_chunks(array, wanted)
+                for slot, row in zip(slots, wanted, strict=True):
+                    picture = array[int(row)]
+                    picture = picture if self.channels_first else picture.transpose(2, 0, 1)
+                    out[slot] = self._check(picture, f"{self.files[0]}: {self.names[number]}")
+
+
+# ---- stores --------------------------------------------------------------------------------------------------------
+
+
+def stored(frames: dict[str, Frames], mode: str, folder: str, name: str) -> dict[str, Any]:
+    """Decode all pictures once, as `--dataset.cache` says: "memory", "disk", or "none", which leaves them as they are.
+
+    Returns:
+        key -> `[M, C, H, W]` uint8; with "disk" its pages are read from the file when they are used.
+
+    Raises:
+        UserError: they do not fit; said before anything is decoded.
+    """
+    size = sum(camera.nbytes for camera in frames.values())
+    if mode == "none" or not frames:
+        return dict(frames)
+    count, cameras = sum(len(camera) for camera in frames.values()), ", ".join(frames)
+    remedy = "use fewer cameras, or --dataset.cache none"
+    if mode == "memory":
+        logger.info("%s: decoding %d pictures (%s) into memory: %s a process", name, count, cameras, gigabytes(size))
+        check_memory(size, f"--dataset.cache memory: {name}", f"{remedy} or disk")
+        stores = {}
+        for key, camera in frames.items():
+            store = np.empty((len(camera), *camera.shape), np.uint8)
+            for start, pictures in _in_order(camera):
+                store[start : start + len(pictures)] = pictures
+            stores[key] = torch.from_numpy(store)
+        return stores
+    return {
+        key: _on_disk(camera, Path(folder or "~/.cache/tendon").expanduser(), key, name)
+        for key, camera in frames.items()
+    }
+
+
+def _in_order(camera: Frames) -> Iterator[tuple[int, np.ndarray]]:
+    """Decode a camera, a few hundred pictures at a time: the number of the first, and the pictures."""
+    from tqdm import tqdm
+
+    for start in tqdm(range(0, len(camera), AT_ONCE), unit_scale=AT_ONCE, unit="picture", disable=None, leave=False):
+        yield start, camera.read(np.arange(start, min(start + AT_ONCE, len(camera)))).numpy()
+
+
+def _on_disk(camera: Frames, folder: Path, key: str, name: str) -> Tensor:
+    """The store of one camera in `folder`, made when it is not there; a killed run leaves none that is half full."""
+    stamps = [
+        [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in camera.files if path.exists()
+    ]
+    digest = hashlib.sha256(json.dumps([key, len(camera), camera.shape, stamps]).encode()).hexdigest()[:20]
+    path = folder / f"frames-{digest}.u8"
+    if not (path.exists() and path.stat().st_size == camera.nbytes):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / f".{path.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # of several runs that start at once, one decodes
+                if not (path.exists() and path.stat().st_size == camera.nbytes):
+                    _decode_to(camera, path, key, name)
+        except OSError as error:
+            raise UserError(
+                f"--dataset.cache disk: {folder}: {error.strerror or error}; see --dataset.cache-dir"
+            ) from error
+    store = torch.from_file(str(path), shared=False, size=camera.nbytes, dtype=torch.uint8)
+    return store.view(len(camera), *camera.shape)
+
+
+def _decode_to(camera: Frames, path: Path, key: str, name: str) -> None:
+    free = shutil.disk_usage(path.parent).free
+    logger.info("%s: decoding %d pictures (%s) to %s: %s", name, len(camera), key, path, gigabytes(camera.nbytes))
+    if camera.nbytes > 0.95 * free:
+        raise UserError(
+            f"--dataset.cache disk: {name}: {gigabytes(camera.nbytes)} are needed, {gigabytes(free)} are free in"
+            f" {path.parent}; choose another --dataset.cache-dir, or --dataset.cache none"
+        )
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            for _, pictures in _in_order(camera):
+                file.write(pictures.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def require_video() -> None:
+    """Raise UserError with the install line when PyAV is missing."""
+    require("av", "av")
