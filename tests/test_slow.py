@@ -59,7 +59,7 @@ def test_the_default_command_on_two_processes(tmp_path: Path) -> None:
 
 
 def test_lerobot_files_through_the_launcher(tmp_path: Path) -> None:
-    path = ROOT / "tests" / "fixtures" / "lerobot_v30"
+    path = ROOT / "tests" / "fixtures" / "lerobot_v30_image"
     options = ("--trainer", "bc", "--dataset", "lerobot", "--dataset.path", path, "--steps", 200)
     done = command(*LAUNCH, "--mixed_precision", "bf16", ROOT / "offline_trainer.py", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

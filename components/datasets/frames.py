@@ -65,25 +65,29 @@ class Frames:
 
 
 class EncodedFrames(Frames):
-    """PNG or JPEG files that lie one after the other in memory, as they came.
+    """PNG or JPEG files that lie in memory as they came.
 
     Args:
         data: `[bytes]` uint8, all of them.
-        ends: `[M]`, where each ends.
-        place: For messages.
+        starts, ends: `[M]`, where each picture lies.
     """
 
     def __init__(
-        self, data: np.ndarray, ends: np.ndarray, shape: tuple[int, int, int], files: Sequence[Path], place: str
+        self,
+        data: np.ndarray,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        shape: tuple[int, int, int],
+        files: Sequence[Path],
     ) -> None:
         super().__init__(len(ends), shape, files)
-        self.data, self.ends, self.place = data, ends, place
+        self.data, self.starts, self.ends = data, starts, ends
 
     def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
+        of = str(self.files[0]) if len(self.files) == 1 else f"{self.files[0]} and {len(self.files) - 1} more"
         for i, row in enumerate(rows):
-            start = self.ends[row - 1] if row else 0
-            place = f"{self.place}, picture {row}"
-            out[i] = decode_picture(self.data[start : self.ends[row]].tobytes(), self.shape, place)
+            encoded = self.data[self.starts[row] : self.ends[row]].tobytes()
+            out[i] = decode_picture(encoded, self.shape, f"{of}: picture {row}")
 
 
 class VideoFrames(Frames):
