@@ -8,8 +8,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from . import losses, optimizers
+from .datasets.d4rl import D4RLDataset
 from .datasets.lerobot import LeRobotDataset
 from .datasets.metaworld import MetaWorldDemonstrations
+from .datasets.robomimic import RobomimicDataset
+from .datasets.zarr import ZarrDataset
 from .envs.gymnasium import GymnasiumEnv
 from .envs.metaworld import MetaWorldEnv
 from .errors import UserError
@@ -29,8 +32,11 @@ TRAINER_REGISTRY: dict[str, type] = {
 }
 
 DATASET_BUILDER_REGISTRY: dict[str, type] = {
+    "d4rl": D4RLDataset,
     "lerobot": LeRobotDataset,
     "metaworld": MetaWorldDemonstrations,
+    "robomimic": RobomimicDataset,
+    "zarr": ZarrDataset,
 }
 
 MODEL_BUILDER_REGISTRY: dict[str, type] = {

@@ -1,7 +1,7 @@
 """LeRobotDataset v2.1 and v3.0: a local folder, or one of the Hugging Face hub.
 
-`meta/info.json` declares the features and where the files lie. v2.1 has one parquet file, and one video per camera,
-an episode (`meta/episodes.jsonl`); v3.0 puts many episodes into a file (`meta/episodes/*.parquet` tells which, and where
+`meta/info.json` declares the features and where the files lie. v2.1 has one parquet file, and one video per camera, an
+episode (`meta/episodes.jsonl`); v3.0 puts many episodes into a file (`meta/episodes/*.parquet` tells which, and where
 in a video an episode begins). Rows are ordered by `index`. The format's own statistics are left alone: v3.0's quantiles
 are averages over episodes, and they include the episodes that are held out here.
 

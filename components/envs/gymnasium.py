@@ -1,5 +1,6 @@
 """Any environment that is registered with Gymnasium."""
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ class GymnasiumEnv:
     """All environments in this process, or each in one of its own: for slow ones."""
     render_mode: Literal["rgb_array"] | None = None
     """Draw frames off screen."""
+    kwargs: str = ""
+    """Arguments of the environment as JSON, such as '{"continuing_task": false}'."""
 
     def build(self, num_envs: int, seed: int) -> Any:
         """Make a vector environment, which resets in the step that ends an episode.
@@ -35,6 +38,7 @@ class GymnasiumEnv:
             os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # and so does pygame's
         asked = {"max_episode_steps": self.max_episode_steps, "render_mode": self.render_mode}
         options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+        options |= self._kwargs()
         try:
             options["vector_kwargs"] = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
             envs = gym.make_vec(self.id, num_envs, vectorization_mode=self.vectorization_mode, **options)
@@ -46,3 +50,12 @@ class GymnasiumEnv:
             raise UserError(f"--env.id {self.id}: {error}; {nearest(self.id, gym.registry)}") from error
         envs.reset(seed=seed)
         return envs
+
+    def _kwargs(self) -> dict[str, Any]:
+        try:
+            kwargs = json.loads(self.kwargs or "{}")
+            if not isinstance(kwargs, dict):
+                raise ValueError(f"found {type(kwargs).__name__}")
+        except ValueError as error:
+            raise UserError(f"--env.kwargs {self.kwargs}: expected a JSON object ({error})") from error
+        return kwargs

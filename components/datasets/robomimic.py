@@ -1,0 +1,282 @@
+"""robomimic's HDF5 files (Mandlekar et al., 2021), and the raw recordings of robosuite's human teleoperation.
+
+Layout: `data/demo_<i>/{actions, rewards, dones, obs/<key>, next_obs/<key>}` and `mask/<name>`, lists of demonstrations.
+What `dones` marks depends on how the file was made (`--done_mode`: 0 success, 1 the last step, 2 both), so it is no
+terminal by itself; see the option `dones`.
+
+A raw recording has `states` (time, positions, velocities of the simulator) and actions, but no `obs`.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError, nearest
+from .episodes import (
+    IMAGES,
+    Episodes,
+    Reader,
+    chosen_cameras,
+    held_out_episodes,
+    join_successors,
+    steps_only,
+    with_final,
+)
+from .frames import HDF5Frames
+from .untrusted import check_hdf5, check_memory, demonstration_number, existing, hdf5, open_hdf5, read_hdf5
+
+logger = logging.getLogger(__name__)
+WHAT = "an HDF5 file of robomimic or robosuite (data/demo_<i>/actions)"
+# The observations of robomimic's published results, of one arm and of two.
+PUBLISHED = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+PUBLISHED += ("robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos", "object")
+RAW_ACTIONS = ("right_dpos", "right_dquat", "left_dpos", "left_dquat", "gripper_actuations")  # before robosuite 1.0
+
+
+@dataclass(frozen=True)
+class RobomimicDataset(Reader):
+    """A robomimic HDF5 file, or a raw recording of robosuite's teleoperation."""
+
+    split: str = ""
+    """Name under mask/ of the demonstrations to learn from; all by default. With `train`, those of mask/valid are held
+    out."""
+    keys: tuple[str, ...] = ()
+    """Low-dimensional observations that make up observation.state, side by side in this order. By default, of robosuite
+    files, those of robomimic's published results (end effector's position, quaternion and gripper, then object), and
+    otherwise all: those first, the others in the order of their names."""
+    dones: Literal["auto", "success", "end"] = "auto"
+    """What `dones` marks: success, which is terminal, or the end of the demonstration. auto: success where some
+    demonstration ends without it or, of rewards that are all 0 or 1, where the reward is 1; the end otherwise."""
+
+    def build(self, **kwargs: Any) -> dict[str, Any]:
+        """Return {"dataset", "validation", "norm_stats"}.
+
+        Items: observation.state `[D]` of `keys` (of a raw recording: the simulator's positions and velocities),
+        observation.images.X of the chosen cameras, action `[Da]`; reward, terminated, truncated and
+        next.observation.state where they are recorded.
+
+        Raises:
+            UserError: no such file, demonstration, key or mask; arrays that do not fit together, damaged or dangerous.
+        """
+        path = existing(self.path, WHAT)
+        with open_hdf5(path) as file:
+            names = sorted((hdf5(file, "data") or {}).keys(), key=demonstration_number)
+            names = [name for name in names if hdf5(file, f"data/{name}/actions") or hdf5(file, f"data/{name}/states")]
+            if not names:
+                raise UserError(f"{path}: no demonstrations; expected {WHAT}")
+            held_out: Tensor | None = None
+            if self.split:
+                chosen = self._mask(file, self.split, names)
+                valid = (
+                    set(self._mask(file, "valid", names))
+                    if self.split == "train" and hdf5(file, "mask/valid")
+                    else set()
+                )
+                names = [name for name in names if name in chosen or name in valid]
+                held_out = torch.tensor([name in valid for name in names]) if valid else None
+            if hdf5(file, f"data/{names[0]}/obs") is None:
+                episodes = read_raw(path, file, names)
+                whole = held_out_episodes(episodes.lengths, self.validation, self.seed)
+                if self.validation > 0 and held_out is None and not whole.any():
+                    episodes, held_out = by_time(episodes, self.validation)
+            else:
+                episodes = self._read(path, file, names)
+        return self.finish(episodes, held_out)
+
+    def _mask(self, file: Any, name: str, known: list[str]) -> list[str]:
+        """The demonstrations of a mask, by name."""
+        mask = hdf5(file, f"mask/{name}")
+        if mask is None:
+            raise UserError(
+                f"--dataset.split {name}: no such mask in {file.filename}; {_found(hdf5(file, 'mask') or ())}"
+            )
+        values = [v.decode() if isinstance(v, bytes) else str(v) for v in np.asarray(mask[()]).reshape(-1).tolist()]
+        if missing := [value for value in values if value not in known]:
+            raise UserError(f"{file.filename}: mask/{name} names {missing[0]!r}, which is not among the demonstrations")
+        if not values:
+            raise UserError(f"{file.filename}: mask/{name} is empty; expected at least one demonstration")
+        return values
+
+    def _read(self, path: Path, file: Any, names: list[str]) -> Episodes:
+        demos = [f"data/{name}" for name in names]
+        lengths = [_rows(file, demo) for demo in demos]
+        ends = torch.tensor(lengths).cumsum(0)
+        observed = {key: hdf5(file, f"{demos[0]}/obs/{key}") for key in hdf5(file, f"{demos[0]}/obs")}
+        found = {k.removesuffix("_image"): k for k, a in observed.items() if a.ndim == 4 and a.dtype == np.uint8}
+        cameras = chosen_cameras([c.removesuffix("_image") for c in self.cameras], list(found), str(path))
+        keys = self.keys or self._default_keys(file, [key for key, array in observed.items() if array.ndim <= 2])
+        for key in keys:
+            if key not in observed or observed[key].ndim > 2:
+                vectors = [k for k, array in observed.items() if array.ndim <= 2]
+                raise UserError(
+                    f"--dataset.keys {key}: no such low-dimensional observation in {path}; {nearest(key, vectors)}"
+                )
+        if not keys and not cameras:
+            raise UserError(f"{path}: no observations are chosen; see --dataset.keys and --dataset.cameras")
+        has_next = all(hdf5(file, f"{demo}/next_obs") is not None for demo in demos)
+        columns = {"action": _columns(file, [f"{demo}/actions" for demo in demos], lengths)}
+        if all(hdf5(file, f"{demo}/rewards") is not None for demo in demos):
+            columns["reward"] = _columns(file, [f"{demo}/rewards" for demo in demos], lengths).squeeze(1)
+            if all(hdf5(file, f"{demo}/dones") is not None for demo in demos):
+                dones = _columns(file, [f"{demo}/dones" for demo in demos], lengths).squeeze(1) > 0
+                columns["terminated"] = self._terminated(dones, columns["reward"], ends, str(path))
+        now, then = {}, {}
+        if keys:
+            now["observation.state"] = _beside(file, demos, "obs", keys, lengths)
+            if has_next:
+                then["observation.state"] = _beside(file, demos, "next_obs", keys, lengths)
+        if has_next and now:
+            now, at, after = join_successors(now, then, ends)
+        else:
+            at, after = steps_only(ends)
+            if has_next:  # pictures only
+                at, after = with_final(ends)
+        observations: dict[str, Any] = dict(now)
+        for camera in cameras:
+            observations[IMAGES + camera] = _pictures(path, file, demos, found[camera], lengths, at, after)
+        stored = {"format": "robomimic", "keys": list(keys)}
+        return Episodes(str(path), ends, columns, observations, at, after, stored=stored)
+
+    def _default_keys(self, file: Any, vectors: list[str]) -> tuple[str, ...]:
+        """See the option `keys`."""
+        first = [key for key in PUBLISHED if key in vectors]
+        try:
+            robosuite = json.loads(file["data"].attrs.get("env_args", "{}")).get("env_type") == 1
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            robosuite = False
+        keys = first if robosuite and "object" in first else first + sorted(set(vectors) - set(first))
+        logger.info("%s: observation.state is %s", file.filename, " ".join(keys))
+        return tuple(keys)
+
+    def _terminated(self, dones: Tensor, reward: Tensor, ends: Tensor, name: str) -> Tensor:
+        """See the option `dones`."""
+        kind = self.dones
+        if kind == "auto":
+            sparse = bool(((reward == 0) | (reward == 1)).all())
+            if not dones[ends - 1].all():
+                kind = "success"
+            elif sparse:
+                return dones & (reward > 0)
+            else:
+                kind = "end"
+                logger.info(
+                    "%s: `dones` is taken as the end of a demonstration, nothing as terminal (--dataset.dones)", name
+                )
+        return dones if kind == "success" else torch.zeros_like(dones)
+
+
+def read_raw(path: Path, file: Any, names: list[str]) -> Episodes:
+    """A raw recording: observation.state is `states` without the time, action as it was sent to the robot."""
+    demos = [f"data/{name}" for name in names]
+    group = hdf5(file, demos[0])
+    parts = ["actions"] if "actions" in group else [name for name in RAW_ACTIONS if name in group]
+    parts = [name for name in parts if hdf5(group, name).shape[-1] > 0]
+    if "states" not in group or not parts:
+        raise UserError(f"{path}: {demos[0]} has no states or no actions; found: {', '.join(group)}; expected {WHAT}")
+    lengths = [_rows(file, demo, parts[0]) for demo in demos]
+    ends = torch.tensor(lengths).cumsum(0)
+    states = _columns(file, [f"{demo}/states" for demo in demos], lengths, np.float64)
+    inner = steps_only(ends)[1] >= 0
+    increases = states.shape[1] > 1 and bool((states[1:, 0] > states[:-1, 0])[inner[:-1]].all())
+    if increases:  # it tells how far the demonstration is, which no policy can know
+        states = states[:, 1:]
+    logger.info(
+        "%s: a raw recording of robosuite; observation.state is its simulator's state%s",
+        path,
+        " without time" * increases,
+    )
+    action = torch.cat([_columns(file, [f"{demo}/{part}" for demo in demos], lengths) for part in parts], 1)
+    stored = {"format": "robosuite raw", "keys": ["states"]}
+    return Episodes(
+        str(path), ends, {"action": action}, {"observation.state": states.float()}, *steps_only(ends), stored=stored
+    )
+
+
+def by_time(episodes: Episodes, fraction: float) -> tuple[Episodes, Tensor | None]:
+    """Cut the last demonstration in two, so that its last steps can be held out where no whole one can."""
+    steps, length = int(episodes.ends[-1]), int(episodes.lengths[-1])
+    held = max(1, round(min(fraction, 0.2) * steps))
+    if steps < 10 or held >= length:
+        return episodes, None
+    logger.info("%s: too few demonstrations to hold one out: the last %d steps are held out", episodes.name, held)
+    ends = torch.cat([episodes.ends[:-1], torch.tensor([steps - held, steps])])
+    at, after = steps_only(ends)
+    return replace(episodes, ends=ends, at=at, after=after), torch.arange(len(ends)) == len(ends) - 1
+
+
+def _rows(file: Any, demo: str, array: str = "actions") -> int:
+    """Steps of a demonstration. Raises UserError when `num_samples` says otherwise, or there are none."""
+    actions = hdf5(file, f"{demo}/{array}")
+    if actions is None or not getattr(actions, "ndim", 0):
+        raise UserError(f"{file.filename}: {demo} has no {array}; expected {WHAT}")
+    rows = int(actions.shape[0])
+    promised: Any = hdf5(file, demo).attrs.get("num_samples", rows)
+    if promised != rows or rows < 1:
+        raise UserError(
+            f"{file.filename}: {demo} has {rows} {array}, its num_samples is {promised}; expected them equal"
+        )
+    return rows
+
+
+def _columns(file: Any, names: list[str], lengths: list[int], dtype: Any = np.float32) -> Tensor:
+    """One array of every demonstration, below each other, `[N, D]`."""
+    arrays: list[Any] = []
+    for name, rows in zip(names, lengths, strict=True):
+        array = hdf5(file, name)
+        if array is None:
+            raise UserError(f"{file.filename}: no {name}, which other demonstrations have")
+        check_hdf5(array)
+        width = 1 if array.ndim == 1 else array.shape[-1]
+        if array.ndim not in (1, 2) or array.shape[0] != rows:
+            raise UserError(f"{file.filename}: {name} has shape {array.shape}; expected {rows} rows of vectors")
+        if arrays and width != (arrays[0].shape[-1] if arrays[0].ndim == 2 else 1):
+            raise UserError(f"{file.filename}: {name} has width {width}, {names[0]} has {arrays[0].shape[-1]}")
+        arrays.append(array)
+    width = 1 if arrays[0].ndim == 1 else arrays[0].shape[1]
+    check_memory(sum(lengths) * width * np.dtype(dtype).itemsize, f"{file.filename}: {names[0]} and its like")
+    out = np.empty((sum(lengths), width), dtype)
+    start = 0
+    for array, rows in zip(arrays, lengths, strict=True):
+        out[start : start + rows] = read_hdf5(array).reshape(rows, width)
+        start += rows
+    return torch.from_numpy(out)
+
+
+def _beside(file: Any, demos: list[str], group: str, keys: tuple[str, ...] | list[str], lengths: list[int]) -> Tensor:
+    """Several observations side by side, `[N, D]`."""
+    return torch.cat([_columns(file, [f"{demo}/{group}/{key}" for demo in demos], lengths) for key in keys], 1)
+
+
+def _pictures(
+    path: Path, file: Any, demos: list[str], key: str, lengths: list[int], at: Tensor, after: Tensor
+) -> HDF5Frames:
+    """One camera's pictures, laid out as `at` and `after` say; successors that are no next observation: `next_obs`."""
+    shape = hdf5(file, f"{demos[0]}/obs/{key}").shape[1:]
+    names = [f"{demo}/obs/{key}" for demo in demos]
+    if int(after.max()) >= len(at):
+        names += [f"{demo}/next_obs/{key}" for demo in demos]
+    for name, rows in zip(names, lengths * 2, strict=False):
+        array = hdf5(file, name)
+        if array is None or array.shape != (rows, *shape) or array.dtype != np.uint8:
+            found = "missing" if array is None else f"{array.dtype} of shape {array.shape}"
+            raise UserError(f"{path}: {name} is {found}; expected {rows} pictures of shape {shape}")
+    episode = np.repeat(np.arange(len(demos)), lengths)
+    step = np.concatenate([np.arange(rows) for rows in lengths])
+    count = int(max(at.max(), after.max())) + 1
+    array_of, row_of = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    known = after >= 0
+    array_of[after[known]], row_of[after[known]] = episode[known] + len(demos), step[known]
+    array_of[at], row_of[at] = episode, step  # where both have a picture, it is the same one
+    channels_first = shape[2] not in (1, 3, 4)
+    size = shape if channels_first else (shape[2], *shape[:2])
+    return HDF5Frames(path, names, array_of, row_of, size, channels_first)
+
+
+def _found(names: Any) -> str:
+    return f"found: {', '.join(names) or 'none'}"

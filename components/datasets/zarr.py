@@ -1,0 +1,380 @@
+"""Replay buffers of diffusion_policy: a zarr store, as a folder or as one zip file.
+
+Layout: `data/X` `[N, ...]` (state, action, img, keypoint, ...) and `meta/episode_ends` `[E]`, the row after each
+episode's last one. The package zarr decodes, but it never sees the store: it gets the metadata and the chunks that were
+checked here, from memory. So nothing that a store can name leads elsewhere or is unpickled, and a chunk that is missing
+is an error, where zarr itself would make up values.
+"""
+
+import bz2
+import gzip
+import io
+import itertools
+import json
+import lzma
+import math
+import os
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError, nearest, require
+from .episodes import IMAGES, Episodes, Reader, as_tensor, chosen_cameras, steps_only
+from .frames import Frames
+from .untrusted import check_memory, existing, inflated, inside
+
+METADATA = (".zarray", "zarr.json")  # of an array in format 2 and 3
+METADATA_LIMIT = 1 << 20  # bytes; real ones have less than a thousand
+PACKERS = {2: ("blosc", "zlib", "gzip", "lz4", "zstd", "bz2", "lzma"), 3: ("blosc", "gzip", "zstd")}
+CHANNELS = (1, 3, 4)
+
+
+@dataclass(frozen=True)
+class ZarrDataset(Reader):
+    """Replay buffer of diffusion_policy: a zarr store with data/ and meta/episode_ends, as a folder or zip file."""
+
+    keys: tuple[str, ...] = ("state",)
+    """Arrays of data/ that make up observation.state, side by side in this order."""
+
+    def build(self, **kwargs: Any) -> dict[str, Any]:
+        """Return {"dataset", "validation", "norm_stats"}.
+
+        Items: observation.state `[D]` of `keys`, observation.images.X of the chosen cameras, action `[Da]`, and reward
+        where the store has one. The observation after an episode's last action is not stored.
+
+        Raises:
+            UserError: no such store or array, arrays that do not fit together, damaged, dangerous or too large data.
+        """
+        path = existing(self.path, "a zarr store (a folder or .zip) with data/ and meta/episode_ends")
+        require("zarr.buffer", '"zarr>=3.1"')
+        store = Store(path)
+        shapes = store.shapes("data")
+        if "action" not in shapes or (ends := store.array("meta/episode_ends")) is None:
+            raise UserError(
+                f"{path}: no data/action or no meta/episode_ends in it; expected both, as in diffusion_policy"
+            )
+        n = shapes["action"][0]
+        for name, shape in shapes.items():
+            if shape[0] != n:
+                raise UserError(f"{path}: data/{name} has {shape[0]} rows, data/action {n}; they must agree")
+        found = [name for name, shape in shapes.items() if len(shape) == 4 and {shape[1], shape[3]} & set(CHANNELS)]
+        cameras = chosen_cameras(self.cameras, found, str(path))
+        for key in self.keys:
+            if key not in shapes or key in found:
+                fit = [name for name in shapes if name not in found]
+                raise UserError(f"--dataset.keys {key}: no such array of vectors in {path}/data; {nearest(key, fit)}")
+        if not self.keys and not cameras:
+            raise UserError(f"{path}: no observations are chosen; see --dataset.keys and --dataset.cameras")
+        steps = _episode_ends(ends, n)
+        columns = {"action": store.vectors("action")}
+        for name in ("reward", "rewards"):
+            if name in shapes and "reward" not in columns:
+                if math.prod(shapes[name]) != n:
+                    raise UserError(f"{path}: data/{name} has shape {shapes[name]}; expected one number a row")
+                columns["reward"] = store.vectors(name).flatten()
+        observations: dict[str, Any] = {}
+        if self.keys:
+            observations["observation.state"] = torch.cat([store.vectors(key) for key in self.keys], 1)
+        observations |= {IMAGES + name: ZarrFrames(Array(store, f"data/{name}")) for name in cameras}
+        at, after = steps_only(steps)
+        return self.finish(Episodes(str(path), steps, columns, observations, at, after, stored={"format": "zarr"}))
+
+
+def _episode_ends(array: "Array", n: int) -> Tensor:
+    """`meta/episode_ends` `[E]` int64. Raises UserError: they are no partition of `n` rows."""
+    if len(array.shape) != 1 or array.dtype.kind not in "iu":
+        raise UserError(f"{array.place}: {array.dtype} of shape {array.shape}; expected integers with one axis")
+    ends = torch.from_numpy(array.read().astype(np.int64))
+    if not len(ends):
+        raise UserError(f"{array.store.root}: the dataset is empty; expected at least one episode with one step")
+    if int(ends[-1]) != n or int(ends[0]) < 1 or not bool((ends.diff() > 0).all()):
+        raise UserError(
+            f"{array.place}: expected increasing numbers from 1 on, the last being the {n} rows of data/action"
+        )
+    return ends
+
+
+class Store:
+    """The files of a zarr store as bytes, from a folder or a zip file; nothing outside of it is read.
+
+    Args:
+        root: The folder or zip file.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._archive: zipfile.ZipFile | None = None
+        self._process = 0
+        for name in self.files("") if root.is_file() else ():
+            if name.startswith(("/", "\\")) or ".." in Path(name).parts:
+                raise UserError(f"{root}: the member {name!r} points outside the store; it is not read")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_archive": None}
+
+    def files(self, folder: str) -> list[str]:
+        """Names of the files below `folder`, from the root on. Links to other folders are not followed."""
+        if self.root.is_file():
+            return [name for name in self._zip().namelist() if name.startswith(f"{folder}/" if folder else "")]
+        top = inside(self.root, folder, self.root)
+        names = [os.path.join(where, name) for where, folders, files in os.walk(top) for name in (*files, *folders)]
+        return [Path(name).relative_to(self.root).as_posix() for name in names]
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """A file's content, or None when it is missing. Raises UserError: damaged, a link that leaves, over `limit`."""
+        try:
+            if self.root.is_file():
+                archive = self._zip()
+                try:
+                    info = archive.getinfo(name)
+                except KeyError:
+                    return None
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise UserError(f"{self.root}: {name}: only plain and deflated members of a zip file are read")
+                size = info.file_size
+                if size <= limit:
+                    with archive.open(info) as member:
+                        return member.read(size + 1)  # never unpacks more, whatever the member holds
+            else:
+                path = inside(self.root, name, self.root)
+                if not path.is_file():
+                    return None
+                size = path.stat().st_size
+                if size <= limit:
+                    return path.read_bytes()
+        except UserError:
+            raise
+        except (OSError, RuntimeError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.root}: {name}: truncated or damaged ({_brief(error)})") from error
+        raise UserError(f"{self.root}: {name}: {size} bytes are more than the {limit} that can be right")
+
+    def metadata(self, name: str) -> dict[str, Any] | None:
+        """What `.zarray` or `zarr.json` says of an array; None where `name` is none. Raises UserError: damaged."""
+        place = f"{self.root}: {name}"
+        found = [self.read(f"{name}/{file}", METADATA_LIMIT) for file in METADATA]
+        if all(found):
+            raise UserError(f"{place}: has both {METADATA[0]} and {METADATA[1]}; which one holds is not known")
+        for number, content in zip((2, 3), found, strict=True):
+            if content is None:
+                continue
+            try:
+                meta = json.loads(content)
+                if meta.get("node_type", "array") != "array":
+                    return None
+                if meta["zarr_format"] != number or not _sizes(meta["shape"], least=0):
+                    raise ValueError(f"format {meta['zarr_format']}, shape {meta['shape']}")
+                return meta
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise UserError(f"{place}: damaged metadata ({_brief(error)})") from error
+        return None
+
+    def shapes(self, folder: str) -> dict[str, tuple[int, ...]]:
+        """The arrays directly in `folder`."""
+        names = sorted({name.split("/")[1] for name in self.files(folder) if "/" in name})
+        found = {name: self.metadata(f"{folder}/{name}") for name in names}
+        return {name: tuple(meta["shape"]) for name, meta in found.items() if meta is not None}
+
+    def array(self, name: str) -> "Array | None":
+        """An array, or None."""
+        return None if self.metadata(name) is None else Array(self, name)
+
+    def vectors(self, name: str) -> Tensor:
+        """An array of data/ as `[N, D]` float32."""
+        array = Array(self, f"data/{name}").read()
+        return as_tensor(array.reshape(len(array), -1).astype(np.float32))
+
+    def _zip(self) -> zipfile.ZipFile:
+        if self._archive is None or self._process != os.getpid():  # processes must not share a position in the file
+            try:
+                self._archive, self._process = zipfile.ZipFile(self.root), os.getpid()
+            except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+                raise UserError(f"{self.root}: truncated, damaged or no zip file ({_brief(error)})") from error
+        return self._archive
+
+
+class Array:
+    """One array: its metadata is checked here, its chunks when they are read.
+
+    Args:
+        store: Where it is.
+        name: From the store's root on.
+
+    Raises:
+        UserError: no numbers, filters or compression that are not known, sizes that make no sense.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name, self.place = store, name, f"{store.root}: {name}"
+        meta = store.metadata(name) or {}
+        try:
+            self.format = int(meta["zarr_format"])
+            if self.format == 2:
+                declared, chunks, other = str(meta["dtype"]), meta["chunks"], meta.get("filters")
+                codecs = [meta["compressor"]["id"]] if meta.get("compressor") else []
+            else:
+                declared, chunks = str(meta["data_type"]), meta["chunk_grid"]["configuration"]["chunk_shape"]
+                other = meta.get("storage_transformers") or meta["chunk_grid"]["name"] != "regular"
+                codecs = [codec["name"] for codec in meta["codecs"] if codec["name"] not in ("bytes", "transpose")]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.place}: damaged metadata ({_brief(error)})") from error
+        if not re.fullmatch(r"[<>|][biuf][1248]|bool|u?int(8|16|32|64)|float(16|32|64)", declared):
+            raise UserError(f"{self.place} holds {declared[:40]!r}; expected numbers, and nothing pickled is read")
+        packers = [codec for codec in codecs if self.format == 2 or codec != "crc32c"]
+        if other or len(packers) > 1 or not set(packers) <= set(PACKERS[self.format]):
+            raise UserError(f"{self.place}: filters or compression {str(other or packers)[:60]!r} are not read")
+        if not _sizes(chunks, least=1) or len(chunks) != len(meta["shape"]):
+            raise UserError(f"{self.place}: chunks {str(chunks)[:60]} do not fit the shape {str(meta['shape'])[:60]}")
+        self.meta, self.dtype, self.shape, self.chunks = meta, np.dtype(declared), tuple(meta["shape"]), tuple(chunks)
+        self.packer = packers[0] if packers else None
+        self.sums = len(codecs) - len(packers)  # checksums of 4 bytes each
+        self.trailing = 4 * (self.sums if not packers else len(codecs) - 1 - codecs.index(packers[0]))
+        self.chunk_bytes = math.prod(self.chunks) * self.dtype.itemsize
+        check_memory(2 * self.chunk_bytes, f"{self.place} with chunks of shape {self.chunks}")
+        self._held: dict[str, Any] = {}
+        self._array: Any = None
+        self._process = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_array": None, "_held": {}}
+
+    def chunk_names(self, firsts: list[int] | None = None) -> Any:
+        """The names of the chunks, from the array's folder on; of those at `firsts` along the first axis, or of all."""
+        grid: list[Any] = [range(-(-size // step)) for size, step in zip(self.shape, self.chunks, strict=True)]
+        name = self._opened().metadata.encode_chunk_key
+        return (name(place) for place in itertools.product(firsts or grid[0], *grid[1:]))
+
+    def read(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """Rows `[n]` of the array, or all of it.
+
+        Raises:
+            UserError: too large, or a chunk is missing, truncated, damaged, or unpacks to more than it declares.
+        """
+        from zarr.buffer.cpu import Buffer
+
+        count = self.shape[0] if rows is None else len(rows)
+        size = count * math.prod(self.shape[1:]) * self.dtype.itemsize
+        check_memory(2 * size, f"{self.place} of shape {self.shape}")
+        array = self._opened()
+        keys = self.chunk_names(None if rows is None else np.unique(rows // self.chunks[0]).tolist())
+        try:
+            for key in keys:
+                self._held[key] = Buffer.from_bytes(self._chunk(key))
+            return np.asarray(array[...] if rows is None else array.oindex[rows])
+        except UserError:
+            raise
+        except Exception as error:  # every codec has errors of its own
+            raise UserError(f"{self.place}: a chunk is truncated or damaged ({_brief(error)})") from error
+        finally:
+            self._held.clear()
+
+    def _opened(self) -> Any:
+        """The array as zarr sees it: one in memory, whose chunks are those in `_held`."""
+        if self._array is None or self._process != os.getpid():  # zarr's threads do not live on in another process
+            import zarr
+            from zarr.buffer.cpu import Buffer
+
+            self._held = {METADATA[self.format - 2]: Buffer.from_bytes(json.dumps(self.meta).encode())}
+            try:
+                number: Any = self.format
+                self._array, self._process = zarr.open_array(self._held, mode="r", zarr_format=number), os.getpid()
+            except Exception as error:  # it has many
+                raise UserError(f"{self.place}: damaged metadata ({_brief(error)})") from error
+            self._held.clear()
+        return self._array
+
+    def _chunk(self, key: str) -> bytes:
+        """A chunk as it is stored, after a look at how much it unpacks to."""
+        limit = self.chunk_bytes + 4 * self.sums
+        data = self.store.read(f"{self.name}/{key}", limit + limit // 64 + (1 << 16))  # what cannot be packed grows
+        if data is None:
+            raise UserError(f"{self.place}: the chunk {key} is missing; is the copy complete?")
+        if _unpacked(self.packer, data[: len(data) - self.trailing], limit) > limit:
+            raise UserError(f"{self.place}: the chunk {key} unpacks to more than the {limit} bytes that it declares")
+        return data
+
+
+class ZarrFrames(Frames):
+    """Pictures in an array `[N, H, W, C]` or `[N, C, H, W]`, bytes or floats from 0 to 255.
+
+    Args:
+        array: Where they are.
+
+    Raises:
+        UserError: a chunk is missing.
+    """
+
+    def __init__(self, array: Array) -> None:
+        self.array, self.channels_last = array, array.shape[3] in CHANNELS
+        height, width, channels = array.shape[1:] if self.channels_last else (*array.shape[2:], array.shape[1])
+        there, files = set(array.store.files(array.name)), [array.store.root]
+        for key in array.chunk_names():
+            if (name := f"{array.name}/{key}") not in there:
+                raise UserError(f"{array.place}: the chunk {key} is missing; is the copy complete?")
+            if array.store.root.is_dir():
+                files.append(array.store.root / name)
+        super().__init__(array.shape[0], (channels, height, width), files)
+
+    def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
+        chunks = rows // self.array.chunks[0]
+        for chunk in np.unique(chunks):  # each is unpacked once, and only one is held
+            slots = np.flatnonzero(chunks == chunk)
+            pictures = self.array.read(rows[slots])
+            out[slots] = self._bytes(pictures.transpose(0, 3, 1, 2) if self.channels_last else pictures)
+
+    def _bytes(self, pictures: np.ndarray) -> np.ndarray:
+        if pictures.dtype == np.uint8:
+            return pictures
+        if not ((pictures >= 0) & (pictures <= 255)).all():
+            raise UserError(f"{self.array.place}: pictures with values outside of 0 to 255, or NaN")
+        if pictures.max() <= 1 and (pictures % 1).any():  # would all be black
+            raise UserError(f"{self.array.place}: pictures with values from 0 to 1; expected 0 to 255")
+        return np.rint(pictures).astype(np.uint8)
+
+
+def _unpacked(packer: str | None, data: bytes, limit: int) -> int:
+    """Bytes that a chunk unpacks to, as its header says, or counted to just above `limit` where it has none."""
+    if packer is None:
+        return len(data)
+    if packer == "zlib":
+        return inflated(data, limit)
+    if packer in ("gzip", "bz2", "lzma"):
+        with {"gzip": gzip.open, "bz2": bz2.open, "lzma": lzma.open}[packer](io.BytesIO(data)) as file:  # type: ignore[operator]
+            return len(file.read(limit + 1))
+    if packer == "lz4":
+        return int.from_bytes(data[:4], "little")
+    if packer == "blosc":
+        if len(data) < 16 or int.from_bytes(data[12:16], "little") != len(data):  # blosc reads on, past the end
+            raise ValueError("the length in its header is not that of the chunk")
+        return int.from_bytes(data[4:8], "little")
+    return _zstd_size(data)
+
+
+def _zstd_size(data: bytes) -> int:
+    """The content size in the header of a zstd frame (RFC 8878, 3.1.1.1). Raises ValueError: it has none."""
+    flags = data[4] if len(data) > 4 else 0
+    single = flags >> 5 & 1
+    start = 6 - single + (0, 1, 2, 4)[flags & 3]
+    width = (single, 2, 4, 8)[flags >> 6]
+    if data[:4] != b"\x28\xb5\x2f\xfd" or not width or len(data) < start + width:
+        raise ValueError("a zstd frame without its size")
+    return int.from_bytes(data[start : start + width], "little") + (256 if width == 2 else 0)
+
+
+def _sizes(values: Any, least: int) -> bool:
+    """Whether these are the lengths of 1 to 8 axes."""
+    return (
+        isinstance(values, list)
+        and 1 <= len(values) <= 8
+        and all(type(v) is int and least <= v < 1 << 40 for v in values)
+    )
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
