@@ -11,6 +11,7 @@ from . import losses, optimizers
 from .datasets.d4rl import D4RLDataset
 from .datasets.lerobot import LeRobotDataset
 from .datasets.metaworld import MetaWorldDemonstrations
+from .datasets.minari import MinariDataset
 from .datasets.robomimic import RobomimicDataset
 from .datasets.zarr import ZarrDataset
 from .envs.gymnasium import GymnasiumEnv
@@ -35,6 +36,7 @@ DATASET_BUILDER_REGISTRY: dict[str, type] = {
     "d4rl": D4RLDataset,
     "lerobot": LeRobotDataset,
     "metaworld": MetaWorldDemonstrations,
+    "minari": MinariDataset,
     "robomimic": RobomimicDataset,
     "zarr": ZarrDataset,
 }

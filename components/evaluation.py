@@ -46,6 +46,8 @@ def observation_batch(observation: Any) -> dict[str, np.ndarray]:
             named["observation.state"] = _vectors(value)
         elif key.startswith("observation.images."):
             named[key] = np.asarray(value)
+        elif np.asarray(value).dtype == np.uint8 and np.ndim(value) == 4:
+            named[f"observation.images.{key}"] = np.moveaxis(value, -1, -3)
         else:
             named[key if key.startswith("observation.") else f"observation.{key}"] = _vectors(value)
     return named

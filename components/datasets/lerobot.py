@@ -284,7 +284,7 @@ def read_table(path: Path, columns: list[str], most_rows: int | None = None) -> 
         raise UserError(f"{path}: truncated or damaged ({str(error).splitlines()[0][:100]})") from error
 
 
-def as_array(column: Any, width: int | None, place: str) -> np.ndarray:
+def as_array(column: Any, width: int | None, place: str, says: str = "meta/info.json") -> np.ndarray:
     """A parquet column as float32 `[N, width]`, or as plain numbers `[N]` when `width` is None."""
     import pyarrow
     import pyarrow.compute
@@ -301,7 +301,7 @@ def as_array(column: Any, width: int | None, place: str) -> np.ndarray:
         values = values.flatten()
     if rows and lengths != {1 if width is None else width}:
         found = ", ".join(map(str, sorted(lengths)))
-        raise UserError(f"{place} has rows of width {found}, but meta/info.json says {1 if width is None else width}")
+        raise UserError(f"{place} has rows of width {found}, but {says} says {1 if width is None else width}")
     kind = values.type
     if values.null_count or not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
         raise UserError(f"{place} holds {kind} with {values.null_count} missing values; expected numbers")

@@ -34,7 +34,7 @@ from .untrusted import check_hdf5, check_memory, demonstration_number, existing,
 logger = logging.getLogger(__name__)
 WHAT = "an HDF5 file of robomimic or robosuite (data/demo_<i>/actions)"
 # The observations of robomimic's published results, of one arm and of two.
-PUBLISHED = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+PUBLISHED: tuple[str, ...] = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 PUBLISHED += ("robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos", "object")
 RAW_ACTIONS = ("right_dpos", "right_dquat", "left_dpos", "left_dquat", "gripper_actuations")  # before robosuite 1.0
 

@@ -1,0 +1,384 @@
+"""Minari datasets (Farama Foundation) in their three storages: hdf5, arrow and parquet.
+
+Layout: `data/metadata.json` (spaces, environment, counts) and `data/main_data.hdf5` with a group `episode_<k>`, or
+`data/<k>/part-*.arrow|parquet`. An episode of T actions has T + 1 observations; arrow and parquet fill the other
+columns with one row more, which is dropped. Pictures are JPEG files unless the set was made without `jpeg_encoding`.
+
+Observations are named as `evaluation.observation_batch` names those of the environment: a vector `observation.state`,
+a picture `observation.images.camera`, the entries of a Dict by their keys (nested ones joined by dots), of a Tuple by
+their numbers. Actions of a Dict or Tuple lie side by side in the space's order; a Discrete one is one number.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..errors import UserError, require
+from .environment import plain_words, recoverable
+from .episodes import IMAGES, Episodes, Reader, chosen_cameras, with_final
+from .frames import EncodedFrames, HDF5Frames
+from .untrusted import (
+    check_hdf5,
+    check_memory,
+    demonstration_number,
+    existing,
+    hdf5,
+    inside,
+    open_hdf5,
+    read_hdf5,
+    read_json,
+)
+
+logger = logging.getLogger(__name__)
+WHAT = "the folder of a Minari dataset (with data/metadata.json)"
+# Packages that register environments when they are imported; what else a file names is not imported.
+REGISTER = ("gymnasium_robotics", "metaworld", "ogbench", "ale_py", "minigrid", "gym_pusht")
+
+
+@dataclass(frozen=True)
+class MinariDataset(Reader):
+    """A Minari dataset, from a folder (--dataset.path) or by its id (--dataset.id)."""
+
+    id: str = ""
+    """Id such as D4RL/pen/human-v2: from Minari's local folder, or downloaded into it."""
+
+    env_name = "gymnasium"
+
+    def build(self, **kwargs: Any) -> dict[str, Any]:
+        """Return {"dataset", "validation", "norm_stats"}, "env" where it can be made, "reference_scores" where known.
+
+        Items: observation.X `[D]` float32, observation.images.X `[C, H, W]` uint8 of the chosen cameras, action `[Da]`,
+        reward, terminated, truncated, next.observation.X.
+
+        Raises:
+            UserError: no such dataset, missing, damaged, lying or dangerous files; each names the file and the place.
+        """
+        if bool(self.path) == bool(self.id):
+            raise UserError(f"one of --dataset.path and --dataset.id is needed: {WHAT}")
+        root = self._local() if self.id else existing(self.path, WHAT)
+        root = root / "data" if (root / "data" / "metadata.json").is_file() else root
+        if not (root / "metadata.json").is_file():
+            raise UserError(f"--dataset.path {root}: no data/metadata.json in it; expected {WHAT}")
+        meta = read_json(inside(root, "metadata.json", root))
+        if not isinstance(meta, dict):
+            raise UserError(f"{root}/metadata.json: damaged or incomplete (no object)")
+        episodes = read(root, meta, self.cameras)
+        built = self.finish(episodes)
+        if env := recovered(episodes, meta):
+            built["env"] = env
+        scores = meta.get("ref_min_score"), meta.get("ref_max_score")
+        if all(isinstance(score, (int, float)) for score in scores) and scores[0] != scores[1]:
+            built["reference_scores"] = scores
+        return built
+
+    def _local(self) -> Path:
+        """The folder of the dataset `id`, which is downloaded when it is not there."""
+        minari = require("minari", "minari")
+        from minari.storage import get_dataset_path
+
+        try:
+            path = Path(get_dataset_path(self.id))
+            if not path.exists():
+                minari.download_dataset(self.id)
+        except Exception as error:  # of many kinds: no network, no such dataset, no package for the remote
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise UserError(
+                f"--dataset.id {self.id}: neither in Minari's folder nor to be downloaded ({reason}); check the name"
+                " and the network, or give a local copy with --dataset.path"
+            ) from error
+        return path
+
+
+class Part(NamedTuple):
+    """One leaf of a space."""
+
+    path: tuple[str | int, ...]  # keys of Dicts and numbers of Tuples that lead to it
+    shape: tuple[int, ...]
+    picture: bool
+
+    @property
+    def width(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def key(self) -> str:
+        """Its name as an observation."""
+        names = [str(name) for name in self.path]
+        if self.picture:
+            names = names[1:] if names[:1] == ["pixels"] else names
+            return IMAGES + (".".join(names) or "camera")
+        return "observation." + ("state" if names in ([], ["observation"], ["agent_pos"]) else ".".join(names))
+
+
+def parts_of(space: Any, place: str, path: tuple[str | int, ...] = ()) -> list[Part]:
+    """The leaves of a space that is described as Minari writes it. Raises UserError: damaged, or not numbers."""
+    try:
+        kind = space["type"]
+        if kind in ("Dict", "Tuple"):
+            inner = space["subspaces"]
+            named = list(inner.items()) if kind == "Dict" else list(enumerate(inner))
+            return [part for name, sub in named for part in parts_of(sub, place, (*path, name))]
+        if kind == "Discrete":
+            return [Part(path, (1,), False)]
+        shape = {"Box": "shape", "MultiDiscrete": "nvec", "MultiBinary": "n"}[kind]
+        sizes = np.shape(space[shape]) if kind == "MultiDiscrete" else tuple(np.atleast_1d(space[shape]).tolist())
+        if any(type(size) is not int or size < 0 for size in sizes):
+            raise ValueError(f"shape {sizes}")
+        picture = space.get("dtype") == "uint8" and len(sizes) == 3 and bool({sizes[0], sizes[2]} & {1, 3, 4})
+        return [Part(path, sizes, picture)]
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{place}: a space that is not known or damaged ({type(error).__name__}: {error})") from error
+
+
+def read(root: Path, meta: dict[str, Any], cameras: tuple[str, ...]) -> Episodes:
+    """Read the episodes below `root`, the folder data/."""
+    place = root / "metadata.json"
+    try:
+        spaces = [json.loads(meta[name]) for name in ("observation_space", "action_space")]
+        storage, total = str(meta.get("data_format", "hdf5")), int(meta["total_episodes"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{place}: damaged or incomplete ({type(error).__name__}: {error})") from error
+    observed = parts_of(spaces[0], f"{place}: observation_space")
+    acted = parts_of(spaces[1], f"{place}: action_space")
+    keys = [part.key for part in observed]
+    if len(set(keys)) != len(keys):
+        raise UserError(f"{place}: two parts of the observation space would both be {max(keys, key=keys.count)!r}")
+    pictured = {part.key.removeprefix(IMAGES): part for part in observed if part.picture}
+    chosen = {IMAGES + name: pictured[name] for name in chosen_cameras(cameras, list(pictured), str(root))}
+    if storage not in ("hdf5", "arrow", "parquet"):
+        raise UserError(f"{place}: storage {storage!r} is not known; expected hdf5, arrow or parquet")
+    store = HDF5Store(root) if storage == "hdf5" else ArrowStore(root, storage)
+    with store.opened() as names:
+        if len(names) != total:
+            raise UserError(
+                f"{store.path}: {len(names)} episodes, but metadata.json says {total}; is the copy complete?"
+            )
+        if not names:
+            raise UserError(f"{store.path}: the dataset is empty; expected at least one episode with one step")
+        lengths: list[int] = []
+        collected: dict[str, list[np.ndarray]] = {}
+        pictures: dict[str, list[Any]] = {key: [] for key in chosen}
+        for name in names:
+            where = f"{store.path}: {name}"
+            flags = {key: store.vector(name, (key,), 1) for key in ("rewards", "terminations", "truncations")}
+            values = {"action": np.concatenate([store.vector(name, ("actions", *p.path), p.width) for p in acted], 1)}
+            steps = len(values["action"])
+            values |= {
+                "reward": flags["rewards"],
+                "terminated": flags["terminations"],
+                "truncated": flags["truncations"],
+            }
+            for part in observed:
+                if not part.picture:
+                    values[part.key] = store.vector(name, ("observations", *part.path), part.width)
+            for key, part in chosen.items():
+                frames = store.pictures(name, ("observations", *part.path), part)
+                pictures[key].append(frames)
+                values[key] = np.empty((len(frames), 0))
+            for key, value in values.items():
+                rows = steps + 1 if key.startswith("observation.") else steps
+                if len(value) != rows or steps < 1:
+                    raise UserError(f"{where}: {len(value)} rows of {key}, {steps} actions; expected {rows}")
+                collected.setdefault(key, []).append(value)
+            lengths.append(steps)
+        files = store.files
+        for key in chosen:
+            del collected[key]
+    columns = {key: torch.from_numpy(np.concatenate(arrays)) for key, arrays in collected.items()}
+    observations: dict[str, Any] = {key: columns.pop(key) for key in list(columns) if key.startswith("observation.")}
+    for key, part in chosen.items():
+        observations[key] = joined(pictures[key], part, files)
+    columns |= {"reward": columns["reward"].squeeze(1)}
+    columns |= {key: columns[key].squeeze(1) > 0 for key in ("terminated", "truncated")}
+    ends = torch.tensor(lengths).cumsum(0)
+    stored: dict[str, Any] = {"format": f"minari {storage}"}
+    if spaces[1]["type"] == "Box":
+        stored["action_space"] = {bound: np.ravel(spaces[1][bound]).tolist() for bound in ("low", "high")}
+    return Episodes(str(root), ends, columns, observations, *with_final(ends), stored=stored)
+
+
+def joined(parts: list[Any], part: Part, files: list[Path]) -> Any:
+    """One camera's pictures of all episodes, as its storage holds them: encoded, in HDF5 arrays, or as they are."""
+    first = part.shape[2] not in (1, 3, 4)
+    shape = part.shape if first else (part.shape[2], *part.shape[:2])
+    if isinstance(parts[0], list):  # encoded, one array of bytes a picture
+        sizes = np.array([len(picture) for episode in parts for picture in episode])
+        check_memory(int(sizes.sum()), f"{files[0]}: the encoded pictures of {part.key}")
+        data = np.concatenate([picture for episode in parts for picture in episode])
+        return EncodedFrames(data, sizes.cumsum() - sizes, sizes.cumsum(), (shape[0], shape[1], shape[2]), files)
+    if isinstance(parts[0], HDF5Array):
+        array_of = np.repeat(np.arange(len(parts)), [len(array) for array in parts])
+        row_of = np.concatenate([np.arange(len(array)) for array in parts])
+        names = [array.name for array in parts]
+        return HDF5Frames(files[0], names, array_of, row_of, (shape[0], shape[1], shape[2]), first)
+    pictures = torch.from_numpy(np.concatenate(parts)).view(-1, *part.shape)
+    return pictures if first else pictures.permute(0, 3, 1, 2).contiguous()
+
+
+class HDF5Array(NamedTuple):
+    """Pictures that stay in the file."""
+
+    name: str
+    rows: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+class HDF5Store:
+    """`main_data.hdf5`: a group an episode."""
+
+    def __init__(self, root: Path) -> None:
+        self.path = inside(root, "main_data.hdf5", root / "metadata.json")
+        self.files: list[Path] = [self.path]
+        self.file: Any = None
+
+    @contextmanager
+    def opened(self) -> Iterator[list[str]]:
+        """Context in which the episodes can be read, by the names that it gives."""
+        with open_hdf5(self.path) as self.file:
+            yield sorted((name for name in self.file if name.startswith("episode_")), key=demonstration_number)
+
+    def _array(self, episode: str, path: tuple[str | int, ...]) -> Any:
+        name = "/".join(f"_index_{part}" if isinstance(part, int) else part for part in (episode, *path))
+        if (array := hdf5(self.file, name)) is None:
+            raise UserError(f"{self.path}: no {name}, though metadata.json promises it")
+        return array
+
+    def vector(self, episode: str, path: tuple[str | int, ...], width: int) -> np.ndarray:
+        """An array of an episode as float32 `[rows, width]`."""
+        array = self._array(episode, path)
+        check_hdf5(array)
+        if array.ndim == 0 or math.prod(array.shape[1:]) != width:
+            raise UserError(f"{self.path}: {array.name} has shape {array.shape}, metadata.json says width {width}")
+        return read_hdf5(array).reshape(len(array), width).astype(np.float32)
+
+    def pictures(self, episode: str, path: tuple[str | int, ...], part: Part) -> Any:
+        """A list of encoded pictures, or where the plain ones are."""
+        import h5py
+
+        array = self._array(episode, path)
+        if isinstance(array, h5py.Dataset) and array.dtype == np.uint8:
+            if array.shape[1:] != part.shape:
+                raise UserError(f"{self.path}: {array.name} has shape {array.shape}, metadata.json says {part.shape}")
+            return HDF5Array(array.name.strip("/"), len(array))
+        if not isinstance(array, h5py.Dataset) or array.ndim != 1 or h5py.check_vlen_dtype(array.dtype) != np.uint8:
+            raise UserError(f"{self.path}: {array.name} holds no pictures; expected bytes")
+        return [np.asarray(picture, np.uint8) for picture in array[()]]
+
+
+class ArrowStore:
+    """`<k>/part-*.arrow|parquet`: a folder an episode."""
+
+    def __init__(self, root: Path, storage: str) -> None:
+        require("pyarrow", "pyarrow")
+        self.path, self.storage = root, storage
+        self.files: list[Path] = []
+        self.name, self.table = "", None
+
+    @contextmanager
+    def opened(self) -> Iterator[list[str]]:
+        """Context in which the episodes can be read, by the names that it gives."""
+        folders = [path.name for path in self.path.iterdir() if path.is_dir() and path.name.isdigit()]
+        yield sorted(folders, key=int)
+
+    def _column(self, episode: str, path: tuple[str | int, ...]) -> Any:
+        """A column of an episode, whose last row is left out where it only fills up; the table read last is kept."""
+        if self.name != episode:
+            self.name, self.table = episode, self._read(episode)
+        column: Any = self.table
+        where = f"{self.path}/{episode}"
+        for depth, name in enumerate(map(str, path)):
+            names = column.column_names if depth == 0 else [field.name for field in column.type]
+            if name not in names:
+                raise UserError(f"{where}: no {'/'.join(map(str, path))}, though metadata.json promises it")
+            column = column[name].combine_chunks() if depth == 0 else column.field(name)
+        return column if path[0] == "observations" else column[:-1]
+
+    def _read(self, episode: str) -> Any:
+        import pyarrow
+        import pyarrow.parquet
+
+        tables = []
+        for path in sorted((self.path / episode).glob(f"part-*.{self.storage}")):
+            path = inside(self.path, path.relative_to(self.path), self.path / "metadata.json")
+            try:
+                check_memory(path.stat().st_size, str(path))
+                if self.storage == "arrow":
+                    table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+                else:
+                    file = pyarrow.parquet.ParquetFile(path)
+                    groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+                    check_memory(sum(group.total_byte_size for group in groups), str(path))
+                    table = file.read()
+                table.validate(full=True)  # offsets that lead out of the file
+            except (pyarrow.ArrowException, OSError, MemoryError) as error:
+                raise UserError(f"{path}: truncated or damaged ({' '.join(str(error).split())[:100]})") from error
+            tables.append(table)
+            self.files.append(path)
+        if not tables:
+            raise UserError(f"{self.path}/{episode}: no part-*.{self.storage} in it, though metadata.json promises it")
+        return pyarrow.concat_tables(tables)
+
+    def vector(self, episode: str, path: tuple[str | int, ...], width: int) -> np.ndarray:
+        """A column of an episode as float32 `[rows, width]`."""
+        import pyarrow
+
+        from .lerobot import as_array
+
+        where = f"{self.path}/{episode}: {'/'.join(map(str, path))}"
+        return as_array(pyarrow.chunked_array([self._column(episode, path)]), width, where, "metadata.json")
+
+    def pictures(self, episode: str, path: tuple[str | int, ...], part: Part) -> Any:
+        """A list of encoded pictures, or the plain ones `[rows, H * W * C]`."""
+        import pyarrow
+
+        column = self._column(episode, path)
+        where = f"{self.path}/{episode}: {'/'.join(map(str, path))}"
+        if column.null_count:
+            raise UserError(f"{where} has {column.null_count} rows without a picture")
+        if pyarrow.types.is_binary(column.type):
+            return [np.frombuffer(value.as_buffer(), np.uint8) for value in column]
+        if not pyarrow.types.is_fixed_size_list(column.type) or column.type.value_type != pyarrow.uint8():
+            raise UserError(f"{where} holds {column.type}; expected pictures of {part.shape}")
+        return column.flatten().to_numpy().reshape(len(column), -1)
+
+
+def recovered(episodes: Episodes, meta: dict[str, Any]) -> dict[str, Any] | None:
+    """The environment of the evaluation, or None.
+
+    The description is not trusted: of it only a registered id, a number of steps and plain arguments are used; what it
+    names as code, an entry point or wrappers, is never imported.
+    """
+    import importlib
+
+    text = meta.get("eval_env_spec") or meta.get("env_spec")
+    if not text:
+        logger.info("%s: it names no environment; no evaluation", episodes.name)
+        return None
+    try:
+        spec = json.loads(text) if isinstance(text, str) else text
+        name, limit = str(spec["id"]), spec.get("max_episode_steps")
+        package = str(spec.get("entry_point", "")).partition(".")[0].partition(":")[0]
+        if not all(part.replace("_", "").replace("-", "").isalnum() for part in name.split("/")):
+            raise ValueError(f"the id {name!r}")
+        options = {"id": name, "max_episode_steps": limit if isinstance(limit, int) and limit > 0 else None}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        logger.info("%s: its environment is not understood (%s); no evaluation", episodes.name, error)
+        return None
+    if spec.get("additional_wrappers"):
+        logger.info("%s: the wrappers of the environment %s are left out", episodes.name, name)
+    if package in REGISTER:
+        try:
+            importlib.import_module(package)
+        except Exception as error:
+            logger.info("%s: %s is needed for %s (%s)", episodes.name, package, name, error)
+    return recoverable(episodes, options | {"kwargs": plain_words(spec.get("kwargs"))})
