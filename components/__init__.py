@@ -12,6 +12,8 @@ from .datasets.d4rl import D4RLDataset
 from .datasets.lerobot import LeRobotDataset
 from .datasets.metaworld import MetaWorldDemonstrations
 from .datasets.minari import MinariDataset
+from .datasets.mixture import MixtureDataset
+from .datasets.ogbench import OGBenchDataset
 from .datasets.robomimic import RobomimicDataset
 from .datasets.zarr import ZarrDataset
 from .envs.gymnasium import GymnasiumEnv
@@ -37,6 +39,8 @@ DATASET_BUILDER_REGISTRY: dict[str, type] = {
     "lerobot": LeRobotDataset,
     "metaworld": MetaWorldDemonstrations,
     "minari": MinariDataset,
+    "mixture": MixtureDataset,
+    "ogbench": OGBenchDataset,
     "robomimic": RobomimicDataset,
     "zarr": ZarrDataset,
 }

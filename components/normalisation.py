@@ -21,6 +21,16 @@ def statistics(values: Tensor) -> dict[str, list[float]]:
     return {name: value.tolist() for name, value in stats.items()}
 
 
+def quantile(values: np.ndarray, weights: np.ndarray, q: float) -> np.ndarray:
+    """Weighted quantile over rows, `[N, D]` with weights `[N] -> [D]`; equal weights give numpy's linear one."""
+    order = np.argsort(values, axis=0)
+    x, w = np.take_along_axis(values, order, 0), weights[order]
+    # Row i stands at the share of weight below it, scaled so that the first row is at 0 and the last at 1.
+    below = np.cumsum(w, axis=0) - w
+    places = below / below[-1].clip(min=1e-300)
+    return np.array([np.interp(q, places[:, d], x[:, d]) for d in range(x.shape[1])])
+
+
 class Normaliser:
     """Maps each key that has statistics to (x - offset) / scale and back; other keys pass unchanged.
 

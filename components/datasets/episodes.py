@@ -176,6 +176,11 @@ class EpisodeDataset(Dataset):
                     batch[f"next.{key}"] = _take(store, then)
         return batch
 
+    def values(self, key: str) -> Tensor:
+        """A vector of all items, `[n, D]`, without history or chunks."""
+        data = self.episodes
+        return data.columns[key][self.rows] if key in data.columns else data.observations[key][data.at[self.rows]]
+
     def transitions(self) -> "EpisodeDataset":
         """The steps that offline RL can learn from: reward and successor are known, or the episode terminated there.
 

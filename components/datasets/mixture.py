@@ -1,0 +1,249 @@
+"""Several datasets as one, each with its share of every batch.
+
+A pass over the mixture is as long as it takes for every item of every source to come up while the shares hold; in it,
+the items of the sources are interleaved evenly. So each batch, and each pass, has the shares asked for to within one item
+of a source, whatever part of a pass is dropped for want of a full batch.
+"""
+
+import json
+import logging
+import math
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..command_line import options_of
+from ..errors import UserError, nearest
+from ..features import read
+from ..normalisation import quantile, statistics
+from ..sampling import derive_seed
+from .recognise import recognise
+
+logger = logging.getLogger(__name__)
+NOT_PASSED_ON = ("path", "sources")
+
+
+@dataclass(frozen=True)
+class MixtureDataset:
+    """Several datasets with weights, such as --dataset.sources demos/a:0.7 metaworld:0.3."""
+
+    sources: tuple[str, ...] = ()
+    """SOURCE:WEIGHT of each. SOURCE is a path whose format is recognised, NAME=PATH, or the NAME of a dataset that needs
+    no path; options of its own follow after commas, as in robomimic=demos.hdf5,split=train:0.5."""
+    cameras: tuple[str, ...] = ()
+    """Cameras whose pictures are loaded from every source."""
+    cache: str = "none"
+    """How the sources keep decoded pictures: none, memory or disk."""
+    obs_steps: int = 1
+    """Observation steps per sample, the last being now."""
+    action_steps: int = 1
+    """Action steps per sample; more than one makes chunks."""
+    validation: float = 0.1
+    """Fraction of each source's episodes to hold out."""
+    seed: int = 0
+    """Seed of the sources' choices."""
+
+    env_name = "gymnasium"
+
+    def build(self, **kwargs: Any) -> dict[str, Any]:
+        """Return {"dataset", "validation", "norm_stats"}, and the first source's "env".
+
+        Items: the keys that all sources have, and `source`, the name of the item's source. Statistics are those of what
+        is drawn: weighted by the shares.
+
+        Raises:
+            UserError: sources or weights that make no sense, keys or widths that differ between sources.
+        """
+        if not self.sources:
+            raise UserError(
+                "--dataset.sources is needed: SOURCE:WEIGHT of each dataset, such as demos/a:0.7 demos/b:0.3"
+            )
+        named = [self._parse(source) for source in self.sources]
+        names = [
+            f"{i}-{name}" if [n for n, _, _ in named].count(name) > 1 else name for i, (name, _, _) in enumerate(named)
+        ]
+        total = sum(weight for _, weight, _ in named)
+        shares = [weight / total for _, weight, _ in named]
+        parts = []
+        for name, (_, _, factory) in zip(names, named, strict=True):
+            logger.info("source %s: %s", name, type(factory).__name__)
+            parts.append(
+                factory.build(**kwargs | {"params": {f.name: getattr(factory, f.name) for f in fields(factory)}})
+            )
+        datasets = [part["dataset"] for part in parts]
+        keys = common_keys(dict(zip(names, datasets, strict=True)))
+        built: dict[str, Any] = {
+            "dataset": Mixture(datasets, names, shares, keys),
+            "norm_stats": {
+                key: weighted_statistics(datasets, shares, key)
+                for key in parts[0]["norm_stats"]
+                if key in keys and all(key in part["norm_stats"] for part in parts)
+            },
+        }
+        held_out = [(part["validation"], i) for i, part in enumerate(parts) if "validation" in part]
+        if held_out:
+            some = [i for _, i in held_out]
+            built["validation"] = Mixture(
+                [d for d, _ in held_out], [names[i] for i in some], [shares[i] for i in some], keys
+            )
+        return built | {key: parts[0][key] for key in ("env", "reference_scores") if key in parts[0]}
+
+    def _parse(self, source: str) -> tuple[str, float, Any]:
+        """(name, weight, factory) of one entry of `sources`."""
+        from .. import DATASET_BUILDER_REGISTRY
+
+        head, colon, tail = source.rpartition(":")
+        try:
+            weight = float(tail) if colon else math.nan
+        except ValueError:
+            weight = math.nan
+        if not (weight > 0 and math.isfinite(weight)):
+            raise UserError(
+                f"--dataset.sources {source}: expected SOURCE:WEIGHT with a weight above 0, such as {source}:1"
+            )
+        what, *settings = head.split(",")
+        name, equals, path = what.partition("=")
+        if not equals:
+            name, path = (
+                (what, "") if what in DATASET_BUILDER_REGISTRY and not Path(what).exists() else (recognise(what), what)
+            )
+        if name not in DATASET_BUILDER_REGISTRY or name == "mixture":
+            raise UserError(
+                f"--dataset.sources {source}: no dataset {name!r}; {nearest(name, DATASET_BUILDER_REGISTRY)}"
+            )
+        values: dict[str, Any] = {"path": path} if path else {}
+        for setting in settings:
+            option, equals, text = setting.partition("=")
+            try:
+                values[option.replace("-", "_")] = json.loads(text)
+            except ValueError:
+                values[option.replace("-", "_")] = text
+        cls = DATASET_BUILDER_REGISTRY[name]
+        known = {field.name for field in fields(cls)} if hasattr(cls, "__dataclass_fields__") else set()
+        if values and not known:
+            raise UserError(f"--dataset.sources {source}: {name} has no options")
+        shared = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name in known and f.name not in NOT_PASSED_ON
+        }
+        shared = {key: value for key, value in shared.items() if (key, name) != ("cache", "metaworld")}
+        return Path(path).name or name, weight, options_of(cls, shared | values) if known else cls()
+
+
+class Mixture(Dataset):
+    """Items of several datasets: those of the first, then those of the second, ...
+
+    Args:
+        datasets, names: The sources.
+        shares: Of every pass and batch, summing to 1.
+        keys: What an item has.
+    """
+
+    checked = True
+
+    def __init__(self, datasets: list[Any], names: list[str], shares: list[float], keys: list[str]) -> None:
+        total = sum(shares)
+        self.datasets, self.names, self.shares, self.keys = datasets, names, [s / total for s in shares], keys
+        self.sizes = [len(dataset) for dataset in datasets]
+        self.starts = torch.tensor([0, *np.cumsum(self.sizes)[:-1].tolist()])
+        # Draws from each source in one pass: as few as let every item of every source come up.
+        longest = max(size / share for size, share in zip(self.sizes, self.shares, strict=True))
+        self.draws = [max(size, round(longest * share)) for size, share in zip(self.sizes, self.shares, strict=True)]
+
+    deterministic = property(lambda self: all(getattr(d, "deterministic", False) for d in self.datasets))
+    resident = property(lambda self: all(getattr(d, "resident", True) for d in self.datasets))
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Items of one pass; more than there are, where sources come up again to keep their shares."""
+        return sum(self.draws)
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """The items of one pass `[rows_per_pass]`, the sources interleaved evenly, each shuffled."""
+        return _order(tuple(self.sizes), tuple(self.draws), seed, epoch)
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return {key: value[0] for key, value in self.get_batch(torch.tensor([index % len(self)])).items()}
+
+    def get_batch(self, indices: Tensor, seed: int = 0) -> dict[str, Any]:
+        """Items `indices` `[B]`, in that order; `source` is a list of names."""
+        source = torch.searchsorted(self.starts, indices, right=True) - 1  # [B]
+        batch: dict[str, Any] = {}
+        for number, dataset in enumerate(self.datasets):
+            places = (source == number).nonzero().squeeze(1)
+            if not len(places):
+                continue
+            part = read(dataset, indices[places] - self.starts[number], derive_seed(seed, number))
+            for key in self.keys:
+                value = part[key]
+                if isinstance(value, Tensor):
+                    if key not in batch:
+                        batch[key] = value.new_empty(len(indices), *value.shape[1:])
+                    batch[key][places] = value
+                else:
+                    texts = batch.setdefault(key, [""] * len(indices))
+                    for place, text in zip(places.tolist(), value, strict=True):
+                        texts[place] = text
+        return batch | {"source": [self.names[i] for i in source.tolist()]}
+
+    def transitions(self) -> "Mixture":
+        """The same sources, those of their items that offline RL can learn from."""
+        datasets = [dataset.transitions() for dataset in self.datasets]
+        return Mixture(datasets, self.names, self.shares, common_keys(dict(zip(self.names, datasets, strict=True))))
+
+
+@lru_cache(maxsize=2)
+def _order(sizes: tuple[int, ...], draws: tuple[int, ...], seed: int, epoch: int) -> Tensor:
+    items, places, start = [], [], 0
+    for number, (size, count) in enumerate(zip(sizes, draws, strict=True)):
+        generator = torch.Generator().manual_seed(derive_seed(seed, epoch, number))
+        rounds = [torch.randperm(size, generator=generator) for _ in range(-(-count // size))]
+        items.append(torch.cat(rounds)[:count] + start)
+        places.append((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+        start += size
+    return torch.cat(items)[torch.cat(places).argsort(stable=True)]
+
+
+def common_keys(datasets: dict[str, Any]) -> list[str]:
+    """The keys that the items of all datasets have. Raises UserError: shapes or types that differ."""
+    first, *others = datasets
+    items = {name: dataset[0] for name, dataset in datasets.items()}
+    keys = [key for key in items[first] if all(key in items[other] for other in others)]
+    for name, item in items.items():
+        if dropped := [key for key in item if key not in keys]:
+            logger.info("mixture: %s of %s is left out, since not all sources have it", ", ".join(dropped), name)
+        for key in keys:
+            here, there = items[first][key], item[key]
+            if isinstance(here, Tensor) and (here.shape, here.dtype) != (there.shape, there.dtype):
+                raise UserError(
+                    f"--dataset.sources: {key!r} has shape {tuple(here.shape)} in {first}, {tuple(there.shape)} in {name};"
+                    " sources must agree (choose their keys, or cameras of one size)"
+                )
+    if "action" not in keys:
+        raise UserError(f"--dataset.sources: the sources {', '.join(datasets)} have no 'action' in common")
+    return keys
+
+
+def weighted_statistics(datasets: list[Any], shares: list[float], key: str) -> dict[str, list[float]]:
+    """Statistics of a key over all sources, in float64, each row weighted by its source's share."""
+    values = [dataset.values(key) for dataset in datasets]
+    each = [statistics(rows) for rows in values]
+    weights = np.array(shares)[:, None]
+    mean, std = (np.array([stats[name] for stats in each]) for name in ("mean", "std"))
+    centre = (weights * mean).sum(0)
+    stats = {"mean": centre, "std": np.sqrt((weights * (std**2 + (mean - centre) ** 2)).sum(0))}
+    stats |= {"min": np.min([s["min"] for s in each], 0), "max": np.max([s["max"] for s in each], 0)}
+    rows = np.concatenate([value.numpy().astype(np.float64) for value in values])
+    weight = np.concatenate([np.full(len(v), share / len(v)) for v, share in zip(values, shares, strict=True)])
+    stats |= {"q01": quantile(rows, weight, 0.01), "q99": quantile(rows, weight, 0.99)}
+    return {name: value.tolist() for name, value in stats.items()}

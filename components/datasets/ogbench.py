@@ -1,0 +1,153 @@
+"""OGBench's npz files (Park et al., 2025).
+
+A file has one row an observation: `terminals` marks the last one of an episode, which has no successor and whose
+action means nothing. So 1001 rows are 1000 transitions. `terminals` is the end of an episode and never of the task: all
+episodes are truncated. The single-task variants relabel the same rows with rewards and terminate on success.
+"""
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..errors import UserError, nearest, require
+from .episodes import IMAGES, Episodes, Reader, as_tensor, chosen_cameras, with_final
+from .untrusted import existing, read_npz
+
+WHAT = "a npz file of OGBench (observations, actions, terminals)"
+STATE = ("qpos", "button_states")  # what single-task rewards are computed from
+KINDS = ("play", "noisy", "navigate", "stitch", "explore")  # of data, the word after the environment in a file's name
+
+
+@dataclass(frozen=True)
+class OGBenchDataset(Reader):
+    """An OGBench npz file, goal-conditioned or relabelled with a single task's rewards."""
+
+    task: str = ""
+    """Single task whose rewards the data gets: 1 to 5, default, or a name such as cube-single-singletask-task2-v0;
+    empty for none, as goal-conditioned trainers want it."""
+    success_timing: Literal["pre", "post"] = "pre"
+    """Reward and success of a step are judged before its action, as ogbench does since 1.2, or after it, as it did."""
+    val_file: bool = True
+    """Hold out the file <name>-val.npz beside, where there is one, instead of a part of the episodes."""
+
+    env_name = "gymnasium"
+
+    def build(self, **kwargs: Any) -> dict[str, Any]:
+        """Return {"dataset", "validation", "norm_stats"}, and the task's environment as "env".
+
+        Items: observation.state `[Ds]` (or observation.images.camera `[C, H, W]` of the visual sets), action `[Da]`;
+        with a task reward, terminated, truncated and next.observation.state. The reward is minus the number of parts of
+        the task that are not done, and 0 with `terminated` when all are.
+
+        Raises:
+            UserError: no such file or task, arrays that are missing or do not fit together, damaged or dangerous files,
+                or ogbench is missing where a task is asked for.
+        """
+        path = existing(self.path, WHAT)
+        beside = path.with_name(f"{path.stem}-val.npz")
+        files = [path, beside] if self.val_file and self.validation > 0 and beside.is_file() else [path]
+        parts = [self._rows(file) for file in files]
+        for name, array in parts[0].items():
+            if array.shape[1:] != parts[-1].get(name, np.empty(0)).shape[1:]:
+                raise UserError(f"{files[-1]}: {name!r} has another width than in {path}, or is missing")
+        rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        last = rows["terminals"].astype(bool)
+        counts = torch.from_numpy(np.diff(np.flatnonzero(last), prepend=-1) - 1)  # actions of each episode
+        if int(counts.min()) < 1:
+            raise UserError(f"{path}: an episode without an action; expected two rows or more up to each terminal")
+        ends = counts.cumsum(0)
+        at, after = with_final(ends)
+        columns = {"action": as_tensor(rows["actions"][~last])}
+        name = self._environment(path)
+        if name:
+            columns |= self._rewards(path, name, rows, at, after)
+        elif "rewards" in rows:
+            columns["reward"] = as_tensor(rows["rewards"][~last])
+            if "masks" in rows:
+                columns["terminated"] = torch.from_numpy(rows["masks"][~last] == 0)
+        observations: dict[str, Any] = {}
+        if rows["observations"].ndim == 4:
+            for camera in chosen_cameras(self.cameras, ["camera"], str(path)):
+                observations[IMAGES + camera] = torch.from_numpy(rows["observations"]).permute(0, 3, 1, 2).contiguous()
+        else:
+            chosen_cameras(self.cameras, [], str(path))
+            observations["observation.state"] = as_tensor(rows["observations"].astype(np.float32))
+        stored = {"format": "ogbench", "env": name}
+        episodes = Episodes(str(path), ends, columns, observations, at, after, stored=stored)
+        held_out = None
+        if len(files) == 2:
+            held_out = torch.arange(len(ends)) >= int(parts[0]["terminals"].astype(bool).sum())
+        built = self.finish(episodes, held_out)
+        if name:
+            timing = json.dumps({"success_timing": self.success_timing})
+            built["env"] = {"name": "gymnasium", "id": f"ogbench:{name}", "kwargs": timing}
+        return built
+
+    def _rows(self, file: Path) -> dict[str, np.ndarray]:
+        """The arrays of a file, checked against each other."""
+        rows = read_npz(
+            file, ("observations", "actions", "terminals", "rewards", "masks", *(STATE if self.task else ()))
+        )
+        for name in ("observations", "actions", "terminals"):
+            if name not in rows:
+                raise UserError(
+                    f"{file}: no {name!r}; found: {', '.join(rows) or 'none of its arrays'}; expected {WHAT}"
+                )
+        axes = {"observations": (2, 4), "actions": (2,), "terminals": (1,), "rewards": (1,), "masks": (1,)}
+        count = len(rows["observations"]) if rows["observations"].ndim else 0
+        for name, array in rows.items():
+            if array.ndim not in axes.get(name, (2,)) or len(array) != count:
+                raise UserError(
+                    f"{file}: {name!r} has shape {array.shape}; expected {count} rows like the observations"
+                )
+        if rows["observations"].ndim == 4 and rows["observations"].dtype != np.uint8:
+            raise UserError(f"{file}: pictures of {rows['observations'].dtype}; expected uint8")
+        if not count:
+            raise UserError(f"{file}: the dataset is empty; expected at least one episode with one step")
+        if not rows["terminals"][-1]:
+            raise UserError(f"{file}: the last row is not marked in 'terminals'; the file is incomplete")
+        return rows
+
+    def _environment(self, path: Path) -> str:
+        """Id of the single-task environment, "" without a task."""
+        if not self.task:
+            return ""
+        if self.task.isdigit() or self.task == "default":
+            words = path.stem.split("-")
+            kind = next((word for word in words if word in KINDS), "")
+            if not kind:
+                raise UserError(
+                    f"--dataset.task {self.task}: the name of {path} does not tell the environment; give the task as"
+                    " cube-single-singletask-task2-v0"
+                )
+            number = f"-task{self.task}" if self.task.isdigit() else ""
+            return f"{'-'.join(words[: words.index(kind)])}-singletask{number}-v0"
+        return re.sub(f"-({'|'.join(KINDS)})-singletask", "-singletask", self.task)  # the name of a dataset, too
+
+    def _rewards(self, path: Path, name: str, rows: dict[str, np.ndarray], at: Any, after: Any) -> dict[str, Any]:
+        """reward and terminated, as the library relabels them; both are functions of the simulator's state."""
+        require("ogbench", 'ogbench "mujoco==3.3.0"')
+        from gymnasium import make, registry
+        from ogbench.relabel_utils import relabel_dataset
+
+        if name not in registry:
+            known = [known for known in registry if "singletask" in known]
+            raise UserError(f"--dataset.task {self.task}: no environment {name!r} in ogbench; {nearest(name, known)}")
+        judged = at if self.success_timing == "pre" else after
+        state = {key: rows[key][judged.numpy()] for key in STATE if key in rows}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of spaces and of a display that nothing is drawn on
+            env = make(name)
+        try:
+            relabel_dataset(name, env, state)
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(f"{path}: it lacks what {name!r} is judged by ({type(error).__name__}: {error})") from error
+        finally:
+            env.close()
+        return {"reward": as_tensor(state["rewards"]), "terminated": torch.from_numpy(state["masks"] == 0)}

@@ -1,0 +1,33 @@
+"""Which of the formats a file or folder is in."""
+
+from pathlib import Path
+
+from ..errors import UserError
+from .untrusted import hdf5, open_hdf5
+
+
+def recognise(path: str) -> str:
+    """The registry's name of the reader for `path`. Raises UserError: nothing there, or no format that is known."""
+    found = Path(path).expanduser()
+    if not found.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if found.is_dir():
+        marks = {"meta/info.json": "lerobot", "data/metadata.json": "minari", "metadata.json": "minari"}
+        marks |= {"meta/episode_ends": "zarr"}
+        for mark, name in marks.items():
+            if (found / mark).exists():
+                return name
+    elif found.suffix == ".npz":
+        return "ogbench"
+    elif found.suffix == ".zip":
+        return "zarr"
+    elif found.suffix in (".hdf5", ".h5"):
+        with open_hdf5(found) as file:
+            if hdf5(file, "observations") is not None:
+                return "d4rl"
+            if hdf5(file, "data") is not None:
+                return "robomimic"
+    raise UserError(
+        f"{path}: not recognised as lerobot (meta/info.json), minari (data/metadata.json), robomimic or d4rl (.hdf5),"
+        " ogbench (.npz) or zarr (meta/episode_ends); name the format"
+    )
