@@ -27,6 +27,7 @@ import protocols
 from components import (
     REGISTRIES,
     UserError,
+    augmentation,
     checkpoint,
     debug,
     evaluation,
@@ -108,8 +109,10 @@ class Args(Names):
     """Compile the trainer's losses; pays for long runs."""
     normalise: tuple[str, ...] = ()
     """Modes of single keys, as KEY=mean_std, min_max, quantile or none; otherwise what the statistics allow."""
-    workers: int = 0
-    """Processes that load data which is not resident."""
+    workers: int | None = None
+    """Processes that load data which is not resident; None takes some for pictures that are decoded when needed."""
+    augment: augmentation.Augmentation = augmentation.Augmentation()
+    """Random changes to pictures."""
     run_dir: str = ""
     """Folder of the run; by default one under runs/ with the time in its name."""
     log_every: int = 50
@@ -535,7 +538,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
     )
     dataset, validation = data["dataset"], data.get("validation")
     features.check_dataset(dataset, f"dataset {args.dataset!r}")
-    spec = features.describe(dataset[0], data["norm_stats"] or {})
+    spec = args.augment.cropped(features.describe(dataset[0], data["norm_stats"] or {}))
     normaliser = Normaliser(spec, cli.pairs("--normalise", args.normalise)).to(device)
     micro_steps = args.grad_accumulation
     batch_size, note = fit_batch(args.batch_size, len(dataset), world * micro_steps, cli.given(argv, "batch-size"))
@@ -547,6 +550,8 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
     actor = policy.acting_policy(trainer, models, normaliser, spec)
     env_name, env = evaluation.choose_env(args.env, args.env_options, partial(cli.given, argv), data.get("env"))
     evaluator = make_evaluator(args, actor, env_name, env, rank, world, run)
+    if evaluator is not None:
+        evaluator.reference = data.get("reference_scores")
     holds_out = validation is not None and callable(getattr(trainer, "losses", None))
 
     # From here on each process draws its own noise; a resumed run finds everything as it was.
@@ -569,7 +574,8 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
         debug.show_models(models, run.say)
 
     # The loop. Whatever depends on a clock or a signal is decided once for all processes, about once a second.
-    stream = batches.stream(step)
+    stream = zip(batches.indices(step), batches.stream(step), strict=True)
+    batch: dict[str, Any] = {}
     bf16 = accelerator.mixed_precision == "bf16"  # no cache: it would serve weights from before a step in the same call
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
     stopping, failed_saves, next_vote, saved_at = False, 0, step, time.monotonic()
@@ -585,10 +591,12 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
                 hook.iterations = step
             for _ in range(micro_steps):
                 drawn = time.perf_counter()
-                batch = normaliser(to_device(next(stream), device))
+                (_, rows, mine), loaded_batch = next(stream)
+                batch = to_device(loaded_batch, device)
+                loaded = time.perf_counter()
+                batch = normaliser(args.augment(batch, rows[mine], args.seed, step))
                 if args.debug and step == first:
                     debug.show_batch(batch, run.say)
-                loaded = time.perf_counter()
                 with precision:
                     metrics.add(trainer.train_step(batch, **{name: where[name] for name in passed}), "train/")
                 data_s, step_s = data_s + loaded - drawn, step_s + time.perf_counter() - loaded
@@ -618,6 +626,10 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
             count, seconds = max(step - logged_at, 1), max(data_s + step_s, 1e-9)
             rates = {f"train/lr.{name}": opt.param_groups[0]["lr"] for name, opt in opts.items()}
             times = {"data_s": data_s / count, "step_s": step_s / count, "samples_per_s": count * batch_size / seconds}
+            if "source" in batch:
+                models.eval()
+                metrics.add(evaluation.loss_by_source(trainer, batch, "train/"))
+                training_mode(models, opts, args)
             record = {"step": step} | metrics.means() | held_out | rates | times
             run.log(record)
             if args.debug:

@@ -19,6 +19,7 @@ from .datasets.zarr import ZarrDataset
 from .envs.gymnasium import GymnasiumEnv
 from .envs.metaworld import MetaWorldEnv
 from .errors import UserError
+from .models.cnn import CNN
 from .models.mlp import MLP
 from .models.q_ensemble import QEnsemble
 from .models.tanh_gaussian import TanhGaussian
@@ -47,6 +48,7 @@ DATASET_BUILDER_REGISTRY: dict[str, type] = {
 
 MODEL_BUILDER_REGISTRY: dict[str, type] = {
     "mlp": MLP,
+    "cnn": CNN,
     "q_ensemble": QEnsemble,
     "tanh_gaussian": TanhGaussian,
     "temperature": Temperature,

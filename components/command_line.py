@@ -112,7 +112,7 @@ def subject(args: Any, option: str) -> str:
 def at_least(options: Any, least: dict[str, int]) -> None:
     """Refuse options below the least value that makes sense, and infinite ones. Raises UserError naming the first."""
     for name, value in least.items():
-        if not value <= getattr(options, name) < math.inf:
+        if getattr(options, name) is not None and not value <= getattr(options, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be {value} or more")
 
 

@@ -5,7 +5,7 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
 from . import checkpoint
@@ -66,7 +66,7 @@ def load_again(
         policy = load_policy(run)
         shapes = {key: policy.spec[key] for key in policy.observation_keys}
         frames = {
-            k: torch.zeros(tuple(f["shape"])[policy.obs_steps > 1 :], dtype=getattr(torch, f["dtype"])).numpy()
-            for k, f in shapes.items()
+            key: np.zeros(tuple(f.get("stored_shape", f["shape"]))[policy.obs_steps > 1 :], f["dtype"])
+            for key, f in shapes.items()
         }
         say(f"loaded the policy; at zero it acts {policy.act(frames)}")

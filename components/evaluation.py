@@ -76,11 +76,11 @@ def choose_env(
 
     offered = dict(offered or {})
     values = offered.pop("options", {}) | {key: value for key, value in offered.items() if key != "name"}
-    name = asked if given("env") else offered.get("name", asked)
+    explicit = {f.name: getattr(options, f.name) for f in fields(options) if given(f"env.{f.name.replace('_', '-')}")}
+    name = asked if given("env") else offered.get("name", asked if explicit else "none")
     if name not in ENV_BUILDER_REGISTRY:
         return "none", None
     base = values if name == offered.get("name") else {}
-    explicit = {f.name: getattr(options, f.name) for f in fields(options) if given(f"env.{f.name.replace('_', '-')}")}
     return name, options_of(ENV_BUILDER_REGISTRY[name], base | explicit)
 
 
@@ -103,8 +103,10 @@ def check_env(envs: Any, spec: dict[str, Any]) -> None:
     for key in (key for key in spec if key.startswith("observation.")):
         if key not in found:
             raise UserError(f"it gives {', '.join(found)}, the policy needs {key!r}")
-        have, want = found[key].shape[-1], int(spec[key]["shape"][-1])
-        if have != want:
+        stored = tuple(spec[key].get("stored_shape", spec[key]["shape"]))
+        frame = found[key].shape[1:]
+        if stored[-len(frame) :] != frame:
+            have, want = (shape[0] if len(frame) == 1 else tuple(shape) for shape in (frame, stored[-len(frame) :]))
             raise UserError(f"it gives {key!r} of width {have}, the dataset has {want}")
 
 
@@ -203,6 +205,7 @@ class Evaluator:
         check_env(environments, policy.spec)
         self.policy, self.environments, self.env, self.seeds = policy, environments, env, seeds
         self.rank, self.world, self.tick, self.failed = rank, world, tick, False
+        self.reference: tuple[float, float] | None = None  # returns that count as 0 and 100, where the data has them
 
     def evaluate(self, step: int) -> tuple[dict[str, Any] | None, str]:
         """Play the episodes; returns (the line for `eval.jsonl`, "") or, on all processes alike, (None, what failed).
@@ -233,7 +236,11 @@ class Evaluator:
         if any(problems):
             return None, next(filter(None, problems))
         episodes = sorted((e for part in parts for e in part), key=lambda episode: episode["seed"])
-        return summarise(episodes, self.env, step, self.policy), ""
+        result = summarise(episodes, self.env, step, self.policy)
+        if self.reference is not None:  # D4RL's normalised return (Fu et al., 2020)
+            low, high = self.reference
+            result["return_normalised"] = 100 * (result["return_mean"] - low) / (high - low)
+        return result, ""
 
     def film(self, path: Path, options: Any) -> str:
         """Film the first three episodes in an environment made from `options`; returns why there is no film, or ""."""
@@ -261,13 +268,35 @@ def held_out_loss(
         for rows in torch.arange(len(dataset)).split(batch_size):
             tick()
             data = normaliser(to_device(read(dataset, rows), device))
-            losses = trainer.losses(data)
-            losses = losses[0] if isinstance(losses, tuple) else losses  # (loss, metrics), or the loss, or named terms
-            total += float(sum(losses.values()) if isinstance(losses, dict) else losses) * len(rows)
+            total += total_loss(trainer.losses(data)) * len(rows)
         mean = total / len(dataset)
     if (mean := parallel.from_first(mean)) is None:
         raise StoppedError("stopped by a signal")
     return mean
+
+
+@torch.no_grad()
+def loss_by_source(trainer: Any, batch: dict[str, Any], prefix: str) -> dict[str, float]:
+    """The trainer's loss on the part of a batch that came from each source of a mixture; {} for other data.
+
+    It stands in for the means over all steps, which would cost as many forwards as there are sources.
+    """
+    if "source" not in batch or not callable(getattr(trainer, "losses", None)):
+        return {}
+    losses = type(trainer).losses  # not the compiled ones: the parts' sizes change
+    found: dict[str, float] = {}
+    with preserved():
+        for name in sorted(set(batch["source"])):
+            rows = [i for i, source in enumerate(batch["source"]) if source == name]
+            part = {k: v[rows] if isinstance(v, torch.Tensor) else [v[i] for i in rows] for k, v in batch.items()}
+            found[f"{prefix}loss.{name}"] = total_loss(losses(trainer, part))
+    return found
+
+
+def total_loss(losses: Any) -> float:
+    """What `losses` returns as one number: (loss, metrics), or the loss, or named terms."""
+    losses = losses[0] if isinstance(losses, tuple) else losses
+    return float(sum(losses.values()) if isinstance(losses, dict) else losses)
 
 
 def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
@@ -301,8 +330,8 @@ def summarise(episodes: list[dict[str, Any]], env: dict[str, Any], step: int, po
 
 def scores(result: dict[str, Any]) -> dict[str, float]:
     """The numbers of an evaluation that make curves."""
-    names = ("success_rate", "success_at_end", "return_mean", "length_mean")
-    return {f"eval/{name}": result[name] for name in names if result[name] is not None}
+    names = ("success_rate", "success_at_end", "return_mean", "return_normalised", "length_mean")
+    return {f"eval/{name}": result[name] for name in names if result.get(name) is not None}
 
 
 def headline(result: dict[str, Any]) -> str:

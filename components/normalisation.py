@@ -35,7 +35,8 @@ class Normaliser:
     """Maps each key that has statistics to (x - offset) / scale and back; other keys pass unchanged.
 
     `mean_std` gives mean 0 and deviation 1; `min_max` and `quantile` map [min, max] and [q01, q99] to [-1, 1].
-    A constant feature gets scale 1. `next.<key>` shares the statistics of `<key>`.
+    A constant feature gets scale 1. `next.<key>` shares the statistics of `<key>`. Pictures that are larger than the
+    models see them (`stored_shape` in `spec`) are cut to their centre.
 
     Args:
         spec: {key: {"shape", "dtype", "stats"}}.
@@ -47,6 +48,7 @@ class Normaliser:
 
     def __init__(self, spec: dict[str, Any], modes: dict[str, str] | None = None) -> None:
         self.modes: dict[str, str] = {}
+        self.crops = {key: tuple(f["shape"][-2:]) for key, f in spec.items() if "stored_shape" in f}
         self.offset: dict[str, Tensor] = {}
         self.scale: dict[str, Tensor] = {}
         modes = dict(modes or {})
@@ -87,8 +89,16 @@ class Normaliser:
             base = key.removeprefix("next.")
             if base in self.modes:
                 out[key] = (value - self.offset[base]).div_(self.scale[base])
+            elif base in self.crops:
+                out[key] = centre(value, *self.crops[base])
         return out
 
     def undo(self, key: str, value: Tensor) -> Tensor:
         """Map a normalised tensor of `key` back to its own units."""
         return value * self.scale[key] + self.offset[key] if key in self.modes else value
+
+
+def centre(pictures: Tensor, height: int, width: int) -> Tensor:
+    """The centre of pictures `[..., H, W]`; those of that size stay as they are."""
+    top, left = (pictures.shape[-2] - height) // 2, (pictures.shape[-1] - width) // 2
+    return pictures[..., top : top + height, left : left + width]

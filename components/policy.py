@@ -85,7 +85,8 @@ class Policy:
             if key not in observation:
                 found = ", ".join(observation) or "nothing"
                 raise UserError(f"the policy needs the observation {key!r}; found: {found}")
-            shape = tuple(self.spec[key]["shape"])[self.obs_steps > 1 :]
+            stored = self.spec[key].get("stored_shape", self.spec[key]["shape"])  # pictures may be cut to their centre
+            shape = tuple(stored)[self.obs_steps > 1 :]
             frame = torch.as_tensor(np.asarray(observation[key]))
             if tuple(frame.shape[-len(shape) :]) != shape or frame.ndim not in (len(shape), len(shape) + 1):
                 raise UserError(f"the policy expects {key!r} of shape {shape}, found {tuple(frame.shape)}")

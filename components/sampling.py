@@ -1,5 +1,6 @@
 """Batches as a function of (seed, step): nothing to save, exact resume, the same data for any number of processes."""
 
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -84,7 +85,10 @@ class Batches:
         batch_size: Samples per update over all processes and micro-steps, divisible by their product.
         rank, world: This process, and how many there are.
         micro_steps: Calls of `train_step` per update.
-        workers: DataLoader workers for a dataset without `get_batch`.
+        workers: DataLoader workers for a dataset that is not resident: it has no `get_batch`, or says
+            `resident = False`; for the latter, None takes some by the machine's cores.
+
+    A dataset may lay out its own passes with `rows_per_pass` and `order(seed, epoch) -> [rows_per_pass]`.
     """
 
     def __init__(
@@ -95,19 +99,28 @@ class Batches:
         rank: int = 0,
         world: int = 1,
         micro_steps: int = 1,
-        workers: int = 0,
+        workers: int | None = None,
     ) -> None:
         self.dataset, self.rows = dataset, len(dataset)  # type: ignore[arg-type]
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
-        self.micro_steps, self.workers = micro_steps, workers
-        self.per_epoch = self.rows // batch_size
+        self.micro_steps = micro_steps
+        self.fast = hasattr(dataset, "get_batch")
+        self.resident = self.fast and getattr(dataset, "resident", True)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        some = min(max(cores // world, 1), 8) if self.fast and not self.resident else 0
+        self.workers = some if workers is None else workers
+        self.per_epoch = getattr(dataset, "rows_per_pass", self.rows) // batch_size
 
     def indices(self, start: int) -> Iterator[tuple[int, Tensor, slice]]:
         """Yield (update, global indices, this process's slice of them) of every micro-step."""
         part = self.batch_size // (self.world * self.micro_steps)
         step = start
         while True:
-            rows = batch_indices(self.rows, self.batch_size, self.seed, step)
+            if hasattr(self.dataset, "order"):
+                epoch, slice_ = divmod(step, self.per_epoch)
+                rows = self.dataset.order(self.seed, epoch)[slice_ * self.batch_size : (slice_ + 1) * self.batch_size]
+            else:
+                rows = batch_indices(self.rows, self.batch_size, self.seed, step)
             for micro in range(self.micro_steps):
                 first = (micro * self.world + self.rank) * part
                 yield step, rows, slice(first, first + part)
@@ -115,32 +128,46 @@ class Batches:
 
     def stream(self, start: int) -> Iterator[dict[str, Any]]:
         """Yield batches of tensors on the CPU."""
-        if hasattr(self.dataset, "get_batch"):
-            yield from self._resident(start)
-        # A generator of its own: the loader would otherwise draw from the global one when it starts, also on a resume.
-        own = torch.Generator().manual_seed(derive_seed(self.seed, start))
-        rows = (indices[mine].tolist() for _, indices, mine in self.indices(start))
-        yield from DataLoader(self.dataset, batch_sampler=_Stream(rows), num_workers=self.workers, generator=own)
+        # A generator of its own: a loader would otherwise draw from the global one when it starts, also on a resume.
+        loading: dict[str, Any] = {"num_workers": self.workers, "generator": torch.Generator()}
+        loading["generator"].manual_seed(derive_seed(self.seed, start))
+        if not self.fast:
+            rows = (indices[mine].tolist() for _, indices, mine in self.indices(start))
+            yield from DataLoader(self.dataset, batch_sampler=_Stream(rows), **loading)
+        elif self.resident or not self.workers:
+            yield from map(_Fetch(self.dataset, self.seed), self.indices(start))
+        else:
+            fetch: Any = _Fetch(self.dataset, self.seed)
+            yield from DataLoader(fetch, sampler=_Stream(self.indices(start)), batch_size=None, **loading)
 
-    def _resident(self, start: int) -> Iterator[dict[str, Any]]:
-        get_batch = self.dataset.get_batch  # type: ignore[attr-defined]
-        deterministic = getattr(self.dataset, "deterministic", False)
-        for step, indices, mine in self.indices(start):
-            if deterministic:
-                yield get_batch(indices[mine], 0)
-            else:
-                batch = get_batch(indices, derive_seed(self.seed, step))
-                yield {key: value[mine] for key, value in batch.items()}
+
+class _Fetch:
+    """One process's part of a batch, in this process or, as an item of a DataLoader, in a worker."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __call__(self, part: tuple[int, Tensor, slice]) -> dict[str, Any]:
+        step, indices, mine = part
+        if getattr(self.dataset, "deterministic", False):
+            return self.dataset.get_batch(indices[mine], 0)
+        batch = self.dataset.get_batch(indices, derive_seed(self.seed, step))
+        return {key: value[mine] for key, value in batch.items()}
+
+    __getitem__ = __call__
+
+    def __len__(self) -> int:
+        return len(self.dataset)
 
 
 class _Stream:
-    """An endless iterable of index lists in the place of a batch sampler."""
+    """An endless iterable in the place of a sampler."""
 
-    def __init__(self, lists: Iterator[list[int]]) -> None:
-        self.lists = lists
+    def __init__(self, endless: Iterator[Any]) -> None:
+        self.endless = endless
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.lists
+    def __iter__(self) -> Iterator[Any]:
+        return self.endless
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Several datasets as one, each with its share of every batch.
 
 A pass over the mixture is as long as it takes for every item of every source to come up while the shares hold; in it,
-the items of the sources are interleaved evenly. So each batch, and each pass, has the shares asked for to within one item
-of a source, whatever part of a pass is dropped for want of a full batch.
+the items of the sources are interleaved evenly. So each batch, and each pass, has the shares asked for to within one
+item of a source, whatever part of a pass is dropped for want of a full batch.
 """
 
 import json
@@ -26,7 +26,6 @@ from ..sampling import derive_seed
 from .recognise import recognise
 
 logger = logging.getLogger(__name__)
-NOT_PASSED_ON = ("path", "sources")
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class MixtureDataset:
     """Several datasets with weights, such as --dataset.sources demos/a:0.7 metaworld:0.3."""
 
     sources: tuple[str, ...] = ()
-    """SOURCE:WEIGHT of each. SOURCE is a path whose format is recognised, NAME=PATH, or the NAME of a dataset that needs
-    no path; options of its own follow after commas, as in robomimic=demos.hdf5,split=train:0.5."""
+    """SOURCE:WEIGHT of each. SOURCE is a path whose format is recognised, NAME=PATH, or the NAME of a dataset that
+    needs no path; options of its own follow after commas, as in robomimic=demos.hdf5,split=train:0.5."""
     cameras: tuple[str, ...] = ()
     """Cameras whose pictures are loaded from every source."""
     cache: str = "none"
@@ -61,9 +60,7 @@ class MixtureDataset:
             UserError: sources or weights that make no sense, keys or widths that differ between sources.
         """
         if not self.sources:
-            raise UserError(
-                "--dataset.sources is needed: SOURCE:WEIGHT of each dataset, such as demos/a:0.7 demos/b:0.3"
-            )
+            raise UserError("--dataset.sources is needed: SOURCE:WEIGHT of each, such as demos/a:0.7 demos/b:0.3")
         named = [self._parse(source) for source in self.sources]
         names = [
             f"{i}-{name}" if [n for n, _, _ in named].count(name) > 1 else name for i, (name, _, _) in enumerate(named)
@@ -73,9 +70,7 @@ class MixtureDataset:
         parts = []
         for name, (_, _, factory) in zip(names, named, strict=True):
             logger.info("source %s: %s", name, type(factory).__name__)
-            parts.append(
-                factory.build(**kwargs | {"params": {f.name: getattr(factory, f.name) for f in fields(factory)}})
-            )
+            parts.append(factory.build(**kwargs | {"params": vars(factory)}))
         datasets = [part["dataset"] for part in parts]
         keys = common_keys(dict(zip(names, datasets, strict=True)))
         built: dict[str, Any] = {
@@ -128,10 +123,8 @@ class MixtureDataset:
         known = {field.name for field in fields(cls)} if hasattr(cls, "__dataclass_fields__") else set()
         if values and not known:
             raise UserError(f"--dataset.sources {source}: {name} has no options")
-        shared = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name in known and f.name not in NOT_PASSED_ON
-        }
-        shared = {key: value for key, value in shared.items() if (key, name) != ("cache", "metaworld")}
+        skip = {"sources", "path", *(("cache",) if name == "metaworld" else ())}  # its cache is a folder
+        shared = {key: value for key, value in vars(self).items() if key in known - skip}
         return Path(path).name or name, weight, options_of(cls, shared | values) if known else cls()
 
 
@@ -225,10 +218,8 @@ def common_keys(datasets: dict[str, Any]) -> list[str]:
         for key in keys:
             here, there = items[first][key], item[key]
             if isinstance(here, Tensor) and (here.shape, here.dtype) != (there.shape, there.dtype):
-                raise UserError(
-                    f"--dataset.sources: {key!r} has shape {tuple(here.shape)} in {first}, {tuple(there.shape)} in {name};"
-                    " sources must agree (choose their keys, or cameras of one size)"
-                )
+                shapes = f"{tuple(here.shape)} in {first}, {tuple(there.shape)} in {name}"
+                raise UserError(f"--dataset.sources: {key!r} has shape {shapes}; choose keys or cameras that agree")
     if "action" not in keys:
         raise UserError(f"--dataset.sources: the sources {', '.join(datasets)} have no 'action' in common")
     return keys
@@ -236,7 +227,7 @@ def common_keys(datasets: dict[str, Any]) -> list[str]:
 
 def weighted_statistics(datasets: list[Any], shares: list[float], key: str) -> dict[str, list[float]]:
     """Statistics of a key over all sources, in float64, each row weighted by its source's share."""
-    values = [dataset.values(key) for dataset in datasets]
+    values = [_all(dataset, key) for dataset in datasets]
     each = [statistics(rows) for rows in values]
     weights = np.array(shares)[:, None]
     mean, std = (np.array([stats[name] for stats in each]) for name in ("mean", "std"))
@@ -247,3 +238,11 @@ def weighted_statistics(datasets: list[Any], shares: list[float], key: str) -> d
     weight = np.concatenate([np.full(len(v), share / len(v)) for v, share in zip(values, shares, strict=True)])
     stats |= {"q01": quantile(rows, weight, 0.01), "q99": quantile(rows, weight, 0.99)}
     return {name: value.tolist() for name, value in stats.items()}
+
+
+def _all(dataset: Any, key: str) -> Tensor:
+    """A vector of all items of a dataset, `[rows, D]`."""
+    if hasattr(dataset, "values"):
+        return dataset.values(key)
+    values = read(dataset, torch.arange(len(dataset)))[key]
+    return values.reshape(-1, values.shape[-1])

@@ -36,6 +36,8 @@ class MLP:
             raise UserError(
                 f"--model.hidden-dims {self.hidden_dims} must be positive, --model.dropout {self.dropout} in [0, 1)"
             )
+        if pictures := [key for key in spec if key.startswith("observation.images.")]:
+            raise UserError(f"the model 'mlp' takes no pictures, and the data has {pictures[0]!r}; use --model cnn")
         keys = vector_observations(spec)
         inputs = sum(math.prod(spec[key]["shape"]) for key in keys)
         width(spec, "action")
