@@ -53,9 +53,11 @@ def test_every_option_has_a_docstring_and_is_read(option: str, name: str) -> Non
     options = cls if is_dataclass(cls) else getattr(cls, "Config", None)
     if options is None:
         return
-    tree = ast.parse(Path(inspect.getsourcefile(cls)).read_text())
-    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
-    documented = documented_fields(tree)
+    files = {inspect.getsourcefile(base) for base in cls.__mro__[:-1]}  # options may come from a base class
+    trees = [ast.parse(Path(file).read_text()) for file in files]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    read = {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    documented = set().union(*map(documented_fields, trees))
     for field in fields(options):
         assert field.name in read, f"{name}: option {field.name} is never read"
         assert field.name in documented, f"{name}: option {field.name} has no docstring"

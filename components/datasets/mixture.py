@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,8 +37,8 @@ class MixtureDataset:
     needs no path; options of its own follow after commas, as in robomimic=demos.hdf5,split=train:0.5."""
     cameras: tuple[str, ...] = ()
     """Cameras whose pictures are loaded from every source."""
-    cache: str = "none"
-    """How the sources keep decoded pictures: none, memory or disk."""
+    cache: Literal["none", "memory", "disk"] = "none"
+    """Decode all pictures of the sources once, into memory or into a file; none decodes each when needed."""
     obs_steps: int = 1
     """Observation steps per sample, the last being now."""
     action_steps: int = 1
@@ -123,8 +123,10 @@ class MixtureDataset:
         known = {field.name for field in fields(cls)} if hasattr(cls, "__dataclass_fields__") else set()
         if values and not known:
             raise UserError(f"--dataset.sources {source}: {name} has no options")
-        skip = {"sources", "path", *(("cache",) if name == "metaworld" else ())}  # its cache is a folder
-        shared = {key: value for key, value in vars(self).items() if key in known - skip}
+        shared: dict[str, Any] = {"obs_steps": self.obs_steps, "action_steps": self.action_steps, "seed": self.seed}
+        shared |= {"validation": self.validation, "cameras": self.cameras}
+        shared |= {"cache": self.cache} if name != "metaworld" else {}  # its cache is a folder
+        shared = {option: value for option, value in shared.items() if option in known}
         return Path(path).name or name, weight, options_of(cls, shared | values) if known else cls()
 
 
