@@ -145,6 +145,13 @@ def choose(registry: dict[str, type], *more: str) -> Any:
     )
 
 
+def named(name: str) -> Any:
+    """Call a field of options otherwise on the command line."""
+    import tyro
+
+    return tyro.conf.arg(name=name)
+
+
 def parse_names(options: type[T], argv: Sequence[str]) -> T:
     """First pass: read only the fields of `options` and leave the rest of the command line alone, `--help` included."""
     return _tyro(options, argv, add_help=False)[0]

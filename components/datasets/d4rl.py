@@ -14,7 +14,7 @@ import torch
 
 from ..errors import UserError
 from .environment import recoverable
-from .episodes import Episodes, Reader, as_tensor, join_successors, steps_only
+from .episodes import Episodes, Reader, as_tensor, chosen_cameras, join_successors, steps_only
 from .untrusted import existing, hdf5, open_hdf5, read_hdf5
 
 WHAT = "an HDF5 file of D4RL (observations, actions, rewards, terminals)"
@@ -68,6 +68,7 @@ class D4RLDataset(Reader):
         if self.max_episode_steps < 1:
             raise UserError(f"--dataset.max-episode-steps {self.max_episode_steps} must be 1 or more")
         path = existing(self.path, WHAT)
+        chosen_cameras(self.cameras, [], str(path))
         episodes = read(path, self.max_episode_steps, self.terminals_end_episodes)
         built = self.finish(episodes)
         name = (self.task or path.stem).lower().replace("_", "-")

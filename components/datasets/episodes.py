@@ -22,6 +22,14 @@ logger = logging.getLogger(__name__)
 IMAGES = "observation.images."
 
 
+class NotFiniteError(UserError):
+    """The data has NaN or Inf; holds the episodes, so that `inspect` can show them."""
+
+    def __init__(self, message: str, episodes: "Episodes") -> None:
+        super().__init__(message)
+        self.episodes = episodes
+
+
 @dataclass
 class Episodes:
     """Episodes one after the other: N steps that have an action, and M observations, of which each step has one.
@@ -208,7 +216,7 @@ class Reader:
     path: str = ""
     """File or folder of the data."""
     cameras: tuple[str, ...] = ()
-    """Cameras whose pictures are loaded; none by default."""
+    """Cameras whose pictures are loaded, or all; none by default."""
     cache: Literal["none", "memory", "disk"] = "none"
     """Decode all pictures once, into memory or into a file under --dataset.cache-dir; none decodes each when needed."""
     cache_dir: str = "~/.cache/tendon"
@@ -230,12 +238,12 @@ class Reader:
 
 
 def chosen_cameras(asked: Sequence[str], found: Sequence[str], name: str) -> list[str]:
-    """The cameras to load, in the order asked for; plain names, or keys such as `observation.images.front`.
+    """The cameras to load, in the order asked for; plain names, keys such as `observation.images.front`, or `all`.
 
     Raises:
         UserError: one that the data lacks, with those that it has.
     """
-    cameras = [camera.removeprefix(IMAGES) for camera in asked]
+    cameras = list(found) if list(asked) == ["all"] else [camera.removeprefix(IMAGES) for camera in asked]
     for camera in cameras:
         if camera not in found:
             have = nearest(camera, found) if found else "it has none"
@@ -356,9 +364,10 @@ def check_finite(episodes: Episodes) -> None:
         row = int(steps[0]) if len(steps) else int(bad[episodes.after].nonzero()[0])
         episode = int(torch.searchsorted(episodes.ends, row, right=True))
         step = row - (int(episodes.ends[episode - 1]) if episode else 0)
-        raise UserError(
+        raise NotFiniteError(
             f"{episodes.name}: {int((~values.isfinite()).sum())} NaN or Inf values in {key!r}{of}, first in episode"
-            f" {episode} at step {step}; clean or drop them"
+            f" {episode} at step {step}; clean or drop them",
+            episodes,
         )
 
 

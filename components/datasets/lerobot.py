@@ -7,7 +7,7 @@ are averages over episodes, and they include the episodes that are held out here
 
 `next.reward` is the reward of the action in the same row. `next.done` is the end of the episode and no terminal state,
 so `terminated` is `next.done` where `next.success` holds, too; a feature `next.terminated`, as `convert` writes it, is
-taken as it is. The observation after the last action is not in the format.
+taken as it is. The observation after the last action is not in the format; `convert` adds it as `next.observation.X`.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError, require
-from .episodes import IMAGES, Episodes, Reader, chosen_cameras, steps_only
+from .episodes import IMAGES, Episodes, Reader, chosen_cameras, join_successors, steps_only
 from .frames import EncodedFrames, Frames, VideoFrames, require_video
 from .untrusted import check_memory, existing, inside, read_json
 
@@ -104,9 +104,13 @@ def read(root: Path, cameras: tuple[str, ...]) -> Episodes:
     ends = np.flatnonzero(np.append(episode[1:] != episode[:-1], True)) + 1
     if len(set(episode[ends - 1].tolist())) != len(ends):
         raise UserError(f"{root}/data: the rows of an episode are not next to each other in the order of 'index'")
-    observations: dict[str, Any] = {
-        key: torch.from_numpy(rows[key]) for key in vector_features(meta.features) if key != "action"
-    }
+    vectors = {key: torch.from_numpy(rows[key]) for key in vector_features(meta.features) if key != "action"}
+    steps = torch.from_numpy(ends)
+    following = {key.removeprefix("next."): vectors.pop(key) for key in list(vectors) if key.startswith("next.")}
+    observations: dict[str, Any] = dict(vectors)
+    at, after = steps_only(steps)
+    if vectors and set(following) == set(vectors) and not chosen:
+        observations, at, after = join_successors(vectors, following, steps)
     for name in chosen:
         key, shape = IMAGES + name, picture_shape(meta, IMAGES + name)
         if key in embedded:
@@ -123,8 +127,7 @@ def read(root: Path, cameras: tuple[str, ...]) -> Episodes:
         numbers = {index: texts.index(text) for index, text in meta.tasks.items()}
         columns["task_index"] = torch.tensor([numbers[int(index)] for index in rows["task_index"]])
     stored = {"format": f"lerobot {meta.version}", "fps": meta.fps}
-    steps = torch.from_numpy(ends)
-    return Episodes(str(root), steps, columns, observations, *steps_only(steps), texts, stored)
+    return Episodes(str(root), steps, columns, observations, at, after, texts, stored)
 
 
 def flags(rows: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -193,11 +196,11 @@ def read_meta(root: Path) -> Meta:
 
 
 def vector_features(features: dict[str, Any]) -> list[str]:
-    """`action` and the observations with one axis; images and videos have three."""
+    """`action`, and the observations (and successors, which `convert` writes) with one axis; pictures have three."""
     return [
         key
         for key, feature in features.items()
-        if (key == "action" or key.startswith("observation."))
+        if (key == "action" or key.startswith(("observation.", "next.observation.")))
         and len(feature["shape"]) == 1
         and feature["dtype"].startswith(("float", "int", "uint", "bool"))
     ]

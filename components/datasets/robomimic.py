@@ -81,6 +81,9 @@ class RobomimicDataset(Reader):
                 names = [name for name in names if name in chosen or name in valid]
                 held_out = torch.tensor([name in valid for name in names]) if valid else None
             if hdf5(file, f"data/{names[0]}/obs") is None:
+                chosen_cameras(self.cameras, [], str(path))
+                if self.keys:
+                    raise UserError(f"--dataset.keys: {path} is a raw recording, which has states only; leave it out")
                 episodes = read_raw(path, file, names)
                 whole = held_out_episodes(episodes.lengths, self.validation, self.seed)
                 if self.validation > 0 and held_out is None and not whole.any():

@@ -1,0 +1,71 @@
+"""The dataset that a command is about: `PATH`, or `--dataset NAME` with its options."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
+from typing import Annotated, Any
+
+from .. import command_line as cli
+from ..errors import UserError, nearest
+from .recognise import recognise
+
+
+@dataclass(kw_only=True)
+class Names:
+    """What the first pass over the command line reads."""
+
+    dataset: str = ""
+    plugins: tuple[str, ...] = ()
+
+
+def parse(options: type, argv: Sequence[str], positional: int, wants: dict[str, Any]) -> tuple[Any, list[str], Any]:
+    """Parse a command about a dataset, in two passes as the scripts do.
+
+    Args:
+        options: Dataclass of the command's own options, all with defaults.
+        positional: Largest number of words before the first option; the first is the dataset's path.
+        wants: Options of the dataset that differ from its defaults here, where it has them.
+
+    Returns:
+        The command's options, the words before them, and the dataset's factory.
+
+    Raises:
+        UserError: unknown names or options, a path that is not recognised.
+    """
+    from .. import DATASET_BUILDER_REGISTRY
+
+    words = []
+    while argv and not argv[0].startswith("-") and len(words) < positional:
+        words.append(argv[0])
+        argv = argv[1:]
+    names: Any = cli.parse_names(Names, argv)
+    cli.import_plugins(names.plugins)
+    asking = any(word in ("-h", "--help") for word in argv)
+    if not (names.dataset or words or asking):
+        raise UserError(f"which dataset? Give a path, or --dataset NAME; {nearest('', DATASET_BUILDER_REGISTRY)}")
+    name = names.dataset or (recognise(words[0]) if words else "lerobot")
+    component = cli.pick(DATASET_BUILDER_REGISTRY, "dataset", name)
+    known = {field.name for field in fields(component)} if is_dataclass(component) else set()
+    values = {key: value for key, value in wants.items() if key in known}
+    if words and known:
+        values["path"] = words[0]
+    both = make_dataclass(
+        "Both",
+        [
+            ("dataset", Annotated[str, cli.choose(DATASET_BUILDER_REGISTRY)]),
+            ("plugins", tuple[str, ...]),
+            ("dataset_options", Annotated[Any, cli.named("dataset")]),
+        ],
+        bases=(options,),
+        kw_only=True,
+    )
+    both.__doc__ = options.__doc__
+    default = both(dataset=name, plugins=names.plugins, dataset_options=cli.options_of(component, values))
+    parsed = cli.parse(both, argv, default)
+    return parsed, words, cli.instantiate(component, parsed.dataset_options)
+
+
+def built(factory: Any) -> dict[str, Any]:
+    """What a factory builds, called as the scripts call it."""
+    launch = {"local_rank": 0, "dist_enabled": False, "save_dir": ""}
+    with cli.one_line("dataset"):
+        return factory.build(opt_params=launch, params=vars(factory) if is_dataclass(factory) else {})
