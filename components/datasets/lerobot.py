@@ -109,15 +109,19 @@ def read(root: Path, cameras: tuple[str, ...]) -> Episodes:
     following = {key.removeprefix("next."): vectors.pop(key) for key in list(vectors) if key.startswith("next.")}
     observations: dict[str, Any] = dict(vectors)
     at, after = steps_only(steps)
-    if vectors and set(following) == set(vectors) and not chosen:
+    shown = torch.arange(len(at))  # [M] the step whose picture belongs to each observation
+    if vectors and set(following) == set(vectors):
         observations, at, after = join_successors(vectors, following, steps)
+        shown = torch.empty(int(after.max()) + 1, dtype=torch.int64)
+        shown[after] = torch.arange(len(at))  # the final ones, of which only the vectors are stored, repeat the last
+        shown[at] = torch.arange(len(at))
     for name in chosen:
         key, shape = IMAGES + name, picture_shape(meta, IMAGES + name)
         if key in embedded:
             data, starts, stops = encoded[key]
-            observations[key] = EncodedFrames(data, starts[order], stops[order], shape, files)
+            observations[key] = EncodedFrames(data, starts[order][shown], stops[order][shown], shape, files)
         else:
-            observations[key] = video(meta, key, shape, rows)
+            observations[key] = video(meta, key, shape, rows, shown.numpy())
     columns = flags(rows) | {"action": torch.from_numpy(rows["action"])}
     texts: list[str] = []
     if meta.tasks and "task_index" in rows:
@@ -330,8 +334,8 @@ def as_bytes(column: Any, place: str) -> list[tuple[np.ndarray, np.ndarray]]:
     return parts
 
 
-def video(meta: Meta, key: str, shape: tuple[int, int, int], rows: dict[str, np.ndarray]) -> Frames:
-    """The frames of one camera's videos: one a row, at the row's time after its episode's start in the file."""
+def video(meta: Meta, key: str, shape: tuple[int, int, int], rows: dict[str, np.ndarray], shown: np.ndarray) -> Frames:
+    """The frames of one camera's videos, each at the time of row `shown` `[M]` after its episode's start in the file."""
     require_video()
     named: dict[Path, int] = {}
     numbers, starts = {}, {}
@@ -344,6 +348,6 @@ def video(meta: Meta, key: str, shape: tuple[int, int, int], rows: dict[str, np.
             starts[episode["episode_index"]] = float(episode.get(f"videos/{key}/from_timestamp") or 0.0)
         except (TypeError, ValueError) as error:
             raise UserError(f"{meta.root}/meta/episodes: {key!r} has no number as from_timestamp") from error
-    episodes = rows["episode_index"].tolist()
-    times = np.array([starts[e] for e in episodes]) + rows["timestamp"].astype(np.float64)
+    episodes = rows["episode_index"][shown].tolist()
+    times = np.array([starts[e] for e in episodes]) + rows["timestamp"][shown].astype(np.float64)
     return VideoFrames(list(named), np.array([numbers[e] for e in episodes]), times, shape, meta.fps)

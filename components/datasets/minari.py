@@ -199,10 +199,16 @@ def read(root: Path, meta: dict[str, Any], cameras: tuple[str, ...]) -> Episodes
     columns |= {"reward": columns["reward"].squeeze(1)}
     columns |= {key: columns[key].squeeze(1) > 0 for key in ("terminated", "truncated")}
     ends = torch.tensor(lengths).cumsum(0)
+    at, after = with_final(ends)
+    known = meta["converted"] if isinstance(meta.get("converted"), dict) else {}  # from a lesser format
+    if known.get("rewards") is False:
+        columns = {"action": columns["action"]}
+    if known.get("final_observations") is False:
+        after[ends - 1] = -1
     stored: dict[str, Any] = {"format": f"minari {storage}"}
     if spaces[1]["type"] == "Box":
         stored["action_space"] = {bound: np.ravel(spaces[1][bound]).tolist() for bound in ("low", "high")}
-    return Episodes(str(root), ends, columns, observations, *with_final(ends), stored=stored)
+    return Episodes(str(root), ends, columns, observations, at, after, stored=stored)
 
 
 def joined(parts: list[Any], part: Part, files: list[Path]) -> Any:

@@ -33,7 +33,7 @@ def parse(options: type, argv: Sequence[str], positional: int, wants: dict[str, 
     """
     from .. import DATASET_BUILDER_REGISTRY
 
-    words = []
+    words: list[str] = []
     while argv and not argv[0].startswith("-") and len(words) < positional:
         words.append(argv[0])
         argv = argv[1:]
