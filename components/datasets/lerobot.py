@@ -335,7 +335,7 @@ def as_bytes(column: Any, place: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def video(meta: Meta, key: str, shape: tuple[int, int, int], rows: dict[str, np.ndarray], shown: np.ndarray) -> Frames:
-    """The frames of one camera's videos, each at the time of row `shown` `[M]` after its episode's start in the file."""
+    """One camera's videos: each picture at the time of row `shown` `[M]` after its episode's start in the file."""
     require_video()
     named: dict[Path, int] = {}
     numbers, starts = {}, {}

@@ -1,0 +1,431 @@
+"""What is in a dataset, and what about it looks wrong: a report on the screen and one page of pictures.
+
+python -m components.datasets.inspect demos.hdf5
+python -m components.datasets.inspect --dataset lerobot --dataset.path demos --dataset.cameras front --out demos.png
+
+It reads the data as a training does, so the statistics are the ones that would be used, without the held-out episodes.
+"""
+
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import process
+from ..errors import UserError
+from ..features import read
+from . import source
+from .episodes import IMAGES, EpisodeDataset, Episodes, NotFiniteError, steps_only
+from .frames import Frames
+from .mixture import Mixture
+from .untrusted import gigabytes
+
+PANELS = 48  # histograms on the page
+PICTURES = 10  # of the film strip
+SAMPLED = 100_000  # rows of a histogram
+ITEMS = 10_000  # that are read of a dataset without episodes
+SPIKE = 10.0  # times the change from step to step that 99 of 100 stay below
+
+
+@dataclass(kw_only=True)
+class Options:
+    """Inspect a dataset: PATH, or --dataset NAME with its options."""
+
+    out: Path = Path("dataset.png")
+    """Where to draw the page; a mixture gets one for each source, with its name."""
+
+
+class Column(NamedTuple):
+    """A key's values, and which of them belong to each step."""
+
+    key: str
+    values: Tensor  # [M, D] or [M]
+    at: Tensor  # [N]
+
+    def steps(self) -> np.ndarray:
+        """`[N, D]` float64, flags as 0 and 1."""
+        return self.values[self.at].reshape(len(self.at), -1).numpy().astype(np.float64)
+
+
+class Finding(NamedTuple):
+    """Something suspicious."""
+
+    key: str
+    dim: int
+    what: str
+
+
+def main(argv: list[str]) -> int:
+    """Print the report and draw the page; returns the exit code."""
+    options, words, factory = source.parse(Options, argv, 1, {"cameras": ("all",)})
+    logging.getLogger("components").setLevel(logging.WARNING)
+    if not options.out.absolute().parent.is_dir() or options.out.is_dir():
+        raise UserError(f"--out {options.out}: expected a file in a folder that exists")
+    trouble = ""
+    try:
+        built = source.built(factory)
+    except UserError as error:
+        bad = error if isinstance(error, NotFiniteError) else error.__cause__
+        if not isinstance(bad, NotFiniteError):
+            raise
+        built = {"dataset": EpisodeDataset(bad.episodes), "norm_stats": {}}
+        trouble = f"a training would refuse this data: {bad}"
+    dataset = built["dataset"]
+    several = isinstance(dataset, Mixture)
+    parts = dict(zip(dataset.names, dataset.datasets, strict=True)) if several else {"": dataset}
+    space = declared_space(built)
+    for name, part in parts.items():
+        episodes = as_episodes(part, type(factory).__name__)
+        found = findings(episodes, space)
+        path = options.out.with_stem(f"{options.out.stem}-{name}") if several else options.out
+        print("\n".join([*summary(episodes, getattr(factory, "path", "")), *table(episodes), *flags(episodes)]))
+        print("\nsuspicious:" if found else "\nnothing suspicious")
+        for key, dims, what in grouped(found):
+            print(f"  {key}[{dims}]: {what}")
+        draw(episodes, found, path)
+        print(f"\npage: {path}\n")
+    print("\n".join(statistics_table(built["norm_stats"])))
+    if "validation" in built:
+        rest = len(built["validation"])
+        print(f"({len(dataset)} steps to learn from, {rest} held out, which are not in the statistics)")
+    if trouble:
+        print(f"\n{trouble}")
+    return 0
+
+
+def as_episodes(dataset: Any, name: str) -> Episodes:
+    """The episodes of a dataset; of one that has none, its first items as one."""
+    if isinstance(dataset, EpisodeDataset):
+        return dataset.episodes
+    count = min(len(dataset), ITEMS)
+    items = read(dataset, torch.arange(count))
+    tensors = {key: value for key, value in items.items() if isinstance(value, Tensor)}
+    now = {key: value for key, value in tensors.items() if key.startswith("observation.")}
+    rest = {key: value for key, value in tensors.items() if not key.startswith(("observation.", "next."))}
+    ends = torch.tensor([count])
+    stored = {"format": f"the first {count} of {len(dataset)} items, which have no episodes"}
+    return Episodes(name, ends, rest, now, *steps_only(ends), stored=stored)
+
+
+def columns(episodes: Episodes) -> list[Column]:
+    """All numbers of a dataset by step: action, observations, then the rest."""
+    every = torch.arange(len(episodes.at))
+    named = [Column(key, values, every) for key, values in episodes.columns.items()]
+    vectors = [(k, v) for k, v in episodes.observations.items() if isinstance(v, Tensor) and not k.startswith(IMAGES)]
+    named += [Column(key, values, episodes.at) for key, values in vectors]
+    return sorted(named, key=lambda column: (column.key != "action", not column.key.startswith("observation.")))
+
+
+def cameras(episodes: Episodes) -> dict[str, Any]:
+    """The pictures of each camera: `Frames`, or `[M, C, H, W]`."""
+    return {key: store for key, store in episodes.observations.items() if key.startswith(IMAGES)}
+
+
+def declared_space(built: dict[str, Any]) -> dict[str, list[float]]:
+    """{"low", "high"} of the action space that the file declares, or else of the environment that the data offers."""
+    from .. import ENV_BUILDER_REGISTRY
+    from ..evaluation import choose_env
+
+    stored = getattr(getattr(built["dataset"], "episodes", None), "stored", {})
+    if "action_space" in stored:
+        return stored["action_space"]
+    try:
+        name, options = choose_env("none", None, lambda option: False, built["env"])
+        envs = ENV_BUILDER_REGISTRY[name](**vars(options)).build(1, 0)
+        space = envs.single_action_space
+        envs.close()
+        return {"low": space.low.ravel().tolist(), "high": space.high.ravel().tolist()}
+    except Exception:  # there is none, or it cannot be made here
+        return {}
+
+
+# ---- what looks wrong ----------------------------------------------------------------------------------------------
+
+
+def findings(episodes: Episodes, space: dict[str, list[float]]) -> list[Finding]:
+    """Dimensions of the action and the vector observations that somebody should look at."""
+    found: list[Finding] = []
+    inner = steps_only(episodes.ends)[1] >= 0  # steps that are followed by one of the same episode
+    for column in columns(episodes):
+        if column.key != "action" and not column.key.startswith("observation."):
+            continue
+        values = column.steps()
+        for dim, x in enumerate(values.T):
+            finite = x[np.isfinite(x)]
+            if len(finite) < len(x):
+                found.append(Finding(column.key, dim, f"{len(x) - len(finite)} NaN or Inf"))
+            if not len(finite):
+                continue
+            distinct = np.unique(finite[:SAMPLED])
+            if finite.min() == finite.max():
+                found.append(Finding(column.key, dim, f"never changes: {finite[0]:.6g}"))
+                continue
+            if len(distinct) == 2 and len(finite) > 10:
+                low, high = distinct
+                found.append(Finding(column.key, dim, f"takes two values only, {low:.6g} and {high:.6g}; a gripper?"))
+            elif spike := _spike(x, inner, episodes.ends):
+                found.append(Finding(column.key, dim, spike))
+            if column.key == "action":
+                found += [Finding("action", dim, what) for what in _outside(finite, dim, space)]
+    return found
+
+
+def grouped(found: list[Finding]) -> list[tuple[str, str, str]]:
+    """Findings that say the same as one, with their dimensions: "3, 5-7"."""
+    dims: dict[tuple[str, str], list[int]] = {}
+    for key, dim, what in found:
+        dims.setdefault((key, what), []).append(dim)
+    texts = []
+    for (key, what), numbers in dims.items():
+        starts = [n for n in numbers if n - 1 not in numbers]
+        stops = [n for n in numbers if n + 1 not in numbers]
+        spans = [f"{a}-{b}" if b > a else f"{a}" for a, b in zip(starts, stops, strict=True)]
+        texts.append((key, ", ".join(spans), what))
+    return texts
+
+
+def _spike(x: np.ndarray, inner: Tensor, ends: Tensor) -> str:
+    """Words about the largest change from one step to the next, where it is out of all proportion."""
+    after = np.flatnonzero(inner.numpy())
+    change = np.abs(x[after + 1] - x[after]) if len(after) else np.zeros(1)
+    change = np.nan_to_num(change, posinf=0.0)
+    usual = float(np.quantile(change, 0.99))
+    if len(change) < 50 or usual == 0 or change.max() < SPIKE * usual:
+        return ""
+    episode, step = place(ends, int(after[change.argmax()]) + 1)
+    return f"jumps by {change.max():.4g} at episode {episode}, step {step}; 99 % of the changes are below {usual:.4g}"
+
+
+def _outside(x: np.ndarray, dim: int, space: dict[str, list[float]]) -> list[str]:
+    """Words about values of an action that its space does not hold; without one, [-1, 1] when most lie in it."""
+    low, high = (space[bound][dim] if len(space.get(bound, ())) > dim else math.nan for bound in ("low", "high"))
+    guessed = math.isnan(low) or math.isnan(high)
+    low, high = (-1.0, 1.0) if guessed else (low, high)
+    slack = 1e-5 * max(1.0, abs(low) if math.isfinite(low) else 1.0)
+    share = float(((x < low - slack) | (x > high + slack)).mean())
+    if share == 0 or (guessed and share > 0.2):
+        return []
+    where = f"[{low:.6g}, {high:.6g}]"
+    what = f"most values are in {where}, is that its space?" if guessed else f"its space is {where}"
+    return [f"{100 * share:.2g} % of the values are outside, from {x.min():.4g} to {x.max():.4g}; {what}"]
+
+
+def place(ends: Tensor, row: int) -> tuple[int, int]:
+    """(episode, step) of a row."""
+    episode = int(torch.searchsorted(ends, row, right=True))
+    return episode, row - (int(ends[episode - 1]) if episode else 0)
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------
+
+
+def summary(episodes: Episodes, path: str) -> list[str]:
+    """Format, counts, storage and memory."""
+    lengths = episodes.lengths
+    stored = {key: value for key, value in episodes.stored.items() if key not in ("format", "action_space")}
+    about = "".join(f", {key} {value}" for key, value in stored.items())
+    vectors = sum(c.values.numel() * c.values.element_size() for c in columns(episodes))
+    decoded = sum(_bytes(store) for store in cameras(episodes).values())
+    lines = [f"{episodes.name}: {episodes.stored.get('format', 'made')}{about}"]
+    lines += [f"{len(lengths)} episodes, {len(episodes.at)} steps"]
+    where = Path(path).expanduser() if path else Path(episodes.name)
+    if where.exists():
+        files = [where] if where.is_file() else [file for file in where.rglob("*") if file.is_file()]
+        lines += [f"storage: {gigabytes(sum(file.stat().st_size for file in files))} in {len(files)} files"]
+    pictures = f", and {gigabytes(decoded)} of decoded pictures with --dataset.cache memory or disk" if decoded else ""
+    lines += [f"memory: {gigabytes(vectors)} a process{pictures}"]
+    if episodes.tasks:
+        texts = [repr(text) for text in episodes.tasks]
+        lines += [f"tasks: {', '.join(texts[:5])}" + f" and {len(texts) - 5} more" * (len(texts) > 5)]
+    return lines
+
+
+def _bytes(store: Any) -> int:
+    return store.nbytes if isinstance(store, Frames) else store.numel()
+
+
+def table(episodes: Episodes) -> list[str]:
+    """One line for each key."""
+    rows = [("key", "shape", "dtype", "min", "max", "NaN", "constant dimensions")]
+    for key, values, at in columns(episodes):
+        x = Column(key, values, at).steps()
+        finite = x[np.isfinite(x)]
+        low, high = (f"{finite.min():.5g}", f"{finite.max():.5g}") if len(finite) else ("-", "-")
+        constant = int((x == x[:1]).all(0).sum())
+        dtype = str(values.dtype).removeprefix("torch.")
+        wide = str(x.shape[1]) if values.ndim > 1 else "-"
+        rows.append(
+            (key, _shape(values.shape[1:]), dtype, low, high, str(x.size - len(finite)), f"{constant} of {wide}")
+        )
+        if values.ndim == 1:
+            rows[-1] = (*rows[-1][:-1], "yes" if constant else "")
+    for key, store in cameras(episodes).items():
+        shown = pictures(store, episodes.at[spread(len(episodes.at), 50)])
+        black = sum(picture.min() == picture.max() for picture in shown)
+        note = f"{black} of {len(shown)} pictures of one colour" if black else ""
+        rows.append((key, _shape(store.shape[-3:]), "uint8", str(shown.min()), str(shown.max()), "0", note))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "",
+        *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
+    ]
+
+
+def _shape(shape: Any) -> str:
+    return " x ".join(map(str, shape)) or "number"
+
+
+def pictures(store: Any, rows: Tensor) -> np.ndarray:
+    """Pictures `rows` `[n, C, H, W]`."""
+    return (store.read(rows.numpy()) if isinstance(store, Frames) else store[rows]).numpy()
+
+
+def spread(count: int, most: int) -> Tensor:
+    """At most so many numbers below `count`, evenly."""
+    return torch.linspace(0, count - 1, min(most, count)).round().long()
+
+
+def flags(episodes: Episodes) -> list[str]:
+    """Episode lengths, returns, rewards, and how episodes end."""
+    data, last = episodes.columns, episodes.ends - 1
+    lines = ["", f"episode lengths: {_spread(episodes.lengths.float())}"]
+    if single := int((episodes.lengths == 1).sum()):
+        lines += [f"{single} episodes have a single step"]
+    if "reward" not in data:
+        return [*lines, "no rewards: for imitation only"]
+    lines += [f"returns: {_spread(returns(episodes))}"]
+    values = data["reward"].unique()
+    few = f"; the values {', '.join(f'{v:.6g}' for v in values.tolist())}" if len(values) <= 5 else ""
+    lines += [f"rewards: {_spread(data['reward'])}{few}"]
+    ends = torch.zeros(len(episodes.at), dtype=torch.bool)
+    ends[last] = True
+    for name in ("terminated", "truncated"):
+        if name in data:
+            flag = data[name].bool()
+            within = int((flag & ~ends).sum())
+            lines += [
+                f"{name}: {int((flag & ends).sum())} of {len(last)} episodes" + f", {within} within" * (within > 0)
+            ]
+    unknown = int((episodes.after < 0).sum())
+    lines += ["the observation after the last action: " + (f"not known, {unknown} times" if unknown else "known")]
+    return lines
+
+
+def returns(episodes: Episodes) -> Tensor:
+    """`[E]`, the sum of the rewards of each episode."""
+    episode = torch.repeat_interleave(torch.arange(len(episodes.ends)), episodes.lengths)
+    return torch.zeros(len(episodes.ends), dtype=torch.float64).index_add_(
+        0, episode, episodes.columns["reward"].double()
+    )
+
+
+def _spread(values: Tensor) -> str:
+    x = values.double().numpy()
+    return f"{x.min():.6g} to {x.max():.6g}, mean {x.mean():.6g}, median {np.median(x):.6g}"
+
+
+def statistics_table(norm_stats: dict[str, Any]) -> list[str]:
+    """One line for each dimension that is normalised."""
+    lines = ["statistics for normalisation:" if norm_stats else "no statistics"]
+    for key, stats in norm_stats.items():
+        arrays = {
+            name: np.atleast_1d(np.asarray(value, float)) + 0.0 for name, value in stats.items() if name != "count"
+        }
+        lines += [f"  {key:28s} " + " ".join(f"{name:>11s}" for name in arrays)]
+        for dim in range(len(next(iter(arrays.values())))):
+            numbers = " ".join(f"{array.reshape(len(array), -1)[dim, 0]:11.5g}" for array in arrays.values())
+            lines += [f"  {f'[{dim}]':28s} {numbers}"]
+    return lines
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+
+def draw(episodes: Episodes, found: list[Finding], path: Path) -> None:
+    """One page: an episode's pictures (or, without a camera, its numbers over time) above histograms."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = [("episode length", episodes.lengths.numpy(), False)]
+    if "reward" in episodes.columns:
+        panels += [("return", returns(episodes).numpy(), False), ("reward", episodes.columns["reward"].numpy(), False)]
+    odd = {(key, dim) for key, dim, _ in found}
+    for column in columns(episodes):
+        if column.key == "action" or column.key.startswith("observation."):
+            values = column.steps()[spread(len(column.at), SAMPLED).numpy()]
+            panels += [(f"{column.key}[{d}]", x, (column.key, d) in odd) for d, x in enumerate(values.T)]
+    left_out = len(panels) - PANELS
+    panels = panels[:PANELS]
+    across = 6
+    strips, down = max(len(cameras(episodes)), 1), -(-len(panels) // across)
+    height = 1.5 * strips + 1.5 * down + 1.0  # inches
+    figure = plt.figure(figsize=(14, height), layout="constrained")
+    pages: Any = figure.subfigures(2, 1, height_ratios=[1.5 * strips + 0.5, 1.5 * down + 0.5])
+    upper, lower = pages
+    count = int(episodes.lengths.median())
+    episode = int((episodes.lengths - count).abs().argmin())  # one of the usual length
+    steps = torch.arange(int(episodes.ends[episode]) - int(episodes.lengths[episode]), int(episodes.ends[episode]))
+    title = f"{episodes.name}\nepisode {episode}, {len(steps)} steps"
+    upper.suptitle(title + f"; {left_out} more dimensions are not drawn" * (left_out > 0), fontsize=9)
+    if cameras(episodes):
+        film(upper, episodes, steps)
+    else:
+        over_time(upper, episodes, steps)
+    axes = lower.subplots(down, across, squeeze=False)
+    for axis, (name, values, suspicious) in zip(axes.flat, panels, strict=False):
+        finite = values[np.isfinite(values)]
+        axis.hist(finite, bins=40, color="tab:red" if suspicious else "tab:blue")
+        axis.set_title(name.removeprefix("observation."), fontsize=8, color="tab:red" if suspicious else "black")
+        axis.tick_params(labelsize=6)
+        axis.locator_params(axis="x", nbins=4)
+        axis.set_yticks([])
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, dpi=90, format="png")
+    os.replace(temporary, path)
+    plt.close(figure)
+
+
+def film(figure: Any, episodes: Episodes, steps: Tensor) -> None:
+    """A row of pictures for each camera, with the number of their step."""
+    chosen = steps[spread(len(steps), PICTURES)]
+    axes = figure.subplots(len(cameras(episodes)), PICTURES, squeeze=False)
+    for row, (key, store) in zip(axes, cameras(episodes).items(), strict=True):
+        row[0].set_ylabel(key.removeprefix(IMAGES), fontsize=8)
+        for axis, picture, step in zip(row, pictures(store, episodes.at[chosen]), chosen.tolist(), strict=False):
+            grey = {"cmap": "gray"} if len(picture) == 1 else {}
+            axis.imshow(picture.transpose(1, 2, 0).squeeze(), **grey)
+            axis.set_title(f"{step - int(steps[0])}", fontsize=7)
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        for axis in row[len(chosen) :]:
+            axis.set_visible(False)
+
+
+def over_time(figure: Any, episodes: Episodes, steps: Tensor) -> None:
+    """Action and observations of an episode over time, a row a dimension, each from its least to its largest value."""
+    named = [c for c in columns(episodes) if c.key == "action" or c.key.startswith("observation.")]
+    axes = figure.subplots(1, len(named), squeeze=False)[0]
+    for axis, column in zip(axes, named, strict=True):
+        values = np.nan_to_num(column.steps()[steps.numpy()])
+        spans = np.ptp(values, axis=0)
+        axis.imshow(((values - values.min(0)) / np.where(spans > 0, spans, 1)).T, aspect="auto", cmap="viridis")
+        axis.set_title(column.key, fontsize=8)
+        axis.set_xlabel("step", fontsize=7)
+        axis.set_ylabel("dimension", fontsize=7)
+        axis.tick_params(labelsize=6)
+
+
+if __name__ == "__main__":
+    os.environ.pop("RANK", None)
+    process.run(main)
