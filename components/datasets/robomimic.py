@@ -36,6 +36,7 @@ WHAT = "an HDF5 file of robomimic or robosuite (data/demo_<i>/actions)"
 # The observations of robomimic's published results, of one arm and of two.
 PUBLISHED: tuple[str, ...] = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 PUBLISHED += ("robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos", "object")
+STRETCH = 10  # steps that are held out in a row, where a demonstration is cut
 RAW_ACTIONS = ("right_dpos", "right_dquat", "left_dpos", "left_dquat", "gripper_actuations")  # before robosuite 1.0
 
 
@@ -202,15 +203,26 @@ def read_raw(path: Path, file: Any, names: list[str]) -> Episodes:
 
 
 def by_time(episodes: Episodes, fraction: float) -> tuple[Episodes, Tensor | None]:
-    """Cut the last demonstration in two, so that its last steps can be held out where no whole one can."""
-    steps, length = int(episodes.ends[-1]), int(episodes.lengths[-1])
-    held = max(1, round(min(fraction, 0.2) * steps))
-    if steps < 10 or held >= length:
+    """Cut demonstrations so that short stretches of them can be held out, evenly spread, where no whole one can.
+
+    Taking the end of a recording instead would hold out a part of the task that the rest does not show.
+    """
+    steps = int(episodes.ends[-1])
+    count = round(min(fraction, 0.2) * steps / STRETCH)
+    if count < 1:
         return episodes, None
-    logger.info("%s: too few demonstrations to hold one out: the last %d steps are held out", episodes.name, held)
-    ends = torch.cat([episodes.ends[:-1], torch.tensor([steps - held, steps])])
+    logger.info(
+        "%s: too few demonstrations to hold one out: %d stretches of %d steps between the others are",
+        episodes.name,
+        count,
+        STRETCH,
+    )
+    starts = ((torch.arange(count) + 0.5) * steps / count - STRETCH / 2).long()
+    ends = torch.cat([episodes.ends, starts, starts + STRETCH]).unique()  # sorted
+    ends = ends[ends > 0]
     at, after = steps_only(ends)
-    return replace(episodes, ends=ends, at=at, after=after), torch.arange(len(ends)) == len(ends) - 1
+    held_out = ((ends[:, None] > starts) & (ends[:, None] <= starts + STRETCH)).any(1)
+    return replace(episodes, ends=ends, at=at, after=after), held_out
 
 
 def _rows(file: Any, demo: str, array: str = "actions") -> int:
