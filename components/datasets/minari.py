@@ -33,6 +33,7 @@ from .untrusted import (
     hdf5,
     inside,
     open_hdf5,
+    read_checked,
     read_hdf5,
     read_json,
 )
@@ -278,7 +279,7 @@ class HDF5Store:
             return HDF5Array(array.name.strip("/"), len(array))
         if not isinstance(array, h5py.Dataset) or array.ndim != 1 or h5py.check_vlen_dtype(array.dtype) != np.uint8:
             raise UserError(f"{self.path}: {array.name} holds no pictures; expected bytes")
-        return [np.asarray(picture, np.uint8) for picture in array[()]]
+        return [np.asarray(picture, np.uint8) for picture in read_checked(array)]
 
 
 class ArrowStore:

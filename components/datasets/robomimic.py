@@ -29,7 +29,16 @@ from .episodes import (
     with_final,
 )
 from .frames import HDF5Frames
-from .untrusted import check_hdf5, check_memory, demonstration_number, existing, hdf5, open_hdf5, read_hdf5
+from .untrusted import (
+    check_hdf5,
+    check_memory,
+    demonstration_number,
+    existing,
+    hdf5,
+    open_hdf5,
+    read_checked,
+    read_hdf5,
+)
 
 logger = logging.getLogger(__name__)
 WHAT = "an HDF5 file of robomimic or robosuite (data/demo_<i>/actions)"
@@ -100,7 +109,9 @@ class RobomimicDataset(Reader):
             raise UserError(
                 f"--dataset.split {name}: no such mask in {file.filename}; {_found(hdf5(file, 'mask') or ())}"
             )
-        values = [v.decode() if isinstance(v, bytes) else str(v) for v in np.asarray(mask[()]).reshape(-1).tolist()]
+        if not hasattr(mask, "dtype") or mask.dtype.kind not in "SUO":
+            raise UserError(f"{file.filename}: mask/{name} holds no names of demonstrations")
+        values = [v.decode() if isinstance(v, bytes) else str(v) for v in read_checked(mask).reshape(-1).tolist()]
         if missing := [value for value in values if value not in known]:
             raise UserError(f"{file.filename}: mask/{name} names {missing[0]!r}, which is not among the demonstrations")
         if not values:

@@ -9,7 +9,7 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def open_hdf5(path: Path) -> Any:
             yield file
     except UserError:
         raise
-    except (OSError, KeyError, RuntimeError, ValueError, TypeError, zlib.error) as error:
+    except (OSError, KeyError, IndexError, RuntimeError, ValueError, TypeError, zlib.error) as error:
         raise UserError(f"{path}: truncated, damaged or no HDF5 file ({str(error).splitlines()[0][:100]})") from error
 
 
@@ -135,6 +135,12 @@ def hdf5(group: Any, name: str) -> Any:
 def read_hdf5(dataset: Any) -> np.ndarray:
     """A numeric dataset as an array. Raises UserError: objects, unknown compression, or more than memory holds."""
     check_hdf5(dataset)
+    return read_checked(dataset)
+
+
+def read_checked(dataset: Any) -> np.ndarray:
+    """A dataset of numbers, texts or bytes of any length, as an array. Raises UserError: unpacks to more than it says,
+    or more than memory holds."""
     size = math.prod(dataset.shape) * dataset.dtype.itemsize
     check_memory(size, f"{dataset.file.filename}: {dataset.name} of shape {dataset.shape}")
     check_chunks(dataset, None)
@@ -158,29 +164,51 @@ def check_chunks(dataset: Any, rows: Iterable[int] | None) -> None:
     Args:
         rows: Those of the first axis whose chunks are about to be read; None for all.
     """
-    if dataset.chunks is None or not dataset.compression:
-        return
+    created = dataset.id.get_create_plist()
+    codes = [created.get_filter(i)[0] for i in range(created.get_nfilters())]
     where = f"{dataset.file.filename}: {dataset.name}"
-    if dataset.compression == "lzf":  # unpacks to at most about a hundred times its size
+    packers = [code for code in codes if code in UNPACKED_SIZE]
+    if len(packers) > 1 or set(codes) - set(packers) - {SHUFFLE, FLETCHER32}:
+        raise UserError(
+            f"{where} is stored with the HDF5 filters {codes}; gzip or lzf (with shuffle, fletcher32) are read"
+        )
+    if not packers:
         return
-    if dataset.compression != "gzip":
-        raise UserError(f"{where} is compressed with {dataset.compression}; gzip and lzf are known")
     chunk = math.prod(dataset.chunks) * dataset.dtype.itemsize
     firsts = range(dataset.shape[0]) if rows is None else rows
     starts = [sorted({row // dataset.chunks[0] * dataset.chunks[0] for row in firsts})]
     starts += [list(range(0, size, step)) for size, step in zip(dataset.shape[1:], dataset.chunks[1:], strict=True)]
     for start in itertools.product(*starts):
         info = dataset.id.get_chunk_info_by_coord(start)
-        if info.byte_offset is None or info.filter_mask:  # not stored, or stored as it is
+        if info.byte_offset is None or info.filter_mask >> codes.index(packers[0]) & 1:  # not stored, or not packed
             continue
         _, packed = dataset.id.read_direct_chunk(start)
-        if inflated(packed[:-4] if dataset.fletcher32 else packed, chunk) > chunk:
+        if UNPACKED_SIZE[packers[0]](packed[:-4] if dataset.fletcher32 else packed, chunk) > chunk:
             raise UserError(f"{where}: a chunk unpacks to more than the {chunk} bytes that it declares")
 
 
 def inflated(packed: bytes, limit: int) -> int:
     """Bytes that a zlib stream unpacks to, counted to just above `limit`."""
     return len(zlib.decompressobj().decompress(packed, limit + 1))
+
+
+def lzf_size(packed: bytes, limit: int) -> int:
+    """Bytes that an LZF stream (Lehmann's liblzf) unpacks to, counted to just above `limit`."""
+    size = place = 0
+    while place < len(packed) and size <= limit:
+        control = packed[place]
+        if control < 32:  # so many bytes follow as they are
+            size, place = size + control + 1, place + control + 2
+        else:  # a copy: its length in 3 bits, or in one byte more, and where from in two
+            long = control >> 5 == 7
+            size += (7 + packed[place + 1] if long else control >> 5) + 2
+            place += 3 if long else 2
+    return size
+
+
+# HDF5's numbers of its filters, and how much what a packer made unpacks to.
+SHUFFLE, FLETCHER32 = 2, 3
+UNPACKED_SIZE: dict[int, Callable[[bytes, int], int]] = {1: inflated, 32000: lzf_size}
 
 
 def demonstration_number(name: str) -> tuple[int, str]:
