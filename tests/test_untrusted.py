@@ -293,6 +293,15 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(name: str, m
     refused((FIXTURES / name, {}), "are needed, 0.0 MB of memory are free")
 
 
+def test_repeated_values_count_against_memory_too(lerobot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few kilobytes of parquet hold millions of equal numbers."""
+    rows = pa.ListArray.from_arrays([0, *[4_000_000] * 215], pa.array(np.zeros(4_000_000, np.float32)))
+    rewrite(lerobot, lambda table: with_column(table, "action", rows))
+    assert (lerobot / DATA).stat().st_size < 3_000_000
+    monkeypatch.setattr(untrusted, "free_memory", lambda: 20_000_000)
+    refused((lerobot, {}), "32.0 MB are needed, 20.0 MB of memory are free")
+
+
 # ---- LeRobot -------------------------------------------------------------------------------------------------------
 
 

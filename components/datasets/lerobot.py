@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import UserError, require
 from .episodes import IMAGES, Episodes, Reader, chosen_cameras, join_successors, steps_only
 from .frames import EncodedFrames, Frames, VideoFrames, require_video
-from .untrusted import check_memory, existing, inside, read_json
+from .untrusted import check_memory, check_parquet, existing, inside, read_json
 
 WHAT = "the folder of a LeRobotDataset v2.1 or v3.0 (with meta/ and data/)"
 FLAGS = ("next.reward", "next.done", "next.success", "next.terminated", "next.truncated")
@@ -279,12 +279,9 @@ def read_table(path: Path, columns: list[str], most_rows: int | None = None) -> 
             raise UserError(f"{path}: no column {missing[0]!r}; found: {', '.join(file.schema_arrow.names[:20])}")
         if most_rows is not None and file.metadata.num_rows > most_rows:
             raise UserError(f"{path}: {file.metadata.num_rows} rows, but the list of episodes promises {most_rows}")
-        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-        sizes = [group.column(i) for group in groups for i in range(group.num_columns)]
-        wanted = set(columns) if most_rows is not None else {column.path_in_schema.split(".")[0] for column in sizes}
-        size = sum(c.total_uncompressed_size for c in sizes if c.path_in_schema.split(".")[0] in wanted)
-        check_memory(size, str(path))
-        return file.read(columns=columns if most_rows is not None else None)
+        wanted = columns if most_rows is not None else None
+        check_parquet(file, path, wanted)
+        return file.read(columns=wanted)
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing, though the dataset's metadata names it") from error
     except (pyarrow.ArrowException, OSError) as error:

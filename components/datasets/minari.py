@@ -28,6 +28,7 @@ from .frames import EncodedFrames, HDF5Frames
 from .untrusted import (
     check_hdf5,
     check_memory,
+    check_parquet,
     demonstration_number,
     existing,
     hdf5,
@@ -323,8 +324,7 @@ class ArrowStore:
                     table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
                 else:
                     file = pyarrow.parquet.ParquetFile(path)
-                    groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
-                    check_memory(sum(group.total_byte_size for group in groups), str(path))
+                    check_parquet(file, path)
                     table = file.read()
                 table.validate(full=True)  # offsets that lead out of the file
             except (pyarrow.ArrowException, OSError, MemoryError) as error:

@@ -254,6 +254,23 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     return arrays
 
 
+# ---- parquet -------------------------------------------------------------------------------------------------------
+
+
+def check_parquet(file: Any, path: Path, columns: list[str] | None = None) -> None:
+    """Refuse a `pyarrow.parquet.ParquetFile` of which `columns` (None: all) are more than the memory that is free.
+
+    Repeated values take next to nothing in the file, so their number counts, too, at 8 bytes each.
+    """
+    size = 0
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        for chunk in (group.column(i) for i in range(group.num_columns)):
+            if columns is None or chunk.path_in_schema.split(".")[0] in columns:
+                size += max(chunk.total_uncompressed_size, 8 * chunk.num_values)
+    check_memory(size, str(path))
+
+
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
 
