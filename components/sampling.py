@@ -138,7 +138,10 @@ class Batches:
             yield from map(_Fetch(self.dataset, self.seed), self.indices(start))
         else:
             fetch: Any = _Fetch(self.dataset, self.seed)
-            yield from DataLoader(fetch, sampler=_Stream(self.indices(start)), batch_size=None, **loading)
+            for batch in DataLoader(fetch, sampler=_Stream(self.indices(start)), batch_size=None, **loading):
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
 
 
 class _Fetch:
@@ -154,7 +157,12 @@ class _Fetch:
         batch = self.dataset.get_batch(indices, derive_seed(self.seed, step))
         return {key: value[mine] for key, value in batch.items()}
 
-    __getitem__ = __call__
+    def __getitem__(self, part: tuple[int, Tensor, slice]) -> Any:
+        """What a worker sends: a damaged picture is told in its own words, which a loader would wrap in a traceback."""
+        try:
+            return self(part)
+        except UserError as error:
+            return error
 
     def __len__(self) -> int:
         return len(self.dataset)
