@@ -611,8 +611,8 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
             progress["unevaluated"] = True
             with evaluation_mode(models, opts, args), suppress(StoppedError):
                 if holds_out:
-                    value = evaluation.held_out_loss(trainer, validation, normaliser, batch_size, device, run.tick)
-                    held_out["val/loss"] = value
+                    held_out = evaluation.held_out_loss(trainer, validation, normaliser, batch_size, device, run.tick)
+                    value = held_out["val/loss"]
                     if improved := value < progress["best_loss"]:
                         progress |= {"best_step": step, "best_loss": value}
                 if evaluator is not None:

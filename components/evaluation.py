@@ -257,22 +257,30 @@ def held_out_loss(
     batch_size: int,
     device: torch.device,
     tick: Callable[[], None] = lambda: None,
-) -> float:
+) -> dict[str, float]:
     """Mean of the trainer's `losses` over the validation set; leaves the random generators as they were.
+
+    Returns:
+        {"val/loss"}; of a mixture its sources' means, weighted by their shares, and each as "val/loss.<source>".
 
     Raises:
         StoppedError: on all processes, when `tick`, which is called for each batch, raised it on the first.
     """
-    mean, total = None, 0.0
+    everything = {"": (torch.arange(len(dataset)), 1.0)}
+    sources = dataset.sources() if hasattr(dataset, "sources") else everything
+    means: dict[str, float] | None = None
     with preserved(), contextlib.suppress(StoppedError):
-        for rows in torch.arange(len(dataset)).split(batch_size):
-            tick()
-            data = normaliser(to_device(read(dataset, rows), device))
-            total += total_loss(trainer.losses(data)) * len(rows)
-        mean = total / len(dataset)
-    if (mean := parallel.from_first(mean)) is None:
+        totals = dict.fromkeys(sources, 0.0)
+        for name, (rows, _) in sources.items():
+            for part in rows.split(batch_size):
+                tick()
+                data = normaliser(to_device(read(dataset, part), device))
+                totals[name] += total_loss(trainer.losses(data)) * len(part)
+        means = {name: totals[name] / len(rows) for name, (rows, _) in sources.items()}
+    if (means := parallel.from_first(means)) is None:
         raise StoppedError("stopped by a signal")
-    return mean
+    found = {"val/loss": sum(share * means[name] for name, (_, share) in sources.items())}
+    return found | {f"val/loss.{name}": mean for name, mean in means.items() if name}
 
 
 @torch.no_grad()

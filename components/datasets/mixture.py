@@ -158,6 +158,11 @@ class Mixture(Dataset):
         """Items of one pass; more than there are, where sources come up again to keep their shares."""
         return sum(self.draws)
 
+    def sources(self) -> dict[str, tuple[Tensor, float]]:
+        """The items of each source, and its share."""
+        items = torch.arange(len(self)).split(self.sizes)
+        return dict(zip(self.names, zip(items, self.shares, strict=True), strict=True))
+
     def order(self, seed: int, epoch: int) -> Tensor:
         """The items of one pass `[rows_per_pass]`, the sources interleaved evenly, each shuffled."""
         return _order(tuple(self.sizes), tuple(self.draws), seed, epoch)
