@@ -26,7 +26,7 @@ from .frames import Frames
 from .mixture import Mixture
 from .untrusted import gigabytes
 
-PANELS = 48  # histograms on the page
+PANELS, ACROSS = 48, 6  # histograms on the page, and in a row of it
 PICTURES = 10  # of the film strip
 SAMPLED = 100_000  # rows of a histogram
 ITEMS = 10_000  # that are read of a dataset without episodes
@@ -122,6 +122,11 @@ def columns(episodes: Episodes) -> list[Column]:
     return sorted(named, key=lambda column: (column.key != "action", not column.key.startswith("observation.")))
 
 
+def vectors(episodes: Episodes) -> list[Column]:
+    """The action and the vector observations."""
+    return [column for column in columns(episodes) if column.key.startswith(("action", "observation."))]
+
+
 def cameras(episodes: Episodes) -> dict[str, Any]:
     """The pictures of each camera: `Frames`, or `[M, C, H, W]`."""
     return {key: store for key, store in episodes.observations.items() if key.startswith(IMAGES)}
@@ -152,11 +157,8 @@ def findings(episodes: Episodes, space: dict[str, list[float]]) -> list[Finding]
     """Dimensions of the action and the vector observations that somebody should look at."""
     found: list[Finding] = []
     inner = steps_only(episodes.ends)[1] >= 0  # steps that are followed by one of the same episode
-    for column in columns(episodes):
-        if column.key != "action" and not column.key.startswith("observation."):
-            continue
-        values = column.steps()
-        for dim, x in enumerate(values.T):
+    for column in vectors(episodes):
+        for dim, x in enumerate(column.steps().T):
             finite = x[np.isfinite(x)]
             if len(finite) < len(x):
                 found.append(Finding(column.key, dim, f"{len(x) - len(finite)} NaN or Inf"))
@@ -308,10 +310,8 @@ def flags(episodes: Episodes) -> list[str]:
     for name in ("terminated", "truncated"):
         if name in data:
             flag = data[name].bool()
-            within = int((flag & ~ends).sum())
-            lines += [
-                f"{name}: {int((flag & ends).sum())} of {len(last)} episodes" + f", {within} within" * (within > 0)
-            ]
+            at_end, within = int((flag & ends).sum()), int((flag & ~ends).sum())
+            lines += [f"{name}: {at_end} of {len(last)} episodes" + f", and {within} times within one" * (within > 0)]
     unknown = int((episodes.after < 0).sum())
     lines += ["the observation after the last action: " + (f"not known, {unknown} times" if unknown else "known")]
     return lines
@@ -358,36 +358,42 @@ def draw(episodes: Episodes, found: list[Finding], path: Path) -> None:
     if "reward" in episodes.columns:
         panels += [("return", returns(episodes).numpy(), False), ("reward", episodes.columns["reward"].numpy(), False)]
     odd = {(key, dim) for key, dim, _ in found}
-    for column in columns(episodes):
-        if column.key == "action" or column.key.startswith("observation."):
-            values = column.steps()[spread(len(column.at), SAMPLED).numpy()]
-            panels += [(f"{column.key}[{d}]", x, (column.key, d) in odd) for d, x in enumerate(values.T)]
-    left_out = len(panels) - PANELS
-    panels = panels[:PANELS]
-    across = 6
-    strips, down = max(len(cameras(episodes)), 1), -(-len(panels) // across)
-    height = 1.5 * strips + 1.5 * down + 1.0  # inches
-    figure = plt.figure(figsize=(14, height), layout="constrained")
-    pages: Any = figure.subfigures(2, 1, height_ratios=[1.5 * strips + 0.5, 1.5 * down + 0.5])
-    upper, lower = pages
-    count = int(episodes.lengths.median())
-    episode = int((episodes.lengths - count).abs().argmin())  # one of the usual length
-    steps = torch.arange(int(episodes.ends[episode]) - int(episodes.lengths[episode]), int(episodes.ends[episode]))
-    title = f"{episodes.name}\nepisode {episode}, {len(steps)} steps"
-    upper.suptitle(title + f"; {left_out} more dimensions are not drawn" * (left_out > 0), fontsize=9)
+    for column in vectors(episodes):
+        values = column.steps()[spread(len(column.at), SAMPLED).numpy()]
+        panels += [(f"{column.key}[{d}]", x, (column.key, d) in odd) for d, x in enumerate(values.T)]
+    strips, rows = max(len(cameras(episodes)), 1), -(-min(len(panels), PANELS) // ACROSS)
+    upper, lower = 0.5 + 1.5 * strips, 0.3 + 1.4 * rows  # inches, as all lengths here
+    width, height = 14.0, 0.5 + upper + lower
+    figure = plt.figure(figsize=(width, height))
+
+    def axes(top: float, tall: float, rows: int, across: int, gap: float) -> Any:
+        """A grid of panels, so far below the top; fitting the margins to the text instead would take seconds."""
+        each = (tall - gap * rows) / rows
+        margins = {"left": 0.5 / width, "right": 1 - 0.2 / width, "hspace": gap / each, "wspace": 0.12}
+        grid = figure.add_gridspec(
+            rows, across, top=1 - (top + gap) / height, bottom=1 - (top + tall) / height, **margins
+        )
+        return grid.subplots(squeeze=False)
+
+    length = int(episodes.lengths.median())
+    episode = int((episodes.lengths - length).abs().argmin())  # one of the usual length
+    last = int(episodes.ends[episode])
+    steps = torch.arange(last - int(episodes.lengths[episode]), last)
+    more = f"; {len(panels) - PANELS} more dimensions are not drawn" * (len(panels) > PANELS)
+    figure.suptitle(f"{episodes.name}\nepisode {episode}, {len(steps)} steps{more}", fontsize=9, y=1 - 0.1 / height)
     if cameras(episodes):
-        film(upper, episodes, steps)
+        film(axes(0.4, upper, strips, PICTURES, 0.2), episodes, steps)
     else:
-        over_time(upper, episodes, steps)
-    axes = lower.subplots(down, across, squeeze=False)
-    for axis, (name, values, suspicious) in zip(axes.flat, panels, strict=False):
-        finite = values[np.isfinite(values)]
-        axis.hist(finite, bins=40, color="tab:red" if suspicious else "tab:blue")
-        axis.set_title(name.removeprefix("observation."), fontsize=8, color="tab:red" if suspicious else "black")
+        over_time(axes(0.4, upper - 0.4, 1, len(vectors(episodes)), 0.3)[0], episodes, steps)
+    grid = axes(0.5 + upper, lower - 0.3, rows, ACROSS, 0.45)
+    for axis, (name, values, suspicious) in zip(grid.flat, panels, strict=False):
+        colour = "tab:red" if suspicious else "tab:blue"
+        axis.stairs(*np.histogram(values[np.isfinite(values)], bins=40), fill=True, color=colour)
+        axis.set_title(name.removeprefix("observation."), fontsize=8, color=colour if suspicious else "black")
         axis.tick_params(labelsize=6)
         axis.locator_params(axis="x", nbins=4)
         axis.set_yticks([])
-    for axis in list(axes.flat)[len(panels) :]:
+    for axis in list(grid.flat)[len(panels) :]:
         axis.remove()
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=90, format="png")
@@ -395,11 +401,10 @@ def draw(episodes: Episodes, found: list[Finding], path: Path) -> None:
     plt.close(figure)
 
 
-def film(figure: Any, episodes: Episodes, steps: Tensor) -> None:
+def film(grid: Any, episodes: Episodes, steps: Tensor) -> None:
     """A row of pictures for each camera, with the number of their step."""
     chosen = steps[spread(len(steps), PICTURES)]
-    axes = figure.subplots(len(cameras(episodes)), PICTURES, squeeze=False)
-    for row, (key, store) in zip(axes, cameras(episodes).items(), strict=True):
+    for row, (key, store) in zip(grid, cameras(episodes).items(), strict=True):
         row[0].set_ylabel(key.removeprefix(IMAGES), fontsize=8)
         for axis, picture, step in zip(row, pictures(store, episodes.at[chosen]), chosen.tolist(), strict=False):
             grey = {"cmap": "gray"} if len(picture) == 1 else {}
@@ -412,17 +417,14 @@ def film(figure: Any, episodes: Episodes, steps: Tensor) -> None:
             axis.set_visible(False)
 
 
-def over_time(figure: Any, episodes: Episodes, steps: Tensor) -> None:
+def over_time(row: Any, episodes: Episodes, steps: Tensor) -> None:
     """Action and observations of an episode over time, a row a dimension, each from its least to its largest value."""
-    named = [c for c in columns(episodes) if c.key == "action" or c.key.startswith("observation.")]
-    axes = figure.subplots(1, len(named), squeeze=False)[0]
-    for axis, column in zip(axes, named, strict=True):
+    for axis, column in zip(row, vectors(episodes), strict=True):
         values = np.nan_to_num(column.steps()[steps.numpy()])
         spans = np.ptp(values, axis=0)
         axis.imshow(((values - values.min(0)) / np.where(spans > 0, spans, 1)).T, aspect="auto", cmap="viridis")
         axis.set_title(column.key, fontsize=8)
         axis.set_xlabel("step", fontsize=7)
-        axis.set_ylabel("dimension", fontsize=7)
         axis.tick_params(labelsize=6)
 
 

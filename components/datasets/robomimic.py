@@ -233,7 +233,8 @@ def by_time(episodes: Episodes, fraction: float) -> tuple[Episodes, Tensor | Non
     ends = ends[ends > 0]
     at, after = steps_only(ends)
     held_out = ((ends[:, None] > starts) & (ends[:, None] <= starts + STRETCH)).any(1)
-    return replace(episodes, ends=ends, at=at, after=after), held_out
+    stored = episodes.stored | {"held out": f"{count} stretches of {STRETCH} steps, at which the episodes are cut"}
+    return replace(episodes, ends=ends, at=at, after=after, stored=stored), held_out
 
 
 def _rows(file: Any, demo: str, array: str = "actions") -> int:

@@ -22,7 +22,8 @@ def parse(options: type, argv: Sequence[str], positional: int, wants: dict[str, 
 
     Args:
         options: Dataclass of the command's own options, all with defaults.
-        positional: Largest number of words before the first option; the first is the dataset's path.
+        positional: Number of words before the first option, of which the first is the dataset's path; without a path
+            there is one word less.
         wants: Options of the dataset that differ from its defaults here, where it has them.
 
     Returns:
@@ -46,7 +47,9 @@ def parse(options: type, argv: Sequence[str], positional: int, wants: dict[str, 
     component = cli.pick(DATASET_BUILDER_REGISTRY, "dataset", name)
     known = {field.name for field in fields(component)} if is_dataclass(component) else set()
     values = {key: value for key, value in wants.items() if key in known}
-    if words and known:
+    if len(words) == positional:
+        if "path" not in known:
+            raise UserError(f"--dataset {name} takes no path, found {words[0]}")
         values["path"] = words[0]
     both = make_dataclass(
         "Both",
