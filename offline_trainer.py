@@ -11,7 +11,7 @@ python offline_trainer.py --resume runs/x                                 # go o
 import math
 import os
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -574,7 +574,8 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
         debug.show_models(models, run.say)
 
     # The loop. Whatever depends on a clock or a signal is decided once for all processes, about once a second.
-    stream = zip(batches.indices(step), batches.stream(step), strict=True)
+    loading = run.cleanup.enter_context(closing(batches.stream(step)))  # it may have workers
+    stream = zip(batches.indices(step), loading, strict=True)
     batch: dict[str, Any] = {}
     bf16 = accelerator.mixed_precision == "bf16"  # no cache: it would serve weights from before a step in the same call
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)

@@ -1,7 +1,7 @@
 """Batches as a function of (seed, step): nothing to save, exact resume, the same data for any number of processes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -126,7 +126,7 @@ class Batches:
                 yield step, rows, slice(first, first + part)
             step += 1
 
-    def stream(self, start: int) -> Iterator[dict[str, Any]]:
+    def stream(self, start: int) -> Generator[dict[str, Any], None, None]:
         """Yield batches of tensors on the CPU."""
         # A generator of its own: a loader would otherwise draw from the global one when it starts, also on a resume.
         loading: dict[str, Any] = {"num_workers": self.workers, "generator": torch.Generator()}

@@ -15,7 +15,6 @@ from torch import Tensor
 from components import DATASET_BUILDER_REGISTRY, UserError
 from components.datasets import convert, inspect
 from components.datasets.episodes import EpisodeDataset, from_columns
-from conftest import ROOT
 from test_formats import FIXTURES, FORMATS, build, everything
 
 SOURCES = ["lerobot-3.0-video", "minari-pixels-arrow", "robomimic-image", "d4rl", "zarr"]
@@ -274,8 +273,3 @@ def test_inspect_takes_mixtures_and_plain_datasets(tmp_path: Path, capsys: pytes
 def test_bad_input_of_inspect(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         inspect.main(words)
-
-
-def test_the_commands_stand_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert "python -m components.datasets.inspect" in readme and "python -m components.datasets.convert" in readme

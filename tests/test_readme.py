@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, command
+import offline_trainer
+from components import DATASET_BUILDER_REGISTRY
+from conftest import ROOT, command, in_this_process
 
 README = (ROOT / "README.md").read_text()
 FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.DOTALL))
+# The kit's own; the tests register more.
+OWN = {name for name, cls in DATASET_BUILDER_REGISTRY.items() if cls.__module__.startswith("components.")}
 COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -60,6 +64,35 @@ def test_examples_run(folder: Path, line: str) -> None:
     assert done.returncode == 0, done.stderr
     rate = float(re.findall(r"success (\d\.\d\d)", done.stdout)[-1])
     assert rate >= 0.8, done.stdout
+
+
+TRIED = re.findall(r"`accelerate launch (offline_trainer\.py --trainer bc --dataset .*?)` \|", README)
+
+
+def test_every_dataset_has_a_command() -> None:
+    assert {line.split()[4] for line in TRIED} == OWN
+
+
+@pytest.mark.parametrize("line", TRIED, ids=lambda line: " ".join(line.split()[4:7])[:60])
+def test_the_command_of_a_dataset_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a fresh clone: paths are those from its root."""
+    monkeypatch.chdir(ROOT)
+    fewer = ["--dataset.demos", "2", "--dataset.cache", str(tmp_path / "c")] if "metaworld" in line else []
+    few = ["--steps", "5", "--eval-episodes", "0", "--run-dir", str(tmp_path / "run"), "--batch-size", "16"]
+    in_this_process(offline_trainer.main, [*shlex.split(line)[1:], *few, *fewer])
+    assert (tmp_path / "run" / "policy" / "policy.json").exists()
+
+
+def test_the_commands_about_datasets_run(tmp_path: Path) -> None:
+    lines = [line.split("#")[0] for line in README.splitlines() if line.startswith("python -m components.datasets.")]
+    assert len(lines) == 2
+    for line in lines:
+        words = shlex.split(
+            line.replace("dataset.png", str(tmp_path / "d.png")).replace("push-lerobot", str(tmp_path / "p"))
+        )
+        done = command(sys.executable, *words[1:], cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "d.png").exists() and (tmp_path / "p" / "meta" / "info.json").exists()
 
 
 def test_components_alone_train_in_plain_pytorch(tmp_path: Path) -> None:

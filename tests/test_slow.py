@@ -1,17 +1,23 @@
 """Minutes long: the default command as a user runs it, kill -9, and the compiled losses."""
 
+import gc
 import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from components import load_policy
+from components import DATASET_BUILDER_REGISTRY, load_policy
 from components.curves import read_lines
+from components.datasets.recognise import recognise
+from components.sampling import Batches
 from conftest import ROOT, command, difference, two_processes, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.launched]
@@ -117,3 +123,34 @@ def test_compiled_losses_train_the_same(script: Callable[..., Path]) -> None:
     compiled = script(*options, "--compile", folder="compiled")
     torch._dynamo.reset()
     assert difference(weights(eager), weights(compiled)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lerobot_v30_video", {"cameras": ("corner2",)}),
+        ("lerobot_v30_image", {"cameras": ("corner2",)}),
+        ("lerobot_v30_image", {"cameras": ("corner2",), "cache": "disk"}),
+        ("robomimic/push_image.hdf5", {"cameras": ("agentview",)}),
+        ("zarr/push_replay.zarr", {"cameras": ("img",)}),
+    ],
+)
+def test_memory_stays_flat_over_ten_thousand_batches(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    """Of this process and its workers, from batch 1000 on; the shared pages of a store count once."""
+    where = str(ROOT / "tests" / "fixtures" / name)
+    dataset = DATASET_BUILDER_REGISTRY[recognise(where)](path=where, cache_dir=str(tmp_path), **options).build()[
+        "dataset"
+    ]
+
+    def used() -> int:
+        me = psutil.Process()
+        return sum(process.memory_full_info().pss for process in (me, *me.children(recursive=True)))
+
+    with closing(Batches(dataset, 1, seed=0, workers=1).stream(0)) as stream:
+        for number, _ in zip(range(10_000), stream, strict=False):
+            if number == 1000:
+                gc.collect()
+                before = used()
+        gc.collect()
+        after = used()
+    assert after < 1.05 * before + 2e6, (before, after)

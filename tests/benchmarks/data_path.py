@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -39,23 +39,25 @@ WARM_UP = 5  # batches before each measurement
 CACHES = ("memory", "disk", "none")
 
 
-def endless(make: Callable[[], Any]) -> Iterator[Any]:
+def endless(make: Callable[[], Any]) -> Generator[Any, None, None]:
     """Pass after pass."""
     while True:
         yield from make()
 
 
-def rate(batches: Iterator[Any], count: int) -> float:
+def rate(batches: Generator[Any, None, None], count: int) -> float:
     """Samples a second."""
     for _ in range(WARM_UP):
         next(batches)
     began = time.perf_counter()
     for _ in range(count):
         next(batches)
-    return BATCH * count / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    batches.close()  # its workers would go on
+    return BATCH * count / seconds
 
 
-def loaders(datasets: dict[str, Any], workers: int) -> dict[str, tuple[Callable[[], Iterator[Any]], int]]:
+def loaders(datasets: dict[str, Any], workers: int) -> dict[str, tuple[Callable[[], Any], int]]:
     """Name -> (how its batches are made, how many to measure)."""
     plain: dict[str, Any] = {"batch_size": BATCH, "shuffle": True, "drop_last": True}
     some = {**plain, "num_workers": workers, "persistent_workers": True}
