@@ -116,6 +116,7 @@ if __name__ == "__main__":
     run("clipped", "--trainer", "bc", *SGD, "--grad-clip", 0.3)
     run("accumulated", "--trainer", "bc", *SGD, "--grad-accumulation", 2)
     run("actor_critic", "--trainer", "actor_critic")
+    run("pictures", *toy.PICTURES, *SGD[:-1], 10)
     run("minimal", "--trainer", "minimal", "--dataset", "minimal_data", "--steps", 20)
     run("with_keywords", "--trainer", "with_keywords", "--dataset", "minimal_data", "--steps", 20)
     run("evaluated", "--trainer", "bc", *SGD, "--eval-episodes", 7, "--eval-envs", 2)

@@ -25,6 +25,7 @@ SGD = ("--optimizer", "sgd", "--optimizer.lr", 0.1, "--steps", 50)
         ("clipped", ("--trainer", "bc", *SGD, "--grad-clip", 0.3), ["policy"]),
         ("accumulated", ("--trainer", "bc", *SGD), ["policy"]),
         ("actor_critic", ("--trainer", "actor_critic"), ["policy", "critic", "target_critic"]),
+        ("pictures", (*toy.PICTURES, *SGD[:-1], 10), ["policy"]),
         ("sac", (*toy.SAC, *SGD), ["policy", "critic", "target_critic", "temperature"]),
     ],
 )

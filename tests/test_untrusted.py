@@ -411,6 +411,15 @@ LEROBOT: dict[str, tuple[Callable[[Path], Any], str]] = {
         "total_episodes is 7, but .* lists 4",
     ),
     "metadata that is deep": (lambda root: (root / "meta/info.json").write_text("[" * 100_000), "info.json: damaged"),
+    "a pattern that asks for a gigabyte": (
+        lambda root: edit(root, data_path="data/{chunk_index:01000000000d}"),
+        "is no pattern of v3.0",
+    ),  # fmt: skip
+    "a pattern that looks into objects": (
+        lambda root: edit(root, data_path="{chunk_index.__class__}"),
+        "is no pattern of",
+    ),
+    "a pattern with a null byte": (lambda root: edit(root, data_path="data/\0"), "points outside the dataset"),
     "truncated": (lambda root: _cut(root / DATA), "file-000.parquet: truncated or damaged"),
 }
 
@@ -437,6 +446,15 @@ def test_a_video_that_is_missing_or_damaged(version: str, damage: Any, message: 
     damage(next(path for path in sorted(root.rglob("*.mp4")) if "corner2" in str(path)))
     assert len(DATASET_BUILDER_REGISTRY["lerobot"](path=str(root), validation=0).build()["dataset"]) == 215
     refused((root, {"cameras": ("corner2",)}), message)
+
+
+def test_a_video_that_is_a_list_of_other_files(tmp_path: Path) -> None:
+    """FFmpeg would open what it names."""
+    root = Path(shutil.copytree(FIXTURES / "lerobot_v30_video", tmp_path / "push"))
+    video = next(path for path in root.rglob("*.mp4") if "corner2" in str(path))
+    video.rename(video.with_name("other.mp4"))
+    video.write_text("ffconcat version 1.0\nfile 'other.mp4'\n")
+    refused((root, {"cameras": ("corner2",)}), "file-000.mp4: truncated or damaged")
 
 
 def test_a_video_whose_size_is_not_the_metadatas(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -22,6 +23,9 @@ from components.datasets.episodes import build_episodes
 
 STATE, ACTION, LENGTH = 5, 2, 10
 SAC = ("--trainer", "sac", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16)
+PUSH = Path(__file__).parent / "fixtures" / "lerobot_v30_image"
+PICTURES = ("--trainer", "bc", "--model", "cnn", "--dataset", "lerobot", "--dataset.path", PUSH, "--workers", 1)
+PICTURES += ("--dataset.cameras", "corner2", "--augment.crop", 56, 60, "--augment.shift", 2, "--augment.hue", 0.1)
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
 
 

@@ -24,6 +24,7 @@ from .untrusted import check_chunks, check_memory, decode_picture, gigabytes, hd
 
 logger = logging.getLogger(__name__)
 AT_ONCE = 256  # pictures that are decoded together into a store
+VIDEO_FORMATS = {".mkv": "matroska", ".webm": "matroska", ".avi": "avi"}
 MOST_OPEN = 32  # video files that a process keeps open
 
 
@@ -159,8 +160,13 @@ class VideoFrames(Frames):
         if container is None:
             if len(self._open) >= MOST_OPEN:
                 self._open.pop(next(iter(self._open))).close()
-            container = av.open(str(self.files[number]))
-            container.streams.video[0].codec_context.thread_count = 1  # the workers are the parallelism
+            path = self.files[number].resolve()
+            # By its name and not by its content: a playlist would make FFmpeg open what else it names.
+            form = VIDEO_FORMATS.get(path.suffix.lower(), "mp4")
+            container = av.open(str(path), format=form, options={"protocol_whitelist": "file"})
+            context = container.streams.video[0].codec_context
+            context.thread_count = 1  # the workers are the parallelism
+            context.options = {"max_pixels": str((self.shape[1] + 128) * (self.shape[2] + 128))}
         self._open[number] = container  # the one used last comes last
         return container
 

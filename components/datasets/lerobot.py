@@ -10,6 +10,7 @@ so `terminated` is `next.done` where `next.success` holds, too; a feature `next.
 taken as it is. The observation after the last action is not in the format; `convert` adds it as `next.observation.X`.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from .frames import EncodedFrames, Frames, VideoFrames, require_video
 from .untrusted import check_memory, check_parquet, existing, inside, read_json
 
 WHAT = "the folder of a LeRobotDataset v2.1 or v3.0 (with meta/ and data/)"
+FIELD = re.compile(r"{(\w+)(?::(0\dd))?}")  # of a pattern; str.format would let the file ask for more than names
 FLAGS = ("next.reward", "next.done", "next.success", "next.terminated", "next.truncated")
 
 
@@ -84,8 +86,10 @@ class Meta(NamedTuple):
         names["video_key"] = key.removeprefix("videos/")
         where = self.root / "meta" / "info.json"
         try:
-            relative = self.patterns[pattern].format(**names)
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+            relative = FIELD.sub(lambda found: f"{names[found[1]]:{found[2] or ''}}", self.patterns[pattern])
+            if "{" in relative:
+                raise ValueError
+        except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{where}: {pattern} {self.patterns[pattern]!r} is no pattern of {self.version}") from error
         return inside(self.root, relative, where)
 
