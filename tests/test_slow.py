@@ -129,7 +129,6 @@ def test_compiled_losses_train_the_same(script: Callable[..., Path]) -> None:
     ("name", "options"),
     [
         ("lerobot_v30_video", {"cameras": ("corner2",)}),
-        ("lerobot_v30_image", {"cameras": ("corner2",)}),
         ("lerobot_v30_image", {"cameras": ("corner2",), "cache": "disk"}),
         ("robomimic/push_image.hdf5", {"cameras": ("agentview",)}),
         ("zarr/push_replay.zarr", {"cameras": ("img",)}),
