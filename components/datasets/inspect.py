@@ -230,7 +230,7 @@ def place(ends: Tensor, row: int) -> tuple[int, int]:
 def summary(episodes: Episodes, path: str) -> list[str]:
     """Format, counts, storage and memory."""
     lengths = episodes.lengths
-    stored = {key: value for key, value in episodes.stored.items() if key not in ("format", "action_space")}
+    stored = {key: value for key, value in episodes.stored.items() if value and key not in ("format", "action_space")}
     about = "".join(f", {key} {value}" for key, value in stored.items())
     vectors = sum(c.values.numel() * c.values.element_size() for c in columns(episodes))
     decoded = sum(_bytes(store) for store in cameras(episodes).values())
@@ -300,7 +300,7 @@ def flags(episodes: Episodes) -> list[str]:
     if single := int((episodes.lengths == 1).sum()):
         lines += [f"{single} episodes have a single step"]
     if "reward" not in data:
-        return [*lines, "no rewards: for imitation only"]
+        return [*lines, "no rewards"]
     lines += [f"returns: {_spread(returns(episodes))}"]
     values = data["reward"].unique()
     few = f"; the values {', '.join(f'{v:.6g}' for v in values.tolist())}" if len(values) <= 5 else ""

@@ -128,6 +128,9 @@ def parts_of(space: Any, place: str, path: tuple[str | int, ...] = ()) -> list[P
             inner = space["subspaces"]
             named = list(inner.items()) if kind == "Dict" else list(enumerate(inner))
             return [part for name, sub in named for part in parts_of(sub, place, (*path, name))]
+        if kind == "Text":
+            logger.info("%s: the text %s is left out", place, "/".join(map(str, path)))
+            return []
         if kind == "Discrete":
             return [Part(path, (1,), False)]
         shape = {"Box": "shape", "MultiDiscrete": "nvec", "MultiBinary": "n"}[kind]
@@ -136,6 +139,8 @@ def parts_of(space: Any, place: str, path: tuple[str | int, ...] = ()) -> list[P
             raise ValueError(f"shape {sizes}")
         picture = space.get("dtype") == "uint8" and len(sizes) == 3 and bool({sizes[0], sizes[2]} & {1, 3, 4})
         return [Part(path, sizes, picture)]
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{place}: a space that is not known or damaged ({type(error).__name__}: {error})") from error
 
@@ -150,6 +155,8 @@ def read(root: Path, meta: dict[str, Any], cameras: tuple[str, ...]) -> Episodes
         raise UserError(f"{place}: damaged or incomplete ({type(error).__name__}: {error})") from error
     observed = parts_of(spaces[0], f"{place}: observation_space")
     acted = parts_of(spaces[1], f"{place}: action_space")
+    if not acted:
+        raise UserError(f"{place}: action_space: no numbers in it; expected at least one")
     keys = [part.key for part in observed]
     if len(set(keys)) != len(keys):
         raise UserError(f"{place}: two parts of the observation space would both be {max(keys, key=keys.count)!r}")

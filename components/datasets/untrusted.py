@@ -106,6 +106,8 @@ def open_hdf5(path: Path) -> Any:
         UserError: h5py is missing, or the file is no HDF5, truncated or damaged.
     """
     h5py = require("h5py", "h5py")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; expected an HDF5 file")
     try:
         with h5py.File(path, "r") as file:
             yield file
@@ -231,6 +233,8 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
         UserError: no npz, damaged, pickled objects, a header that promises more than the file or the memory holds.
     """
     arrays: dict[str, np.ndarray] = {}
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; expected a npz file")
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist()}
