@@ -483,6 +483,14 @@ def test_minari_metadata_that_lies(values: dict[str, Any], message: str, tmp_pat
     refused((root, {}), message)
 
 
+def test_a_folder_that_is_a_link(tmp_path: Path) -> None:
+    for name, folder in (("minari/metaworld/push-state-hdf5-v0", "data"), ("lerobot_v30_image", "meta")):
+        root = Path(shutil.copytree(FIXTURES / name, tmp_path / Path(name).name))
+        (root / folder).rename(tmp_path / f"elsewhere-{folder}")
+        (root / folder).symlink_to(tmp_path / f"elsewhere-{folder}")
+        refused((root, {}), "points outside the dataset")
+
+
 def test_minari_files_that_are_links_or_damaged(tmp_path: Path) -> None:
     for storage in ("arrow", "parquet"):
         root = Path(shutil.copytree(FIXTURES / f"minari/metaworld/push-state-{storage}-v0", tmp_path / storage))

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +66,8 @@ class MinariDataset(Reader):
         if bool(self.path) == bool(self.id):
             raise UserError(f"one of --dataset.path and --dataset.id is needed: {WHAT}")
         root = self._local() if self.id else existing(self.path, WHAT)
-        root = root / "data" if (root / "data" / "metadata.json").is_file() else root
+        if (root / "data" / "metadata.json").is_file():
+            root = inside(root, "data", root)
         if not (root / "metadata.json").is_file():
             raise UserError(f"--dataset.path {root}: no data/metadata.json in it; expected {WHAT}")
         meta = read_json(inside(root, "metadata.json", root))
@@ -84,6 +85,10 @@ class MinariDataset(Reader):
     def _local(self) -> Path:
         """The folder of the dataset `id`, which is downloaded when it is not there."""
         minari = require("minari", "minari")
+        with suppress(ImportError):  # the remote that Minari knows first; it tells each of its retries
+            from huggingface_hub.utils import logging as chatter
+
+            chatter.set_verbosity_error()
         from minari.storage import get_dataset_path
 
         try:

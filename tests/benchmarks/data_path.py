@@ -71,8 +71,8 @@ def loaders(datasets: dict[str, Any], workers: int) -> dict[str, tuple[Callable[
     }
 
 
-def waiting(args: argparse.Namespace, cache: str, folder: str) -> float:
-    """Share of the script's step that it waits for data, without the first interval."""
+def waiting(args: argparse.Namespace, cache: str, folder: str) -> tuple[float, float]:
+    """Seconds of an update of the script that it waits for data, and the rest of it, without the first interval."""
     options = ["--trainer", "bc", "--model", "cnn", "--dataset", "lerobot", "--dataset.path", str(args.path)]
     options += ["--dataset.cameras", args.camera, "--dataset.cache", cache, "--dataset.cache-dir", folder]
     options += ["--batch-size", str(BATCH), "--steps", str(args.updates), "--log-every", "10", "--save-every", "0"]
@@ -80,8 +80,8 @@ def waiting(args: argparse.Namespace, cache: str, folder: str) -> float:
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         offline_trainer.main(options)
     lines = read_lines(Path(options[-1]) / "metrics.jsonl")[1:]
-    data, step = (sum(line[name] for line in lines) for name in ("data_s", "step_s"))
-    return data / (data + step)
+    data, step = (statistics.mean(line[name] for line in lines) for name in ("data_s", "step_s"))
+    return data, step
 
 
 def main() -> None:
@@ -103,23 +103,33 @@ def main() -> None:
         size = " x ".join(map(str, datasets["memory"][0][key].shape))
         for number in range(args.rounds + 1):
             figures = {name: rate(make(), count) for name, (make, count) in loaders(datasets, args.workers).items()}
-            figures |= {f"bc waits, cache {cache}": waiting(args, cache, folder) for cache in CACHES}
+            for cache in CACHES:
+                figures[f"bc, cache {cache}: data_s"], figures[f"bc, cache {cache}: step_s"] = waiting(
+                    args, cache, folder
+                )
             for name, value in figures.items():
                 if number:  # the first round warms up
                     found.setdefault(name, []).append(value)
             print(f"round {number} of {args.rounds}", file=sys.stderr)
+    for cache in CACHES:
+        data, step = (found[f"bc, cache {cache}: {name}"] for name in ("data_s", "step_s"))
+        found[f"bc, cache {cache}: share of waiting"] = [d / (d + s) for d, s in zip(data, step, strict=True)]
     plain = found[f"plain DataLoader, lazy video, {args.workers} workers"]
     rows = []
     for name, values in found.items():
-        row = {"figure": name, "median": statistics.median(values), "min": min(values), "max": max(values)}
-        if "waits" not in name:
-            ratios = [value / base for value, base in zip(values, plain, strict=True)]
-            row["ratio"] = statistics.median(ratios)
-            print(
-                f"{name:46s} {row['median']:10.0f} samples/s [{row['min']:.0f}, {row['max']:.0f}]  {row['ratio']:8.1f}x"
-            )
-        else:
-            print(f"{name:46s} {100 * row['median']:9.1f} % of a step [{100 * row['min']:.1f}, {100 * row['max']:.1f}]")
+        row: dict[str, Any] = {
+            "figure": name,
+            "median": statistics.median(values),
+            "min": min(values),
+            "max": max(values),
+        }
+        scale, unit = (1, "samples/s") if "bc" not in name else (100, "%") if "share" in name else (1000, "ms")
+        low, middle, high = (scale * row[key] for key in ("min", "median", "max"))
+        line = f"{name:48s} {middle:10.4g} {unit} [{low:.4g}, {high:.4g}]"
+        if "bc" not in name:
+            row["ratio"] = statistics.median(value / base for value, base in zip(values, plain, strict=True))
+            line += f"  {row['ratio']:.1f}x"
+        print(line)
         rows.append(row | {"rounds": args.rounds, "batch_size": BATCH, "pictures": size, "workers": args.workers})
     if args.json:
         machine = surroundings.environment(())
