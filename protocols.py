@@ -12,6 +12,8 @@ Shapes: B samples, To observation steps, Ta action steps, Ds state width, Da act
     action_is_pad                   [B, Ta], only when chunked                    bool
     reward, terminated, truncated   [B]                                           float32, bool, bool
     next.<observation key>          the successor, never across an episode's end
+    next.is_pad                     [B], only where some successor is not stored    bool
+    task, source                    list of B texts: the task, a mixture's source
 
 Every key that has statistics arrives normalised. Bootstrapping stops at `terminated`, never at `truncated`.
 """
@@ -55,8 +57,10 @@ class DatasetFactory(Protocol):
     def build(self, **kwargs: Any) -> dict[str, Any]:
         """Return {"dataset": map-style Dataset of dicts, "norm_stats": {key: {"mean", "std", "min", "max", ...}}}.
 
-        Optional entries: "validation" (another Dataset) and "env" ({"name": environment, its options}). A dataset may
-        offer `get_batch(indices [B], seed) -> dict of batched tensors`, which resident data should have.
+        Optional entries: "validation" (another Dataset), "env" ({"name": environment, its options}) and
+        "reference_scores" (the random and the expert return, by which D4RL normalises). A dataset may offer
+        `get_batch(indices [B], seed) -> dict of batched tensors`, which resident data should have; one that decodes
+        says `resident = False` and gets worker processes. More of what it may say is in `components/sampling.py`.
         """
         ...
 
