@@ -70,6 +70,14 @@ def test_every_pass_has_the_shares_asked_for(counts: list[int], shares: list[flo
     assert not torch.equal(data.order(0, 0), data.order(0, 1)) and not torch.equal(data.order(0, 0), data.order(1, 0))
 
 
+def test_a_pass_stays_short_where_a_large_source_has_a_small_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("components.datasets.mixture.LONGEST_PASS", 8000)
+    data = mixture([100_000, 10], [0.001, 0.999])
+    assert data.draws == [8, 7992]
+    large = [set(order[order < 100_000].tolist()) for order in (data.order(0, 0), data.order(0, 1))]
+    assert len(large[0]) == len(large[1]) == 8 and large[0] != large[1]
+
+
 def test_batches_resume_and_split_over_processes() -> None:
     data = mixture([30, 70], [0.5, 0.5])
     whole = Batches(data, 10, seed=4).stream(0)

@@ -1,8 +1,9 @@
 """Several datasets as one, each with its share of every batch.
 
-A pass over the mixture is as long as it takes for every item of every source to come up while the shares hold; in it,
-the items of the sources are interleaved evenly. So each batch, and each pass, has the shares asked for to within one
-item of a source, whatever part of a pass is dropped for want of a full batch.
+A pass over the mixture is as long as it takes for every item of every source to come up while the shares hold, or eight
+million items, of which each pass then draws other ones. In it, the items of the sources are interleaved evenly: each
+batch, and each pass, has the shares asked for to within one item of a source, whatever part of a pass is dropped for
+want of a full batch.
 """
 
 import json
@@ -26,6 +27,7 @@ from ..sampling import derive_seed
 from .recognise import recognise
 
 logger = logging.getLogger(__name__)
+LONGEST_PASS = 1 << 23  # items; their order is held in memory
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ class Mixture(Dataset):
         self.sizes = [len(dataset) for dataset in datasets]
         self.starts = torch.tensor([0, *np.cumsum(self.sizes)[:-1].tolist()])
         # Draws from each source in one pass: as few as let every item of every source come up.
-        longest = max(size / share for size, share in zip(self.sizes, self.shares, strict=True))
-        self.draws = [max(size, round(longest * share)) for size, share in zip(self.sizes, self.shares, strict=True)]
+        longest = min(max(size / share for size, share in zip(self.sizes, self.shares, strict=True)), LONGEST_PASS)
+        self.draws = [max(1, round(longest * share)) for share in self.shares]
 
     deterministic = property(lambda self: all(getattr(d, "deterministic", False) for d in self.datasets))
     resident = property(lambda self: all(getattr(d, "resident", True) for d in self.datasets))
@@ -204,14 +206,20 @@ class Mixture(Dataset):
 
 @lru_cache(maxsize=2)
 def _order(sizes: tuple[int, ...], draws: tuple[int, ...], seed: int, epoch: int) -> Tensor:
-    items, places, start = [], [], 0
+    """Draw j of source k stands at the share (j + 1/2) / draws[k] of the pass; of equal ones, the first source's."""
+    order, start = torch.empty(sum(draws), dtype=torch.int64), 0
     for number, (size, count) in enumerate(zip(sizes, draws, strict=True)):
         generator = torch.Generator().manual_seed(derive_seed(seed, epoch, number))
-        rounds = [torch.randperm(size, generator=generator) for _ in range(-(-count // size))]
-        items.append(torch.cat(rounds)[:count] + start)
-        places.append((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+        items = torch.cat([torch.randperm(size, generator=generator) for _ in range(-(-count // size))])[:count]
+        j = torch.arange(count)
+        place = j.clone()  # of each draw: so many of its own source stand before it, and so many of each other one
+        for other, others in enumerate(draws):
+            if other != number:
+                twice = (2 * j + 1) * others - count  # (2i + 1) * count < (2j + 1) * others, solved for i
+                place += twice // (2 * count) + 1 if other < number else -(-twice // (2 * count)).clamp(max=0)
+        order[place] = items + start
         start += size
-    return torch.cat(items)[torch.cat(places).argsort(stable=True)]
+    return order
 
 
 def common_keys(datasets: dict[str, Any]) -> list[str]:
