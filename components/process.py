@@ -100,6 +100,9 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         code = 2
         if first:
             print(f"error: {error}", file=sys.stderr)
+        else:  # a launcher ends all processes as soon as one has failed; the first one must have spoken by then
+            with contextlib.suppress(SystemExit):
+                time.sleep(3)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except KeyboardInterrupt:
