@@ -70,8 +70,15 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         axis.remove()
     if len(runs) > 1:
         axes.flat[0].legend(fontsize=6)
+    save_figure(figure, path, dpi=100)
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all, and close it."""
+    from matplotlib import pyplot as plt
+
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=100, format="png")
+    figure.savefig(temporary, dpi=dpi, format="png")
     os.replace(temporary, path)
     plt.close(figure)
 

@@ -21,11 +21,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from .. import command_line as cli
 from .. import process
 from ..errors import UserError, require
 from . import source
-from .episodes import IMAGES, EpisodeDataset, Episodes
-from .frames import Frames
+from .episodes import IMAGES, EpisodeDataset, Episodes, take
 from .untrusted import check_memory
 
 FILE_BYTES = 100 << 20  # of a data file, LeRobot's own limit
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     """Convert; returns the exit code."""
     wants = {"cameras": ("all",), "validation": 0.0}
     options, words, factory = source.parse(Options, argv, 2, wants)
-    if len(words) == 1 and "--dataset" in " ".join(argv).replace("=", " ").split():
+    if len(words) == 1 and cli.given(argv, "dataset"):
         words = ["", *words]
     if len(words) != 2:
         raise UserError("expected SOURCE DEST, or --dataset NAME with its options and DEST")
@@ -88,8 +88,7 @@ def episode_slices(episodes: Episodes) -> Iterator[slice]:
 
 def picture_rows(store: Any, rows: Any) -> np.ndarray:
     """Pictures `rows` as `[n, H, W, C]` uint8."""
-    pictures = store.read(rows.numpy()) if isinstance(store, Frames) else store[rows]
-    return pictures.permute(0, 2, 3, 1).contiguous().numpy()
+    return take(store, rows).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 # ---- LeRobot -------------------------------------------------------------------------------------------------------
@@ -178,7 +177,7 @@ def write_lerobot(episodes: Episodes, root: Path, options: Any, dest: Path) -> N
 
 def lerobot_columns(episodes: Episodes) -> tuple[dict[str, np.ndarray], list[str]]:
     """The columns of the data files by LeRobot's names, `[N, D]` or `[N]`, and the cameras."""
-    cameras = [key for key in episodes.observations if key.startswith(IMAGES)]
+    cameras = list(episodes.cameras)
     vectors: dict[str, np.ndarray] = {}
     observed = {key: store for key, store in episodes.observations.items() if key not in cameras}
     for key, store in observed.items():
@@ -276,7 +275,7 @@ def write_minari(episodes: Episodes, root: Path, options: Any, dest: Path) -> No
     import gymnasium as gym
 
     steps = len(episodes.at)
-    size = sum(int(np.prod(s.shape[-3:])) for k, s in episodes.observations.items() if k.startswith(IMAGES)) * steps
+    size = sum(int(np.prod(store.shape[-3:])) for store in episodes.cameras.values()) * steps
     check_memory(2 * size, f"{dest}: the decoded pictures", "choose fewer --dataset.cameras, or --format lerobot")
     plain = list(episodes.observations) == ["observation.state"]
     spaces: dict[str, Any] = {}

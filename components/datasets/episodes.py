@@ -59,6 +59,16 @@ class Episodes:
         """`[E]`, steps of each episode."""
         return torch.diff(self.ends, prepend=torch.zeros(1, dtype=torch.int64))
 
+    @property
+    def cameras(self) -> dict[str, Any]:
+        """The observations that are pictures."""
+        return {key: store for key, store in self.observations.items() if key.startswith(IMAGES)}
+
+    def place(self, row: int) -> tuple[int, int]:
+        """(episode, step in it) of step `row` of all."""
+        episode = int(torch.searchsorted(self.ends, row, right=True))
+        return episode, row - (int(self.ends[episode - 1]) if episode else 0)
+
 
 def steps_only(ends: Tensor) -> tuple[Tensor, Tensor]:
     """`at` and `after` `[N]` where an episode has as many observations as steps: the last successor is unknown."""
@@ -171,7 +181,7 @@ class EpisodeDataset(Dataset):
             at = torch.maximum(history, self.first[rows, None])
         at = data.at[at]
         for key, store in data.observations.items():
-            batch[key] = _take(store, at)
+            batch[key] = take(store, at)
         if "reward" in data.columns:
             then = data.after[rows]
             if self.gaps:
@@ -181,7 +191,7 @@ class EpisodeDataset(Dataset):
                 then = torch.cat([at[:, 1:], then[:, None]], 1)
             for key, store in data.observations.items():
                 if self.next_images or not key.startswith(IMAGES):
-                    batch[f"next.{key}"] = _take(store, then)
+                    batch[f"next.{key}"] = take(store, then)
         return batch
 
     def values(self, key: str) -> Tensor:
@@ -202,7 +212,7 @@ class EpisodeDataset(Dataset):
         return EpisodeDataset(data, rows, self.obs_steps, self.action_steps, next_images=True)
 
 
-def _take(store: Any, rows: Tensor) -> Tensor:
+def take(store: Any, rows: Tensor) -> Tensor:
     """Observations `rows` `[B]` or `[B, To]` of a tensor, or of pictures that are decoded now."""
     flat = rows.flatten()
     taken = store.read(flat.numpy()) if isinstance(store, Frames) else store.index_select(0, flat)
@@ -362,8 +372,7 @@ def check_finite(episodes: Episodes) -> None:
         steps = bad[at].nonzero()
         of = "" if len(steps) else " of the successors"
         row = int(steps[0]) if len(steps) else int(bad[episodes.after].nonzero()[0])
-        episode = int(torch.searchsorted(episodes.ends, row, right=True))
-        step = row - (int(episodes.ends[episode - 1]) if episode else 0)
+        episode, step = episodes.place(row)
         raise NotFiniteError(
             f"{episodes.name}: {int((~values.isfinite()).sum())} NaN or Inf values in {key!r}{of}, first in episode"
             f" {episode} at step {step}; clean or drop them",
