@@ -21,13 +21,11 @@ from .. import process
 from ..errors import UserError
 from ..features import read
 from . import source
-from .episodes import IMAGES, EpisodeDataset, Episodes, NotFiniteError, steps_only
-from .frames import Frames
+from .episodes import IMAGES, EpisodeDataset, Episodes, NotFiniteError, steps_only, take
 from .mixture import Mixture
+from .page import PICTURES, Page, Panel, draw
 from .untrusted import gigabytes
 
-PANELS, ACROSS = 48, 6  # histograms on the page, and in a row of it
-PICTURES = 10  # of the film strip
 SAMPLED = 100_000  # rows of a histogram
 ITEMS = 10_000  # that are read of a dataset without episodes
 SPIKE = 10.0  # times the change from step to step that 99 of 100 stay below
@@ -88,7 +86,7 @@ def main(argv: list[str]) -> int:
         print("\nsuspicious:" if found else "\nnothing suspicious")
         for key, dims, what in grouped(found):
             print(f"  {key}[{dims}]: {what}")
-        draw(episodes, found, path)
+        draw(page_of(episodes, found), path)
         print(f"\npage: {path}\n")
     print("\n".join(statistics_table(built["norm_stats"])))
     if "validation" in built:
@@ -125,11 +123,6 @@ def columns(episodes: Episodes) -> list[Column]:
 def vectors(episodes: Episodes) -> list[Column]:
     """The action and the vector observations."""
     return [column for column in columns(episodes) if column.key.startswith(("action", "observation."))]
-
-
-def cameras(episodes: Episodes) -> dict[str, Any]:
-    """The pictures of each camera: `Frames`, or `[M, C, H, W]`."""
-    return {key: store for key, store in episodes.observations.items() if key.startswith(IMAGES)}
 
 
 def declared_space(built: dict[str, Any]) -> dict[str, list[float]]:
@@ -171,7 +164,7 @@ def findings(episodes: Episodes, space: dict[str, list[float]]) -> list[Finding]
             if len(distinct) == 2 and len(finite) > 10:
                 low, high = distinct
                 found.append(Finding(column.key, dim, f"takes two values only, {low:.6g} and {high:.6g}; a gripper?"))
-            elif spike := _spike(x, inner, episodes.ends):
+            elif spike := _spike(x, inner, episodes):
                 found.append(Finding(column.key, dim, spike))
             if column.key == "action":
                 found += [Finding("action", dim, what) for what in _outside(finite, dim, space)]
@@ -192,7 +185,7 @@ def grouped(found: list[Finding]) -> list[tuple[str, str, str]]:
     return texts
 
 
-def _spike(x: np.ndarray, inner: Tensor, ends: Tensor) -> str:
+def _spike(x: np.ndarray, inner: Tensor, episodes: Episodes) -> str:
     """Words about the largest change from one step to the next, where it is out of all proportion."""
     after = np.flatnonzero(inner.numpy())
     change = np.abs(x[after + 1] - x[after]) if len(after) else np.zeros(1)
@@ -200,7 +193,7 @@ def _spike(x: np.ndarray, inner: Tensor, ends: Tensor) -> str:
     usual = float(np.quantile(change, 0.99))
     if len(change) < 50 or usual == 0 or change.max() < SPIKE * usual:
         return ""
-    episode, step = place(ends, int(after[change.argmax()]) + 1)
+    episode, step = episodes.place(int(after[change.argmax()]) + 1)
     return f"jumps by {change.max():.4g} at episode {episode}, step {step}; 99 % of the changes are below {usual:.4g}"
 
 
@@ -218,12 +211,6 @@ def _outside(x: np.ndarray, dim: int, space: dict[str, list[float]]) -> list[str
     return [f"{100 * share:.2g} % of the values are outside, from {x.min():.4g} to {x.max():.4g}; {what}"]
 
 
-def place(ends: Tensor, row: int) -> tuple[int, int]:
-    """(episode, step) of a row."""
-    episode = int(torch.searchsorted(ends, row, right=True))
-    return episode, row - (int(ends[episode - 1]) if episode else 0)
-
-
 # ---- the report ----------------------------------------------------------------------------------------------------
 
 
@@ -232,8 +219,8 @@ def summary(episodes: Episodes, path: str) -> list[str]:
     lengths = episodes.lengths
     stored = {key: value for key, value in episodes.stored.items() if value and key not in ("format", "action_space")}
     about = "".join(f", {key} {value}" for key, value in stored.items())
-    vectors = sum(c.values.numel() * c.values.element_size() for c in columns(episodes))
-    decoded = sum(_bytes(store) for store in cameras(episodes).values())
+    vectors = sum(column.values.nbytes for column in columns(episodes))
+    decoded = sum(store.nbytes for store in episodes.cameras.values())
     lines = [f"{episodes.name}: {episodes.stored.get('format', 'made')}{about}"]
     lines += [f"{len(lengths)} episodes, {len(episodes.at)} steps"]
     where = Path(path).expanduser() if path else Path(episodes.name)
@@ -248,44 +235,29 @@ def summary(episodes: Episodes, path: str) -> list[str]:
     return lines
 
 
-def _bytes(store: Any) -> int:
-    return store.nbytes if isinstance(store, Frames) else store.numel()
-
-
 def table(episodes: Episodes) -> list[str]:
     """One line for each key."""
     rows = [("key", "shape", "dtype", "min", "max", "NaN", "constant dimensions")]
-    for key, values, at in columns(episodes):
-        x = Column(key, values, at).steps()
+    for column in columns(episodes):
+        key, values, x = column.key, column.values, column.steps()
         finite = x[np.isfinite(x)]
         low, high = (f"{finite.min():.5g}", f"{finite.max():.5g}") if len(finite) else ("-", "-")
         constant = int((x == x[:1]).all(0).sum())
         dtype = str(values.dtype).removeprefix("torch.")
-        wide = str(x.shape[1]) if values.ndim > 1 else "-"
-        rows.append(
-            (key, _shape(values.shape[1:]), dtype, low, high, str(x.size - len(finite)), f"{constant} of {wide}")
-        )
-        if values.ndim == 1:
-            rows[-1] = (*rows[-1][:-1], "yes" if constant else "")
-    for key, store in cameras(episodes).items():
-        shown = pictures(store, episodes.at[spread(len(episodes.at), 50)])
+        note = f"{constant} of {x.shape[1]}" if values.ndim > 1 else "yes" if constant else ""
+        rows.append((key, _shape(values.shape[1:]), dtype, low, high, str(x.size - len(finite)), note))
+    for key, store in episodes.cameras.items():
+        shown = take(store, episodes.at[spread(len(episodes.at), 50)]).numpy()
         black = sum(picture.min() == picture.max() for picture in shown)
         note = f"{black} of {len(shown)} pictures of one colour" if black else ""
         rows.append((key, _shape(store.shape[-3:]), "uint8", str(shown.min()), str(shown.max()), "0", note))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "",
-        *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
-    ]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return ["", *(line.rstrip() for line in lines)]
 
 
 def _shape(shape: Any) -> str:
     return " x ".join(map(str, shape)) or "number"
-
-
-def pictures(store: Any, rows: Tensor) -> np.ndarray:
-    """Pictures `rows` `[n, C, H, W]`."""
-    return (store.read(rows.numpy()) if isinstance(store, Frames) else store[rows]).numpy()
 
 
 def spread(count: int, most: int) -> Tensor:
@@ -320,9 +292,8 @@ def flags(episodes: Episodes) -> list[str]:
 def returns(episodes: Episodes) -> Tensor:
     """`[E]`, the sum of the rewards of each episode."""
     episode = torch.repeat_interleave(torch.arange(len(episodes.ends)), episodes.lengths)
-    return torch.zeros(len(episodes.ends), dtype=torch.float64).index_add_(
-        0, episode, episodes.columns["reward"].double()
-    )
+    total = torch.zeros(len(episodes.ends), dtype=torch.float64)
+    return total.index_add_(0, episode, episodes.columns["reward"].double())
 
 
 def _spread(values: Tensor) -> str:
@@ -334,9 +305,8 @@ def statistics_table(norm_stats: dict[str, Any]) -> list[str]:
     """One line for each dimension that is normalised."""
     lines = ["statistics for normalisation:" if norm_stats else "no statistics"]
     for key, stats in norm_stats.items():
-        arrays = {
-            name: np.atleast_1d(np.asarray(value, float)) + 0.0 for name, value in stats.items() if name != "count"
-        }
+        named = ((name, value) for name, value in stats.items() if name != "count")
+        arrays = {name: np.atleast_1d(np.asarray(value, float)) + 0.0 for name, value in named}
         lines += [f"  {key:28s} " + " ".join(f"{name:>11s}" for name in arrays)]
         for dim in range(len(next(iter(arrays.values())))):
             numbers = " ".join(f"{array.reshape(len(array), -1)[dim, 0]:11.5g}" for array in arrays.values())
@@ -347,85 +317,27 @@ def statistics_table(norm_stats: dict[str, Any]) -> list[str]:
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
-def draw(episodes: Episodes, found: list[Finding], path: Path) -> None:
-    """One page: an episode's pictures (or, without a camera, its numbers over time) above histograms."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels = [("episode length", episodes.lengths.numpy(), False)]
-    if "reward" in episodes.columns:
-        panels += [("return", returns(episodes).numpy(), False), ("reward", episodes.columns["reward"].numpy(), False)]
+def page_of(episodes: Episodes, found: list[Finding]) -> Page:
+    """Histograms of everything, and an episode of the usual length."""
     odd = {(key, dim) for key, dim, _ in found}
-    for column in vectors(episodes):
-        values = column.steps()[spread(len(column.at), SAMPLED).numpy()]
-        panels += [(f"{column.key}[{d}]", x, (column.key, d) in odd) for d, x in enumerate(values.T)]
-    strips, rows = max(len(cameras(episodes)), 1), -(-min(len(panels), PANELS) // ACROSS)
-    upper, lower = 0.5 + 1.5 * strips, 0.3 + 1.4 * rows  # inches, as all lengths here
-    width, height = 14.0, 0.5 + upper + lower
-    figure = plt.figure(figsize=(width, height))
-
-    def axes(top: float, tall: float, rows: int, across: int, gap: float) -> Any:
-        """A grid of panels, so far below the top; fitting the margins to the text instead would take seconds."""
-        each = (tall - gap * rows) / rows
-        margins = {"left": 0.5 / width, "right": 1 - 0.2 / width, "hspace": gap / each, "wspace": 0.12}
-        grid = figure.add_gridspec(
-            rows, across, top=1 - (top + gap) / height, bottom=1 - (top + tall) / height, **margins
-        )
-        return grid.subplots(squeeze=False)
-
+    panels = [Panel("episode length", episodes.lengths.numpy())]
+    if "reward" in episodes.columns:
+        panels += [Panel("return", returns(episodes).numpy()), Panel("reward", episodes.columns["reward"].numpy())]
+    for key, values in ((column.key, column.steps()) for column in vectors(episodes)):
+        some = values[spread(len(values), SAMPLED).numpy()].T
+        name = key.removeprefix("observation.")
+        panels += [Panel(f"{name}[{dim}]", x, (key, dim) in odd) for dim, x in enumerate(some)]
     length = int(episodes.lengths.median())
-    episode = int((episodes.lengths - length).abs().argmin())  # one of the usual length
+    episode = int((episodes.lengths - length).abs().argmin())
     last = int(episodes.ends[episode])
     steps = torch.arange(last - int(episodes.lengths[episode]), last)
-    more = f"; {len(panels) - PANELS} more dimensions are not drawn" * (len(panels) > PANELS)
-    figure.suptitle(f"{episodes.name}\nepisode {episode}, {len(steps)} steps{more}", fontsize=9, y=1 - 0.1 / height)
-    if cameras(episodes):
-        film(axes(0.4, upper, strips, PICTURES, 0.2), episodes, steps)
-    else:
-        over_time(axes(0.4, upper - 0.4, 1, len(vectors(episodes)), 0.3)[0], episodes, steps)
-    grid = axes(0.5 + upper, lower - 0.3, rows, ACROSS, 0.45)
-    for axis, (name, values, suspicious) in zip(grid.flat, panels, strict=False):
-        colour = "tab:red" if suspicious else "tab:blue"
-        axis.stairs(*np.histogram(values[np.isfinite(values)], bins=40), fill=True, color=colour)
-        axis.set_title(name.removeprefix("observation."), fontsize=8, color=colour if suspicious else "black")
-        axis.tick_params(labelsize=6)
-        axis.locator_params(axis="x", nbins=4)
-        axis.set_yticks([])
-    for axis in list(grid.flat)[len(panels) :]:
-        axis.remove()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=90, format="png")
-    os.replace(temporary, path)
-    plt.close(figure)
-
-
-def film(grid: Any, episodes: Episodes, steps: Tensor) -> None:
-    """A row of pictures for each camera, with the number of their step."""
-    chosen = steps[spread(len(steps), PICTURES)]
-    for row, (key, store) in zip(grid, cameras(episodes).items(), strict=True):
-        row[0].set_ylabel(key.removeprefix(IMAGES), fontsize=8)
-        for axis, picture, step in zip(row, pictures(store, episodes.at[chosen]), chosen.tolist(), strict=False):
-            grey = {"cmap": "gray"} if len(picture) == 1 else {}
-            axis.imshow(picture.transpose(1, 2, 0).squeeze(), **grey)
-            axis.set_title(f"{step - int(steps[0])}", fontsize=7)
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
-        for axis in row[len(chosen) :]:
-            axis.set_visible(False)
-
-
-def over_time(row: Any, episodes: Episodes, steps: Tensor) -> None:
-    """Action and observations of an episode over time, a row a dimension, each from its least to its largest value."""
-    for axis, column in zip(row, vectors(episodes), strict=True):
-        values = np.nan_to_num(column.steps()[steps.numpy()])
-        spans = np.ptp(values, axis=0)
-        axis.imshow(((values - values.min(0)) / np.where(spans > 0, spans, 1)).T, aspect="auto", cmap="viridis")
-        axis.set_title(column.key, fontsize=8)
-        axis.set_xlabel("step", fontsize=7)
-        axis.tick_params(labelsize=6)
+    shown = steps[spread(len(steps), PICTURES)]
+    strips = {
+        key.removeprefix(IMAGES): take(store, episodes.at[shown]).numpy() for key, store in episodes.cameras.items()
+    }
+    times = {} if strips else {column.key: column.steps()[steps.numpy()] for column in vectors(episodes)}
+    title = f"{episodes.name}\nepisode {episode}, {len(steps)} steps"
+    return Page(title, strips, (shown - steps[0]).tolist(), times, panels)
 
 
 if __name__ == "__main__":
