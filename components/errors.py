@@ -9,6 +9,8 @@ from typing import Any
 class UserError(ValueError):
     """Input that cannot work: the message names the culprit, what was expected and the remedy."""
 
+    told = False  # whether a process other than the first has put it on the screen
+
 
 class StoppedError(Exception):
     """A stop was asked for while something long was going on; what it had done so far is dropped."""

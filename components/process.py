@@ -15,6 +15,7 @@ from .command_line import where
 from .environments import hurry
 from .errors import UserError
 
+ALONE = 5.0  # seconds after which an error that rank 0 has not told must be this process's own
 PATIENCE = 10.0  # seconds that an environment which does not come back may hold up a stop
 
 
@@ -100,9 +101,9 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         code = 2
         if first:
             print(f"error: {error}", file=sys.stderr)
-        else:  # a launcher ends all processes as soon as one has failed; the first one must have spoken by then
-            with contextlib.suppress(SystemExit):
-                time.sleep(3)
+        elif not error.told:
+            wait_for_first()
+            tell_alone(error, os.environ["RANK"])
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except KeyboardInterrupt:
@@ -114,6 +115,21 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone
             stream.flush()
     leave(code)
+
+
+def wait_for_first() -> None:
+    """Leave it to rank 0 to tell an error: nearly always it has the same one, and the launcher then ends this process.
+
+    The launcher would also end rank 0 as soon as this process had left, before it has spoken.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(ALONE)
+
+
+def tell_alone(error: UserError, rank: int | str) -> None:
+    """Tell an error that must be this process's own."""
+    error.told = True
+    print(f"error: process {rank}: {error}", file=sys.stderr, flush=True)
 
 
 def in_one_line(error: BaseException) -> str:

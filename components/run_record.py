@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -22,12 +21,10 @@ from .curves import draw_curves, step_of
 from .errors import StoppedError, UserError
 from .evaluation import headline, scores
 from .parallel import on_first, world_size
-from .process import StopRequest, in_one_line, leave
+from .process import StopRequest, in_one_line, leave, tell_alone, wait_for_first
 from .progress import Progress
 from .surroundings import environment
 from .tracking import Tracker
-
-ALONE = 5.0  # seconds after which an error that rank 0 has not told must be this process's own
 
 
 class Run:
@@ -76,7 +73,9 @@ class Run:
     def _failed(self, error: BaseException) -> None:
         """Leave word of what ended the run."""
         if isinstance(error, UserError) and not self.first:
-            self._say_alone(error)
+            wait_for_first()
+            self._write_error("".join(traceback.format_exception(error)))
+            tell_alone(error, self.rank)
         elif not isinstance(error, (UserError, SystemExit)):
             self._write_error("".join(traceback.format_exception(error)))
         for path in sorted(self.path.glob("error-rank*.txt")):
@@ -86,13 +85,6 @@ class Run:
             self._status("failed", f"{type(error).__name__}: {in_one_line(error)}")
         elif self.first:
             discard(self.path)
-
-    def _say_alone(self, error: UserError) -> None:
-        """Nearly always rank 0 says the same and ends, and the launcher ends this process; else it has to speak."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(ALONE)
-        self._write_error("".join(traceback.format_exception(error)))
-        print(f"error: process {self.rank}: {error}", file=sys.stderr, flush=True)
 
     def _write_error(self, text: str) -> None:
         with contextlib.suppress(OSError):  # the disk may be full, or the folder gone
