@@ -14,13 +14,15 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 
 ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import offline_trainer  # noqa: E402
 import online_trainer  # noqa: E402
 import toy  # noqa: E402, F401  (registers the components that the tests use)
-from components import checkpoint, run_record  # noqa: E402
+from components import DATASET_BUILDER_REGISTRY, checkpoint, run_record  # noqa: E402
 from components.curves import read_lines  # noqa: E402
+from components.datasets.recognise import recognise  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -119,6 +121,17 @@ def states(run: Path) -> dict[str, bytes]:
     """Every file of the newest checkpoint."""
     folder, _ = checkpoint.newest(run / "checkpoints")
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def build(path: str | Path, **options: Any) -> dict[str, Any]:
+    """What the reader that recognises a dataset builds; `path` from the fixtures' folder on, or absolute."""
+    where = str(FIXTURES / path)
+    return DATASET_BUILDER_REGISTRY[recognise(where)](path=where, **options).build()
+
+
+def everything(built: dict[str, Any]) -> dict[str, Any]:
+    """All items as one batch."""
+    return built["dataset"].get_batch(torch.arange(len(built["dataset"])))
 
 
 def environ(**env: str) -> dict[str, str]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from components import DATASET_BUILDER_REGISTRY, UserError
 from components.datasets import convert, inspect
 from components.datasets.episodes import EpisodeDataset, from_columns
-from test_formats import FIXTURES, FORMATS, build, everything
+from conftest import FIXTURES, build, everything
+from test_formats import FORMATS
 
 SOURCES = ["lerobot-3.0-video", "minari-pixels-arrow", "robomimic-image", "d4rl", "zarr"]
 OGBENCH = "ogbench/pointmaze-medium-navigate-mini.npz"

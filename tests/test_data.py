@@ -14,9 +14,9 @@ from components.datasets.episodes import EpisodeDataset, build_episodes, from_co
 from components.datasets.lerobot import LeRobotDataset
 from components.datasets.metaworld import MetaWorldDemonstrations
 from components.normalisation import statistics
-from conftest import ROOT
+from conftest import FIXTURES, everything
 
-LEROBOT = ROOT / "tests" / "fixtures" / "lerobot_v30_image"
+LEROBOT = FIXTURES / "lerobot_v30_image"
 
 
 def dataset(obs_steps: int, action_steps: int) -> EpisodeDataset:
@@ -24,11 +24,6 @@ def dataset(obs_steps: int, action_steps: int) -> EpisodeDataset:
     rows = torch.arange(5.0)[:, None]
     episodes = from_columns({"observation.state": rows, "action": 10 * rows}, torch.tensor([3, 5]), "rows")
     return EpisodeDataset(episodes, None, obs_steps, action_steps)
-
-
-def everything(built: dict) -> dict[str, torch.Tensor]:
-    """All items as one batch."""
-    return built["dataset"].get_batch(torch.arange(len(built["dataset"])))
 
 
 # ---- windows -------------------------------------------------------------------------------------------------------

@@ -17,12 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from components import DATASET_BUILDER_REGISTRY, UserError
+from components import UserError
 from components.datasets.recognise import recognise
 from components.normalisation import statistics
-from conftest import ROOT, learned
+from conftest import FIXTURES, build, everything, learned
 
-FIXTURES = ROOT / "tests" / "fixtures"
 ENDS = [64, 127, 185, 215]
 SUCCESSORS, PADDED = "with", "padded"
 # Format -> (path, what it knows of successors, camera, mean error of its pictures in levels of 255).
@@ -53,17 +52,6 @@ def recorded() -> dict[str, Tensor]:
     names = {"observation": "observation.state", "next_observation": "next.observation.state"}
     pictures = {key: arrays.pop(key).permute(0, 3, 1, 2) for key in ("corner2", "gripperPOV")}
     return {names.get(key, key): value for key, value in arrays.items()} | pictures
-
-
-def build(path: str | Path, **options: Any) -> dict[str, Any]:
-    """What the reader that recognises `path` builds."""
-    where = str(FIXTURES / path)
-    return DATASET_BUILDER_REGISTRY[recognise(where)](path=where, **options).build()
-
-
-def everything(built: dict[str, Any]) -> dict[str, Any]:
-    """All items as one batch."""
-    return built["dataset"].get_batch(torch.arange(len(built["dataset"])))
 
 
 # ---- the same data from every format -------------------------------------------------------------------------------

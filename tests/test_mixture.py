@@ -14,8 +14,7 @@ from components.datasets.episodes import build_episodes
 from components.datasets.mixture import Mixture, MixtureDataset
 from components.normalisation import statistics
 from components.sampling import Batches
-from conftest import learned
-from test_formats import FIXTURES
+from conftest import FIXTURES, learned
 
 
 @register(DATASET_BUILDER_REGISTRY, "rows")

@@ -16,8 +16,7 @@ from components.augmentation import Augmentation, uniform
 from components.datasets import frames
 from components.datasets.lerobot import LeRobotDataset
 from components.sampling import Batches
-from conftest import ROOT, difference, learned, states, weights
-from test_formats import FIXTURES, build
+from conftest import FIXTURES, build, difference, learned, states, weights
 
 Script = Callable[..., Path]
 KEY = "observation.images.corner2"
@@ -280,4 +279,4 @@ def test_bc_learns_from_pictures_and_acts_on_whole_ones(script: Script) -> None:
 
 def test_the_fixtures_are_small() -> None:
     """They travel with the repository."""
-    assert sum(path.stat().st_size for path in (ROOT / "tests" / "fixtures").rglob("*") if path.is_file()) < 13e6
+    assert sum(path.stat().st_size for path in FIXTURES.rglob("*") if path.is_file()) < 13e6

@@ -14,11 +14,10 @@ import psutil
 import pytest
 import torch
 
-from components import DATASET_BUILDER_REGISTRY, load_policy
+from components import load_policy
 from components.curves import read_lines
-from components.datasets.recognise import recognise
 from components.sampling import Batches
-from conftest import ROOT, command, difference, two_processes, weights
+from conftest import ROOT, build, command, difference, two_processes, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.launched]
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--quiet")
@@ -136,10 +135,7 @@ def test_compiled_losses_train_the_same(script: Callable[..., Path]) -> None:
 )
 def test_memory_stays_flat_over_ten_thousand_batches(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     """Of this process and its workers, from batch 1000 on; the shared pages of a store count once."""
-    where = str(ROOT / "tests" / "fixtures" / name)
-    dataset = DATASET_BUILDER_REGISTRY[recognise(where)](path=where, cache_dir=str(tmp_path), **options).build()[
-        "dataset"
-    ]
+    dataset = build(name, cache_dir=str(tmp_path), **options)["dataset"]
 
     def used() -> int:
         me = psutil.Process()

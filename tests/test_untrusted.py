@@ -23,9 +23,8 @@ from PIL import Image
 from components import DATASET_BUILDER_REGISTRY, UserError
 from components.datasets import untrusted
 from components.datasets.recognise import recognise
-from conftest import ROOT
+from conftest import FIXTURES
 
-FIXTURES = ROOT / "tests" / "fixtures"
 Make = Callable[[Path], tuple[Path, dict[str, Any]]]
 
 
