@@ -11,6 +11,7 @@ python offline_trainer.py --resume runs/x                                 # go o
 import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -30,6 +31,7 @@ from components import (
     augmentation,
     checkpoint,
     debug,
+    ema,
     evaluation,
     features,
     optimizers,
@@ -43,6 +45,7 @@ from components.environments import Environments
 from components.errors import StoppedError
 from components.metrics import Metrics
 from components.normalisation import Normaliser
+from components.policy import Inference
 from components.random_state import get_random_state
 from components.run_record import Run
 from components.sampling import Batches, derive_seed, fit_batch, to_device
@@ -56,7 +59,7 @@ class Names:
 
     trainer: str = ""
     dataset: str = ""
-    model: str = ""
+    model: tuple[str, ...] = ()
     loss: str = ""
     optimizer: str = ""
     env: str = ""
@@ -73,8 +76,8 @@ class Args(Names):
     """Algorithm; it has defaults of its own for most of what follows."""
     dataset: Annotated[str, cli.choose(REGISTRIES["dataset"])] = "metaworld"
     """What to learn from."""
-    model: Annotated[str, cli.choose(REGISTRIES["model"])] = "mlp"
-    """Network of the policy."""
+    model: Annotated[tuple[str, ...], cli.choose_some(REGISTRIES["model"])] = ()
+    """Networks: the policy's, an image encoder's, or as NAME=ENTRY that of another model."""
     loss: Annotated[str, cli.choose(REGISTRIES["loss"])] = "mse"
     """Training objective."""
     optimizer: Annotated[str, cli.choose(REGISTRIES["optimizer"])] = "adamw"
@@ -103,6 +106,8 @@ class Args(Names):
     """Largest norm of a model's gradient; 0 does not clip."""
     seed: int = 0
     """Seed of weights, data order and noise."""
+    ema_decay: float = 0.0
+    """Largest decay of averaged weights, which act and are exported in the place of the last ones; 0 for none."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Compute precision, no or bf16; None follows `accelerate launch`."""
     compile: bool = False
@@ -113,6 +118,8 @@ class Args(Names):
     """Processes that load data which is not resident; None takes some for pictures that are decoded when needed."""
     augment: augmentation.Augmentation = augmentation.Augmentation()
     """Random changes to pictures."""
+    policy: Inference = Inference()
+    """How the policy acts, in evaluations and wherever it is loaded."""
     run_dir: str = ""
     """Folder of the run; by default one under runs/ with the time in its name."""
     log_every: int = 50
@@ -180,7 +187,7 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
     if names.debug:
         suits |= {name: value for name, value in debug.SMALL.items() if hasattr(Args, name)}
     needs = needed_models(trainer, names.model)
-    names.model = next(iter(needs.values()))
+    names.model = tuple(f"{name}={entry}" for name, entry in needs.items())
     if "dataset" in CHOICES:  # the data's environment comes before the trainer's
         names.dataset = names.dataset or suits["dataset"]
         dataset = cli.pick(REGISTRIES["dataset"], "dataset", names.dataset)
@@ -188,17 +195,25 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
     for option in CHOICES:
         setattr(names, option, getattr(names, option) or suits[option])
 
+    def suitable(option: str) -> dict[str, Any]:
+        values = ((k.partition("."), v) for k, v in suits.items())
+        return {name.replace("-", "_"): v for (group, _, name), v in values if group == option and name}
+
     def options(option: str, name: str) -> Any:
         component = object if (option, name) == ("env", "none") else cli.pick(REGISTRIES[option], option, name)
-        suiting = {k.partition(".")[2]: v for k, v in suits.items() if k.startswith(f"{option}.")}
-        suiting = suiting if name == suits.get(option, name) else {}
+        suiting = suitable(option)
+        if option == "dataset":  # the windows that suit the trainer, of whatever dataset has them
+            suiting = {k: v for k, v in suiting.items() if hasattr(component, k)}
+        elif name != suits.get(option, name):
+            suiting = {}
         return cli.options_of(component, suiting | (getattr(component, "debug_options", {}) if names.debug else {}))
 
     simple = {k.replace("-", "_"): v for k, v in suits.items() if "." not in k and k not in REGISTRIES}
     groups = {f"{option}_options": options(option, getattr(names, option)) for option in CHOICES if option != "model"}
     models = cli.model_options({model: options("model", name) for model, name in needs.items()})
     with cli.one_line(f"defaults of the trainer {names.trainer!r}"):
-        default = Args(**vars(names) | simple, **groups, model_options=models)
+        acting = Inference(**suitable("policy"))
+        default = Args(**vars(names) | simple, **groups, model_options=models, policy=acting)
     args = cli.parse(Args, argv, default, quiet=os.environ.get("RANK", "0") != "0")
     cli.at_least(args, LEAST)
     args = debug.plain(args) if args.debug else args
@@ -208,11 +223,12 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
     return args, argv, stored
 
 
-def needed_models(trainer: type, model: str) -> dict[str, str]:
-    """Model name -> registry name, as the trainer declares, the policy's first; `--model` replaces the first."""
+def needed_models(trainer: type, asked: Sequence[str]) -> dict[str, str]:
+    """Model name -> registry name, as the trainer declares, the policy's first; `--model` replaces some of them."""
     needs = dict(getattr(trainer, "needs", {"policy": getattr(trainer, "defaults", {}).get("model", "mlp")}))
     first = "policy" if "policy" in needs else next(iter(needs))
-    return {first: model or needs.pop(first), **{name: entry for name, entry in needs.items() if name != first}}
+    needs = {first: needs.pop(first), **needs}
+    return needs | cli.chosen_models(REGISTRIES["model"], needs, asked)
 
 
 # ---- accelerate ----------------------------------------------------------------------------------------------------
@@ -396,7 +412,7 @@ def build_learner(args: Args, accelerator: Accelerator, spec: Any, updates: int)
     """Models and loss, from scratch or from another run's weights; one optimizer per model that learns; the trainer."""
     needs = needed_models(REGISTRIES["trainer"][args.trainer], args.model)
     factories = {name: (entry, getattr(args.model_options, name)) for name, entry in needs.items()}
-    models = torch.nn.ModuleDict({name: build("model", *factory, spec) for name, factory in factories.items()})
+    models = features.build_models(list(factories), lambda name, seen: build("model", *factories[name], seen), spec)
     loss = build("loss", args.loss, args.loss_options).to(accelerator.device)
     if any(p.requires_grad for p in loss.parameters()):
         models["loss"] = loss
@@ -407,11 +423,12 @@ def build_learner(args: Args, accelerator: Accelerator, spec: Any, updates: int)
         raise UserError(f"nothing to train: --freeze {' '.join(args.freeze)} leaves no trainable parameters")
     with_length = optimizers.with_length(args.optimizer_options, updates)
     opts = {
-        name: build("optimizer", args.optimizer, optimizers.for_model(with_length, name, learning), parameters)
+        name: build("optimizer", args.optimizer, optimizers.for_model(with_length, name, models), parameters)
         for name, parameters in learning.items()
     }
     trainer, passed = make_trainer(args, models, opts, loss, spec, accelerator.device)
-    models.to(accelerator.device)  # what the trainer has added
+    averages = ema.averages(models, opts, args.ema_decay)
+    models = torch.nn.ModuleDict({**models, **averages}).to(accelerator.device)  # with what the trainer has added
     parallel.broadcast(torch.nn.ModuleList([models, loss]))
     metrics = Metrics()
     hooks = [StepHook(accelerator, i, name, opt, args, metrics) for i, (name, opt) in enumerate(opts.items())]
@@ -538,8 +555,10 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
     )
     dataset, validation = data["dataset"], data.get("validation")
     features.check_dataset(dataset, f"dataset {args.dataset!r}")
-    spec = args.augment.cropped(features.describe(dataset[0], data["norm_stats"] or {}))
+    tasks = getattr(dataset, "tasks", ())
+    spec = args.augment.cropped(features.describe(dataset[0], data["norm_stats"] or {}, tasks))
     normaliser = Normaliser(spec, cli.pairs("--normalise", args.normalise)).to(device)
+    spec = normaliser.with_ranges(spec)
     micro_steps = args.grad_accumulation
     batch_size, note = fit_batch(args.batch_size, len(dataset), world * micro_steps, cli.given(argv, "batch-size"))
     batches = Batches(dataset, batch_size, args.seed, rank, world, micro_steps, args.workers)
@@ -547,7 +566,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
     # What learns, what acts, and where it is evaluated: in the environment asked for, or in the dataset's own.
     learner = build_learner(args, accelerator, spec, args.steps)
     models, loss, opts, trainer, passed, metrics, hooks, _ = learner
-    actor = policy.acting_policy(trainer, models, normaliser, spec)
+    actor = policy.acting_policy(trainer, models, normaliser, spec, args.policy, cli.given(argv, "policy.action-steps"))
     env_name, env = evaluation.choose_env(args.env, args.env_options, partial(cli.given, argv), data.get("env"))
     evaluator = make_evaluator(args, actor, env_name, env, rank, world, run)
     if evaluator is not None:

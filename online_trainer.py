@@ -11,6 +11,7 @@ python online_trainer.py --resume runs/x                                  # go o
 import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -30,7 +31,9 @@ from components import (
     UserError,
     checkpoint,
     debug,
+    ema,
     evaluation,
+    features,
     optimizers,
     parallel,
     policy,
@@ -43,6 +46,7 @@ from components.environments import Environments
 from components.errors import StoppedError
 from components.metrics import Metrics
 from components.normalisation import Normaliser
+from components.policy import Inference
 from components.random_state import get_random_state
 from components.replay import ReplayBuffer
 from components.run_record import Run
@@ -56,7 +60,7 @@ class Names:
     """What the first pass over the command line reads: the components bring the options of the second."""
 
     trainer: str = ""
-    model: str = ""
+    model: tuple[str, ...] = ()
     loss: str = ""
     optimizer: str = ""
     env: str = ""
@@ -71,8 +75,8 @@ class Args(Names):
 
     trainer: Annotated[str, cli.choose(REGISTRIES["trainer"])] = "sac"
     """Algorithm; it has defaults of its own for most of what follows."""
-    model: Annotated[str, cli.choose(REGISTRIES["model"])] = "tanh_gaussian"
-    """Network of the policy."""
+    model: Annotated[tuple[str, ...], cli.choose_some(REGISTRIES["model"])] = ()
+    """Networks: the policy's, an image encoder's, or as NAME=ENTRY that of another model."""
     loss: Annotated[str, cli.choose(REGISTRIES["loss"])] = "mse"
     """Training objective."""
     optimizer: Annotated[str, cli.choose(REGISTRIES["optimizer"])] = "adam"
@@ -113,10 +117,14 @@ class Args(Names):
     """Largest norm of a model's gradient; 0 does not clip."""
     seed: int = 0
     """Seed of weights, data order and noise."""
+    ema_decay: float = 0.0
+    """Largest decay of averaged weights, which act and are exported in the place of the last ones; 0 for none."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Compute precision, no or bf16; None follows `accelerate launch`."""
     compile: bool = False
     """Compile the trainer's losses; pays for long runs."""
+    policy: Inference = Inference()
+    """How the policy acts, in evaluations and wherever it is loaded."""
     run_dir: str = ""
     """Folder of the run; by default one under runs/ with the time in its name."""
     log_every: int = 50
@@ -184,7 +192,7 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
     if names.debug:
         suits |= {name: value for name, value in debug.SMALL.items() if hasattr(Args, name)}
     needs = needed_models(trainer, names.model)
-    names.model = next(iter(needs.values()))
+    names.model = tuple(f"{name}={entry}" for name, entry in needs.items())
     if "dataset" in CHOICES:  # the data's environment comes before the trainer's
         names.dataset = names.dataset or suits["dataset"]
         dataset = cli.pick(REGISTRIES["dataset"], "dataset", names.dataset)
@@ -192,17 +200,25 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
     for option in CHOICES:
         setattr(names, option, getattr(names, option) or suits[option])
 
+    def suitable(option: str) -> dict[str, Any]:
+        values = ((k.partition("."), v) for k, v in suits.items())
+        return {name.replace("-", "_"): v for (group, _, name), v in values if group == option and name}
+
     def options(option: str, name: str) -> Any:
         component = object if (option, name) == ("env", "none") else cli.pick(REGISTRIES[option], option, name)
-        suiting = {k.partition(".")[2]: v for k, v in suits.items() if k.startswith(f"{option}.")}
-        suiting = suiting if name == suits.get(option, name) else {}
+        suiting = suitable(option)
+        if option == "dataset":  # the windows that suit the trainer, of whatever dataset has them
+            suiting = {k: v for k, v in suiting.items() if hasattr(component, k)}
+        elif name != suits.get(option, name):
+            suiting = {}
         return cli.options_of(component, suiting | (getattr(component, "debug_options", {}) if names.debug else {}))
 
     simple = {k.replace("-", "_"): v for k, v in suits.items() if "." not in k and k not in REGISTRIES}
     groups = {f"{option}_options": options(option, getattr(names, option)) for option in CHOICES if option != "model"}
     models = cli.model_options({model: options("model", name) for model, name in needs.items()})
     with cli.one_line(f"defaults of the trainer {names.trainer!r}"):
-        default = Args(**vars(names) | simple, **groups, model_options=models)
+        acting = Inference(**suitable("policy"))
+        default = Args(**vars(names) | simple, **groups, model_options=models, policy=acting)
     args = cli.parse(Args, argv, default, quiet=os.environ.get("RANK", "0") != "0")
     cli.at_least(args, LEAST)
     args = debug.plain(args) if args.debug else args
@@ -212,11 +228,12 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
     return args, argv, stored
 
 
-def needed_models(trainer: type, model: str) -> dict[str, str]:
-    """Model name -> registry name, as the trainer declares, the policy's first; `--model` replaces the first."""
+def needed_models(trainer: type, asked: Sequence[str]) -> dict[str, str]:
+    """Model name -> registry name, as the trainer declares, the policy's first; `--model` replaces some of them."""
     needs = dict(getattr(trainer, "needs", {"policy": getattr(trainer, "defaults", {}).get("model", "mlp")}))
     first = "policy" if "policy" in needs else next(iter(needs))
-    return {first: model or needs.pop(first), **{name: entry for name, entry in needs.items() if name != first}}
+    needs = {first: needs.pop(first), **needs}
+    return needs | cli.chosen_models(REGISTRIES["model"], needs, asked)
 
 
 # ---- accelerate ----------------------------------------------------------------------------------------------------
@@ -400,7 +417,7 @@ def build_learner(args: Args, accelerator: Accelerator, spec: Any, updates: int)
     """Models and loss, from scratch or from another run's weights; one optimizer per model that learns; the trainer."""
     needs = needed_models(REGISTRIES["trainer"][args.trainer], args.model)
     factories = {name: (entry, getattr(args.model_options, name)) for name, entry in needs.items()}
-    models = torch.nn.ModuleDict({name: build("model", *factory, spec) for name, factory in factories.items()})
+    models = features.build_models(list(factories), lambda name, seen: build("model", *factories[name], seen), spec)
     loss = build("loss", args.loss, args.loss_options).to(accelerator.device)
     if any(p.requires_grad for p in loss.parameters()):
         models["loss"] = loss
@@ -411,11 +428,12 @@ def build_learner(args: Args, accelerator: Accelerator, spec: Any, updates: int)
         raise UserError(f"nothing to train: --freeze {' '.join(args.freeze)} leaves no trainable parameters")
     with_length = optimizers.with_length(args.optimizer_options, updates)
     opts = {
-        name: build("optimizer", args.optimizer, optimizers.for_model(with_length, name, learning), parameters)
+        name: build("optimizer", args.optimizer, optimizers.for_model(with_length, name, models), parameters)
         for name, parameters in learning.items()
     }
     trainer, passed = make_trainer(args, models, opts, loss, spec, accelerator.device)
-    models.to(accelerator.device)  # what the trainer has added
+    averages = ema.averages(models, opts, args.ema_decay)
+    models = torch.nn.ModuleDict({**models, **averages}).to(accelerator.device)  # with what the trainer has added
     parallel.broadcast(torch.nn.ModuleList([models, loss]))
     metrics = Metrics()
     hooks = [StepHook(accelerator, i, name, opt, args, metrics) for i, (name, opt) in enumerate(opts.items())]
@@ -557,7 +575,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     note += "" if total_updates else "; NO UPDATES (see --learning-starts, --updates-per-step)"
     learner = build_learner(args, accelerator, spec, max(total_updates, 1))
     models, loss, opts, trainer, passed, metrics, hooks, _ = learner
-    actor = policy.acting_policy(trainer, models, normaliser, spec)
+    actor = policy.acting_policy(trainer, models, normaliser, spec, args.policy, cli.given(argv, "policy.action-steps"))
     if actor is None:
         raise UserError(f"trainer {args.trainer!r} has nothing that acts: no policy(), and no model named 'policy'")
     explorer = trainer.explorer() if hasattr(trainer, "explorer") else actor.module

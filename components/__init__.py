@@ -19,19 +19,30 @@ from .datasets.zarr import ZarrDataset
 from .envs.gymnasium import GymnasiumEnv
 from .envs.metaworld import MetaWorldEnv
 from .errors import UserError
+from .models.act import ACTransformer
 from .models.cnn import CNN
-from .models.mlp import MLP
+from .models.dit import DiT
+from .models.mlp import MLP, ResMLP
 from .models.q_ensemble import QEnsemble
+from .models.resnet18 import ResNet18
+from .models.sequence import GRU, Transformer
 from .models.tanh_gaussian import TanhGaussian
 from .models.temperature import Temperature
+from .models.unet1d import UNet1d
 from .policy import load_policy
+from .trainers.act import ACT
 from .trainers.bc import BC
+from .trainers.diffusion import Diffusion
+from .trainers.flow import Flow
 from .trainers.sac import SAC
 
 __all__ = ["REGISTRIES", "UserError", "load_policy", "register"]
 
 TRAINER_REGISTRY: dict[str, type] = {
     "bc": BC,
+    "act": ACT,
+    "diffusion": Diffusion,
+    "flow": Flow,
     "sac": SAC,
 }
 
@@ -48,7 +59,14 @@ DATASET_BUILDER_REGISTRY: dict[str, type] = {
 
 MODEL_BUILDER_REGISTRY: dict[str, type] = {
     "mlp": MLP,
+    "resmlp": ResMLP,
+    "gru": GRU,
+    "transformer": Transformer,
+    "unet1d": UNet1d,
+    "dit": DiT,
+    "act": ACTransformer,
     "cnn": CNN,
+    "resnet18": ResNet18,
     "q_ensemble": QEnsemble,
     "tanh_gaussian": TanhGaussian,
     "temperature": Temperature,
@@ -58,6 +76,8 @@ LOSS_BUILDER_REGISTRY: dict[str, type] = {
     "mse": losses.MSE,
     "l1": losses.L1,
     "huber": losses.Huber,
+    "nll": losses.NLL,
+    "sinkhorn": losses.Sinkhorn,
 }
 
 OPTIMIZER_BUILDER_REGISTRY: dict[str, type] = {

@@ -312,7 +312,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 def load_weights(module: torch.nn.Module, name: str, run: Path) -> None:
-    """Load one named model from the newest checkpoint of a run.
+    """Load one named model from the newest checkpoint of a run, its averaged weights where there are any.
 
     Raises:
         UserError: no run or checkpoint there, no such model in it, or keys and shapes that differ (the first five).
@@ -320,14 +320,15 @@ def load_weights(module: torch.nn.Module, name: str, run: Path) -> None:
     if not run.exists():
         raise UserError(f"{run}: no such run folder to load model {name!r} from")
     folder, manifest = newest(run / "checkpoints", set_aside=False)
-    shapes = manifest["shapes"].get(f"model-{name}")
+    stored = f"model-ema_{name}" if f"model-ema_{name}" in manifest["shapes"] else f"model-{name}"
+    shapes = manifest["shapes"].get(stored)
     if shapes is None:
         known = [key.removeprefix("model-") for key in manifest["shapes"] if key.startswith("model-")]
         raise UserError(f"{folder}: no model {name!r}; it holds {', '.join(known)}")
     odd = differences(shapes, _shapes(module.state_dict()))
     if odd:
         raise UserError(f"{folder}: model {name!r} does not fit: {'; '.join(odd[:5])}")
-    module.load_state_dict(read_tree(folder / f"model-{name}.safetensors"))
+    module.load_state_dict(read_tree(folder / f"{stored}.safetensors"))
 
 
 def initialise(models: torch.nn.ModuleDict, init_from: str, load: Sequence[str], freeze: Sequence[str]) -> None:
@@ -374,6 +375,8 @@ def restore(
         raise UserError(f"{folder}: {found}; expected format {FORMAT}, trainer {name!r}")
     odd = []
     for key, state in {f"model-{n}": model.state_dict() for n, model in models.items()}.items():
+        if key not in manifest["shapes"]:
+            odd.append(f"{key}: absent there")
         found = manifest["shapes"].get(key, {})
         odd += [f"{key.removeprefix('model-')}.{line}" for line in differences(found, _shapes(state))]
     known = {f"model-{n}" for n in models}

@@ -145,6 +145,43 @@ def choose(registry: dict[str, type], *more: str) -> Any:
     )
 
 
+def choose_some(registry: dict[str, type]) -> Any:
+    """Let an option take any number of words; `--help` shows the registry's names, plugins' included."""
+    import tyro
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    def hint(default: str) -> str:
+        return f"(of {', '.join(registry)}; default: {re.sub('[^a-z_0-9= ]', '', default)})"
+
+    words = PrimitiveConstructorSpec("*", "NAME ...", tuple, lambda value: isinstance(value, tuple), list)
+    make: Any = lambda: Annotated[tuple, words]  # noqa: E731  (tyro calls it when it needs it)
+    return tyro.conf.arg(constructor_factory=make, help_behavior_hint=hint)
+
+
+def chosen_models(registry: dict[str, type], needs: dict[str, str], asked: Sequence[str]) -> dict[str, str]:
+    """Model name -> registry name of what `--model` asks for: NAME=ENTRY, or ENTRY for the model whose role it has.
+
+    Args:
+        needs: Model name -> default entry of what the trainer has; an entry without a role is for the first.
+
+    Raises:
+        UserError: an entry or model that does not exist, or two entries for one model.
+    """
+    chosen: dict[str, str] = {}
+    for word in asked:
+        name, equals, entry = word.rpartition("=")
+        component = pick(registry, "model", entry)
+        name = name if equals else getattr(component, "role", next(iter(needs)))
+        if name not in needs:
+            raise UserError(f"--model {word}: the trainer has no model {name!r}; it has {', '.join(needs)}")
+        if name in chosen:
+            raise UserError(
+                f"--model {' '.join(asked)}: {chosen[name]!r} and {entry!r} are both for the model {name!r}"
+            )
+        chosen[name] = entry
+    return chosen
+
+
 def named(name: str) -> Any:
     """Call a field of options otherwise on the command line."""
     import tyro

@@ -18,7 +18,7 @@ from .environments import Environments, FaultyEnvError, check_finite
 from .errors import StoppedError, UserError
 from .features import read
 from .policy import Policy
-from .random_state import preserved
+from .random_state import preserved, seed_all
 from .sampling import to_device
 
 logger = logging.getLogger(__name__)
@@ -270,6 +270,7 @@ def held_out_loss(
     sources = dataset.sources() if hasattr(dataset, "sources") else everything
     means: dict[str, float] | None = None
     with preserved(), contextlib.suppress(StoppedError):
+        seed_all(0)  # noise that a loss draws is the same each time, so that its values can be compared
         totals = dict.fromkeys(sources, 0.0)
         for name, (rows, _) in sources.items():
             for part in rows.split(batch_size):

@@ -1,10 +1,11 @@
 """What a dataset holds: keys, shapes, dtypes and statistics of one item, and the checks on them."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from .errors import UserError
@@ -13,8 +14,10 @@ ROWS_PER_READ = 4096
 MAX_SLOW_ROWS = 10_000  # items read one at a time to look for NaN; reading more would delay the start
 
 
-def describe(item: Any, norm_stats: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Read `spec` off one item: {key: {"shape", "dtype", "stats"}}, JSON-able, of the tensors only (no texts).
+def describe(item: Any, norm_stats: dict[str, Any], tasks: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Read `spec` off one item: {key: {"shape", "dtype", "stats"}}, JSON-able, of the tensors only.
+
+    Of the texts, `task` is described where the data has several: {"shape": (), "dtype": "text", "values": `tasks`}.
 
     Raises UserError: an item is no dict, or a statistic is unknown, not finite or has another width than its key.
     """
@@ -25,6 +28,8 @@ def describe(item: Any, norm_stats: dict[str, Any]) -> dict[str, dict[str, Any]]
         if not isinstance(value, str):
             tensor = to_tensor(value)
             spec[key] = {"shape": tuple(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    if "task" in item and len(tasks) > 1:
+        spec["task"] = {"shape": (), "dtype": "text", "values": list(tasks)}
     for key, stats in norm_stats.items():
         if key not in spec:
             raise UserError(f"norm_stats has {key!r}, which the data lacks; keys of the data: {', '.join(spec)}")
@@ -103,3 +108,16 @@ def vector_observations(spec: dict[str, Any]) -> list[str]:
     if not keys:
         raise UserError(f"the data has no vector observation such as 'observation.state'; found: {', '.join(spec)}")
     return keys
+
+
+def build_models(names: Sequence[str], build: Callable[[str, dict[str, Any]], nn.Module], spec: dict[str, Any]) -> Any:
+    """Models by name; an encoder comes first, and the others are built for what it gives (its `spec`).
+
+    Args:
+        build: (name, what the model will see of the data) -> the model.
+    """
+    models: dict[str, nn.Module] = {}
+    if "encoder" in names:
+        models["encoder"] = build("encoder", spec)
+        spec = getattr(models["encoder"], "spec", spec)
+    return nn.ModuleDict({name: models.get(name) or build(name, spec) for name in names})

@@ -48,6 +48,8 @@ class Normaliser:
 
     def __init__(self, spec: dict[str, Any], modes: dict[str, str] | None = None) -> None:
         self.modes: dict[str, str] = {}
+        # Texts of the tasks; the models get their numbers, as `task_index`.
+        self.tasks = {text: number for number, text in enumerate(spec.get("task", {}).get("values", ()))}
         self.crops = {key: tuple(f["shape"][-2:]) for key, f in spec.items() if "stored_shape" in f}
         self.offset: dict[str, Tensor] = {}
         self.scale: dict[str, Tensor] = {}
@@ -83,8 +85,17 @@ class Normaliser:
         return self
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Normalise every known key of a batch; the dict is new, the tensors that need no change are shared."""
+        """Normalise every known key of a batch; the dict is new, the tensors that need no change are shared.
+
+        Raises UserError: a task that the data did not have, where it had several.
+        """
         out = dict(batch)
+        if len(self.tasks) > 1 and "task" in batch:
+            for text in batch["task"]:
+                if text not in self.tasks:
+                    raise UserError(f"unknown task {text!r}; {nearest(text, self.tasks)}")
+            device = next(value.device for value in batch.values() if isinstance(value, Tensor))
+            out["task_index"] = torch.tensor([self.tasks[text] for text in batch["task"]], device=device)
         for key, value in batch.items():
             base = key.removeprefix("next.")
             if base in self.modes:
@@ -92,6 +103,15 @@ class Normaliser:
             elif base in self.crops:
                 out[key] = centre(value, *self.crops[base])
         return out
+
+    def with_ranges(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """`spec` with the `range` of each key whose least and greatest values are known: both, normalised."""
+        described = dict(spec)
+        for key, feature in spec.items():
+            if key in self.modes and {"min", "max"} <= set(feature["stats"]):
+                bounds = torch.tensor([feature["stats"]["min"], feature["stats"]["max"]], device=self.scale[key].device)
+                described[key] = feature | {"range": ((bounds - self.offset[key]) / self.scale[key]).tolist()}
+        return described
 
     def undo(self, key: str, value: Tensor) -> Tensor:
         """Map a normalised tensor of `key` back to its own units."""

@@ -72,7 +72,7 @@ class _Options:
     """What all optimizers share."""
 
     lr: float = 3e-4
-    """Learning rate, the highest of the schedule."""
+    """Highest learning rate of the schedule."""
     lr_scale: tuple[str, ...] = ()
     """Factors on the learning rate of single models, such as encoder=0.1."""
     weight_decay: float = 0.0
@@ -147,7 +147,7 @@ class SGD(_Scheduled):
     """Stochastic gradient descent."""
 
     lr: float = 1e-2
-    """Learning rate, the highest of the schedule."""
+    """Highest learning rate of the schedule."""
     momentum: float = 0.0
     """Momentum; 0 for none."""
 
@@ -177,16 +177,25 @@ class ScheduleFree(_Options):
         return optimizer
 
 
+def update(optimizers: dict[str, torch.optim.Optimizer], loss: torch.Tensor) -> None:
+    """One step of every optimizer down the gradient of one loss."""
+    for optimizer in optimizers.values():
+        optimizer.zero_grad()
+    loss.backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+
+
 def for_model(factory: Any, model: str, known: Iterable[str]) -> Any:
     """The factory with the learning rate of one model (`--optimizer.lr-scale NAME=FACTOR`).
 
-    Raises UserError: an entry names no model, or its factor is no number above 0.
+    Raises UserError: an entry names none of the `known` models, or its factor is no number above 0.
     """
     scale = 1.0
     for entry in factory.lr_scale if hasattr(factory, "lr_scale") else ():
         name, _, factor = entry.partition("=")
         if name not in set(known):
-            raise UserError(f"--optimizer.lr-scale {entry}: no trainable model {name!r}; known: {', '.join(known)}")
+            raise UserError(f"--optimizer.lr-scale {entry}: no model {name!r}; known: {', '.join(known)}")
         try:
             value = float(factor)
         except ValueError:

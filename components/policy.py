@@ -1,10 +1,12 @@
 """A policy that acts in the environment's own units, saved in a folder that loads alone."""
 
 import json
+import logging
+import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,28 @@ import torch
 from torch import Tensor, nn
 
 from .command_line import instantiate, options_of
-from .errors import UserError
+from .errors import UserError, nearest
+from .features import build_models
 from .normalisation import Normaliser
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How a policy acts; the same weights may be far better or worse by it, so it travels with them."""
+
+    action_steps: int | None = None
+    """Steps of a chunk that are executed before the next one is planned; None for all of them."""
+    ensemble: float | None = None
+    """Temporal ensembling: average all chunks with weights exp(-m i), i = 0 the oldest; m, or None for off."""
+    sampler: str | None = None
+    """How noise becomes a chunk: ddim or ddpm (diffusion), euler or midpoint (flow)."""
+    sampling_steps: int | None = None
+    """Network evaluations of the sampler (midpoint: half of them)."""
+    task: str | None = None
+    """Text of the task, where the data has several and the environment names none."""
 
 
 class Policy:
@@ -25,31 +45,88 @@ class Policy:
     Args:
         module: Normalised observations in, normalised action `[B, Da]` or chunk `[B, Ta, Da]` out. It takes the batch,
             or, when nothing but `observation.state` is observed, that tensor itself. One that draws noise may declare
-            `noise_shape` and find `noise` `[B, *noise_shape]` in the batch, drawn per episode.
+            `noise_shape` and find `noise` `[B, *noise_shape]` in the batch, drawn per episode; if it samples in steps,
+            it has `samplers` (names), `most_steps`, and the settings `sampler` and `sampling_steps`.
         normaliser: Of the data that it was trained on.
         spec: {key: {"shape", "dtype", ...}} of that data.
+        settings: How it acts; what is None is left to the module.
+
+    Raises:
+        UserError: settings that this policy does not have, or that make no sense.
     """
 
-    def __init__(self, module: nn.Module, normaliser: Normaliser, spec: dict[str, Any]) -> None:
+    def __init__(
+        self, module: nn.Module, normaliser: Normaliser, spec: dict[str, Any], settings: Inference | None = None
+    ) -> None:
         self.module, self.normaliser, self.spec = module, normaliser, spec
         # History and chunk steps are the extra leading axis of the items; a bool mask comes with every chunk.
         self.chunked = "action_is_pad" in spec
-        self.action_steps = int(spec["action"]["shape"][0]) if self.chunked else 1
+        self.chunk = int(spec["action"]["shape"][0]) if self.chunked else 1
         self.observation_keys = [key for key in spec if key.startswith("observation.")]
         state = next((key for key in self.observation_keys if "images" not in key), None)
         self.obs_steps = int(spec[state]["shape"][0]) if state and len(spec[state]["shape"]) == 2 else 1
+        if state is None and self.observation_keys:
+            shape = spec[self.observation_keys[0]]["shape"]
+            self.obs_steps = int(shape[0]) if len(shape) == 4 else 1
+        self.settings = Inference()
+        self.configure(**asdict(settings or Inference()))
         self.takes_tensor = self._takes_tensor()
         self.reset()
+
+    def configure(self, **settings: Any) -> "Policy":
+        """Set how it acts (fields of `Inference`; the others stay as they are); returns itself.
+
+        Raises:
+            UserError: a setting that this policy does not have, or that makes no sense.
+        """
+        names = [field.name for field in fields(Inference)]
+        if unknown := [name for name in settings if name not in names]:
+            raise UserError(f"unknown policy setting {unknown[0]!r}; {nearest(unknown[0], names)}")
+        wanted = replace(self.settings, **settings)
+        module: Any = self.module
+        samplers = getattr(module, "samplers", ())
+        if wanted.action_steps is not None and not 1 <= wanted.action_steps <= self.chunk:
+            raise UserError(
+                f"--policy.action-steps {wanted.action_steps} must be 1 to {self.chunk}, the chunk's length"
+            )
+        if wanted.ensemble is not None:
+            if not self.chunked:
+                raise UserError("--policy.ensemble averages chunks; this policy gives single actions")
+            if not math.isfinite(wanted.ensemble):
+                raise UserError(f"--policy.ensemble {wanted.ensemble} must be a finite number, such as 0.01")
+        if not samplers and (wanted.sampler or wanted.sampling_steps):
+            raise UserError("--policy.sampler and --policy.sampling-steps: this policy does not sample in steps")
+        if wanted.sampler is not None and wanted.sampler not in samplers:
+            raise UserError(f"--policy.sampler {wanted.sampler}: this policy knows {', '.join(samplers)}")
+        if wanted.sampling_steps is not None and not 1 <= wanted.sampling_steps <= module.most_steps:
+            raise UserError(f"--policy.sampling-steps {wanted.sampling_steps} must be 1 to {module.most_steps}")
+        tasks = self.spec.get("task", {}).get("values", ())
+        if wanted.task is not None and wanted.task not in tasks:
+            have = nearest(wanted.task, tasks) if tasks else "its data has one task only"
+            raise UserError(f"--policy.task {wanted.task!r}: the policy does not know it; {have}")
+        self.settings = wanted
+        self.action_steps = wanted.action_steps or self.chunk
+        if wanted.sampler is not None:
+            module.sampler = wanted.sampler
+        if wanted.sampling_steps is not None:
+            module.sampling_steps = wanted.sampling_steps
+        self.reset()
+        return self
 
     @property
     def inference(self) -> dict[str, Any]:
         """How it acts, recorded beside every evaluation."""
-        return {"obs_steps": self.obs_steps, "chunk": self.action_steps, "executed_steps": self.action_steps}
+        how: dict[str, Any] = {"obs_steps": self.obs_steps, "chunk": self.chunk, "action_steps": self.action_steps}
+        how["ensemble"] = self.settings.ensemble
+        if hasattr(self.module, "samplers"):
+            how |= {"sampler": self.module.sampler, "sampling_steps": self.module.sampling_steps}
+        return how | ({"task": self.settings.task} if "task" in self.spec else {})
 
     def reset(self, seeds: Sequence[int] | None = None) -> None:
         """Start new episodes: forget the history and the chunk. `seeds` fix a stochastic policy's noise, one a row."""
         self._history: dict[str, list[Tensor]] = {}
-        self._plan: list[Tensor] = []
+        self._chunks: list[tuple[int, Tensor]] = []  # (step at which it was planned, [N, Ta, Da])
+        self._step = 0
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
 
     @torch.no_grad()
@@ -57,7 +134,7 @@ class Policy:
         """Next action, `[Da]` for one observation or `[N, Da]` for a batch, in the environment's units, float32.
 
         Args:
-            observation: key -> array of one frame, or of N frames (the same N until `reset`).
+            observation: key -> array of one frame, or of N frames (the same N until `reset`); `task`, a text or N.
 
         Raises:
             UserError: an observation key is missing or has another width than the policy was trained with.
@@ -69,14 +146,38 @@ class Policy:
                 raise UserError(f"{key!r} has {len(frame)} rows after {len(past[0])}; call reset() for other episodes")
             past.append(frame)
             del past[: -self.obs_steps]
-        if not self._plan:
+        if self._step % self.action_steps == 0:
             history = self._history.items()
-            batch = {key: torch.stack(past, 1) if self.obs_steps > 1 else past[-1] for key, past in history}
-            actions = self._forward(self.normaliser(batch))
-            actions = self.normaliser.undo("action", actions.float()).cpu()
-            self._plan = list(actions.unbind(1)) if self.chunked else [actions]
-        action = self._plan.pop(0).numpy()
+            batch: dict[str, Any] = {k: torch.stack(past, 1) if self.obs_steps > 1 else past[-1] for k, past in history}
+            if "task" in self.spec:
+                batch["task"] = self._tasks(observation, len(next(iter(batch.values()))))
+            chunk = self.normaliser.undo("action", self._forward(self.normaliser(batch)).float()).cpu()
+            self._chunks.append((self._step, chunk if self.chunked else chunk[:, None]))
+        action = self._planned().numpy()
+        self._step += 1
         return action if batched else action[0]
+
+    def _planned(self) -> Tensor:
+        """The newest chunk's action for this step or, ensembling, the mean of all chunks (Zhao et al., 2023)."""
+        if self.settings.ensemble is None:
+            del self._chunks[:-1]
+            planned_at, chunk = self._chunks[0]
+            return chunk[:, self._step - planned_at]
+        self._chunks = [(at, chunk) for at, chunk in self._chunks if self._step - at < self.chunk]
+        said = torch.stack([chunk[:, self._step - at] for at, chunk in self._chunks])  # [chunks, N, Da], oldest first
+        weights = (-self.settings.ensemble * torch.arange(len(said))).softmax(0)
+        return (weights[:, None, None] * said).sum(0)
+
+    def _tasks(self, observation: dict[str, Any], rows: int) -> list[str]:
+        """The text of each row's task."""
+        task = observation.get("task", self.settings.task)
+        if task is None:
+            task, *others = self.spec["task"]["values"]
+            logger.warning(
+                "no task is named (--policy.task, or 'task' of act()); of %d it is %r", 1 + len(others), task
+            )
+            self.settings = replace(self.settings, task=task)  # said once, and recorded
+        return [task] * rows if isinstance(task, str) else [str(text) for text in task]
 
     def _frames(self, observation: dict[str, Any]) -> tuple[dict[str, Tensor], bool]:
         """Check the observation and give it a batch dimension."""
@@ -120,6 +221,8 @@ class Policy:
             )
             for key in self.observation_keys
         }
+        if "task" in self.spec:
+            batch["task_index"] = torch.zeros(1, dtype=torch.int64, device=self._device)
         problems: list[str] = []
         action: Any = None
         training = self.module.training
@@ -142,17 +245,34 @@ class Policy:
         return self.takes_tensor
 
 
-def acting_policy(trainer: Any, models: nn.ModuleDict, normaliser: Normaliser, spec: dict[str, Any]) -> Policy | None:
+def acting_policy(
+    trainer: Any,
+    models: nn.ModuleDict,
+    normaliser: Normaliser,
+    spec: dict[str, Any],
+    settings: Inference,
+    asked: bool,
+) -> Policy | None:
     """What acts: the trainer's own `policy()`, or `models["policy"]`; None without either, or with nothing to act on.
 
+    Args:
+        settings: How it acts.
+        asked: Whether the command line itself sets `action_steps`; a default longer than the chunk shrinks to it.
+
     Raises:
-        UserError: it fails on an observation, or gives actions of another shape than the data's.
+        UserError: it fails on an observation, gives actions of another shape than the data's, or settings do not fit.
     """
     own = callable(getattr(trainer, "policy", None))
     observes = any(key.startswith("observation.") for key in spec)
     if not observes or "action" not in spec or not (own or "policy" in models):
         return None
-    return Policy(trainer.policy() if own else models["policy"], normaliser, spec)
+    module = trainer.policy() if own else models["policy"]
+    if not asked and settings.action_steps is not None:
+        chunk = spec["action"]["shape"][0] if "action_is_pad" in spec else 1
+        settings = replace(settings, action_steps=min(settings.action_steps, chunk))
+    if not asked and "action_is_pad" not in spec:
+        settings = replace(settings, ensemble=None)
+    return Policy(module, normaliser, spec, settings)
 
 
 def save_policy(
@@ -185,7 +305,7 @@ def save_policy(
         "own_policy": callable(getattr(TRAINER_REGISTRY[trainer[0]], "policy", None)),
         "spec": policy.spec,
         "normalisation": policy.normaliser.modes,
-        "inference": policy.inference,
+        "inference": asdict(policy.settings),
     }
     temporary = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -201,14 +321,18 @@ def save_policy(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_policy(folder: str | Path) -> Policy:
+def load_policy(folder: str | Path, **settings: Any) -> Policy:
     """Load a policy from a run folder, or from its `policy/` folder alone.
 
         policy = load_policy("runs/x"); policy.reset(); action = policy.act({"observation.state": array})
+        policy = load_policy("runs/x", action_steps=4, sampling_steps=20)  # otherwise as it acted in its run
+
+    Args:
+        settings: Fields of `Inference`, in the place of those that it was saved with.
 
     Raises:
-        UserError: no policy there, a plugin to import first, weights that do not fit, or a statistic that is missing or
-            has the wrong width; each by name.
+        UserError: no policy there, a plugin to import first, weights that do not fit, a statistic that is missing or
+            has the wrong width, or settings that do not fit; each by name.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -222,6 +346,7 @@ def load_policy(folder: str | Path) -> Policy:
         description = json.loads(path.read_text())
         weights = load_file(folder / "model.safetensors")
         spec, modes = description["spec"], description["normalisation"]
+        known = Inference(**description["inference"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
     module = _build_module(description, spec, path)
@@ -232,7 +357,7 @@ def load_policy(folder: str | Path) -> Policy:
         raise UserError(f"{folder}: weights {key!r} have shape {found.get(key)}, the model {expected.get(key)}")
     module.load_state_dict(weights)
     complete = {key: modes.get(key, "none") for key in spec}
-    return Policy(module.eval(), Normaliser(spec, complete), spec)
+    return Policy(module.eval(), Normaliser(spec, complete), spec, known).configure(**settings)
 
 
 def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path) -> nn.Module:
@@ -250,7 +375,7 @@ def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path)
     if not description["own_policy"]:
         wanted = {"policy": wanted["policy"]}
     factories = {name: instantiate(*component(MODEL_BUILDER_REGISTRY, entry)) for name, entry in wanted.items()}
-    models = nn.ModuleDict({name: factory.build(spec) for name, factory in factories.items()})
+    models = build_models(list(factories), lambda name, seen: factories[name].build(seen), spec)
     if not description["own_policy"]:
         return models["policy"]
     cls, config = component(TRAINER_REGISTRY, description["trainer"])

@@ -136,7 +136,9 @@ class Run:
             "command": sys.argv,
         }
         record |= {"env": env, "seed": args.seed, "world_size": world_size(), "mixed_precision": precision}
-        chosen = [registry[config[o]] for o, registry in REGISTRIES.items() if config.get(o) in registry]
+        names = {o: [config[o]] if isinstance(config[o], str) else config[o] for o in REGISTRIES if o in config}
+        entries = {option: [word.rpartition("=")[2] for word in words] for option, words in names.items()}
+        chosen = [REGISTRIES[o][entry] for o, words in entries.items() for entry in words if entry in REGISTRIES[o]]
         if self.first:
             for stale in self.path.glob("error-rank*.txt"):
                 stale.unlink()

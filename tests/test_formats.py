@@ -106,7 +106,18 @@ def test_the_same_run_on_every_format_has_the_same_losses(script: Callable[..., 
     for name, (path, *_) in FORMATS.items():
         where = str(FIXTURES / path)
         options = ["--dataset", recognise(where), "--dataset.path", where, "--steps", 20, "--log-every", 1]
-        run = script("--trainer", "bc", *options, "--model.hidden-dims", 32, "--optimizer.lr", 0.01, folder=name)
+        run = script(
+            "--trainer",
+            "bc",
+            *options,
+            "--model.encoder.task-features",
+            0,
+            "--model.hidden-dims",
+            32,
+            "--optimizer.lr",
+            0.01,
+            folder=name,
+        )
         runs[name] = [(line["train/loss"], line.get("val/loss")) for line in learned(run)]
     first = runs.pop("lerobot-2.1-image")
     assert len(first) == 20 and first[-1][1] is not None and first[-1][0] < 0.9 * first[0][0]

@@ -165,7 +165,7 @@ def test_learning_rate_of_single_models() -> None:
     factory = SGD(lr=1.0, lr_scale=("encoder=0.1",))
     assert optimizers.for_model(factory, "encoder", ["encoder", "policy"]).lr == pytest.approx(0.1)
     assert optimizers.for_model(factory, "policy", ["encoder", "policy"]).lr == 1.0
-    with pytest.raises(UserError, match="no trainable model 'encoder'; known: policy"):
+    with pytest.raises(UserError, match="no model 'encoder'; known: policy"):
         optimizers.for_model(factory, "policy", ["policy"])
     with pytest.raises(UserError, match="factor above 0"):
         optimizers.for_model(SGD(lr_scale=("policy=x",)), "policy", ["policy"])

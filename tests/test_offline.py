@@ -523,7 +523,7 @@ def test_frozen_weights_do_not_move(script: Script, monkeypatch: pytest.MonkeyPa
             r"model 'policy' does not fit: net.0.weight: \[256, 5\] there, \[8, 5\] here; net.0.bias",
         ),
         (("--load", "critic=FIRST", "--trainer", "actor_critic"), "no model 'critic'; it holds policy"),
-        (("--optimizer.lr-scale", "polcy=2"), "no trainable model 'polcy'; known: policy"),
+        (("--optimizer.lr-scale", "polcy=2"), "no model 'polcy'; known: policy"),
     ],
 )
 def test_parts_that_do_not_fit_are_listed_and_refused(script: Script, options: tuple[str, ...], message: str) -> None:

@@ -149,6 +149,11 @@ class EpisodeDataset(Dataset):
         self.gaps = bool((episodes.after < 0).any())
 
     @property
+    def tasks(self) -> Sequence[str]:
+        """Texts of the tasks that the items may have."""
+        return self.episodes.tasks
+
+    @property
     def resident(self) -> bool:
         """Whether a batch is read from memory, so that workers would only cost time."""
         return not any(isinstance(store, Frames) for store in self.episodes.observations.values())

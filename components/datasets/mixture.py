@@ -156,6 +156,11 @@ class Mixture(Dataset):
     resident = property(lambda self: all(getattr(d, "resident", True) for d in self.datasets))
 
     @property
+    def tasks(self) -> list[str]:
+        """Texts of the tasks that the items may have."""
+        return list(dict.fromkeys(text for dataset in self.datasets for text in getattr(dataset, "tasks", ())))
+
+    @property
     def rows_per_pass(self) -> int:
         """Items of one pass; more than there are, where sources come up again to keep their shares."""
         return sum(self.draws)

@@ -1,4 +1,4 @@
-"""Multi-layer perceptron from vector observations to an action or a chunk of actions."""
+"""Multi-layer perceptrons from vector observations to an action or a chunk of actions."""
 
 import math
 from dataclasses import dataclass
@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..features import vector_observations, width
+from .heads import HeadOptions, Mixture
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "elu": nn.ELU}
 
 
-@dataclass(frozen=True)
-class MLP:
+@dataclass(frozen=True, kw_only=True)
+class MLP(HeadOptions):
     """Multi-layer perceptron over all vector observations."""
 
     hidden_dims: tuple[int, ...] = (256, 256, 256)
@@ -36,11 +37,7 @@ class MLP:
             raise UserError(
                 f"--model.hidden-dims {self.hidden_dims} must be positive, --model.dropout {self.dropout} in [0, 1)"
             )
-        if pictures := [key for key in spec if key.startswith("observation.images.")]:
-            raise UserError(f"the model 'mlp' takes no pictures, and the data has {pictures[0]!r}; use --model cnn")
-        keys = vector_observations(spec)
-        inputs = sum(math.prod(spec[key]["shape"]) for key in keys)
-        width(spec, "action")
+        keys, inputs, shape = flat_sizes(spec, "mlp")
         layers: list[nn.Module] = []
         for hidden in self.hidden_dims:
             layers.append(nn.Linear(inputs, hidden))
@@ -48,8 +45,59 @@ class MLP:
             layers.append(ACTIVATIONS[self.activation]())
             layers += [nn.Dropout(self.dropout)] if self.dropout else []
             inputs = hidden
-        shape = tuple(spec["action"]["shape"])
-        return MLPPolicy(nn.Sequential(*layers, nn.Linear(inputs, math.prod(shape))), keys, shape)
+        return FlatPolicy(nn.Sequential(*layers, self.make_head(inputs, shape)), keys)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResMLP(HeadOptions):
+    """Multi-layer perceptron of residual blocks with LayerNorm, which stays trainable when it is deep."""
+
+    width: int = 256
+    """Width of the residual stream."""
+    blocks: int = 3
+    """Residual blocks: LayerNorm, linear, GELU, linear."""
+    expansion: int = 2
+    """Hidden width of a block, in multiples of `width`."""
+    dropout: float = 0.0
+    """Probability of dropping a block's outputs in training."""
+
+    def build(self, spec: dict[str, Any]) -> nn.Module:
+        """Size the network for the keys and shapes of `spec`. Raises UserError as `MLP.build` does."""
+        if min(self.width, self.blocks, self.expansion) < 1 or not 0 <= self.dropout < 1:
+            sizes = f"--model.width {self.width}, blocks {self.blocks} and expansion {self.expansion}"
+            raise UserError(f"{sizes} must be positive, --model.dropout {self.dropout} in [0, 1)")
+        keys, inputs, shape = flat_sizes(spec, "resmlp")
+        blocks = [ResidualBlock(self.width, self.expansion * self.width, self.dropout) for _ in range(self.blocks)]
+        layers = [nn.Linear(inputs, self.width), *blocks, nn.LayerNorm(self.width)]
+        return FlatPolicy(nn.Sequential(*layers, self.make_head(self.width, shape)), keys)
+
+
+class ResidualBlock(nn.Module):
+    """x + f(x); f begins with a LayerNorm."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        layers = [nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)]
+        self.net = nn.Sequential(*layers, nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)
+
+
+def flat_sizes(spec: dict[str, Any], model: str) -> tuple[list[str], int, tuple[int, ...]]:
+    """The vector observations, their widths over all steps of the history, and the shape of the action.
+
+    Raises:
+        UserError: no action or vector observation in the data, or pictures that no encoder has taken away.
+    """
+    if pictures := [key for key in spec if key.startswith("observation.images.")]:
+        raise UserError(
+            f"the model {model!r} takes no pictures, and the data has {pictures[0]!r}; the trainer needs a model"
+            " 'encoder', such as cnn"
+        )
+    keys = vector_observations(spec)
+    width(spec, "action")
+    return keys, sum(math.prod(spec[key]["shape"]) for key in keys), tuple(spec["action"]["shape"])
 
 
 def concatenated(observation: dict[str, Tensor] | Tensor, keys: list[str], prefix: str = "") -> Tensor:
@@ -60,15 +108,15 @@ def concatenated(observation: dict[str, Tensor] | Tensor, keys: list[str], prefi
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-class MLPPolicy(nn.Module):
-    """Concatenates the observations `[B, ...]` and returns actions `[B, Da]` or chunks `[B, Ta, Da]`.
+class FlatPolicy(nn.Module):
+    """Concatenates the observations `[B, ...]` and returns actions `[B, Da]` or chunks `[B, Ta, Da]`, or a `Mixture`.
 
     Takes the batch, or the one observation tensor itself.
     """
 
-    def __init__(self, net: nn.Sequential, keys: list[str], action_shape: tuple[int, ...]) -> None:
+    def __init__(self, net: nn.Sequential, keys: list[str]) -> None:
         super().__init__()
-        self.net, self.keys, self.action_shape = net, keys, action_shape
+        self.net, self.keys = net, keys
 
-    def forward(self, observation: dict[str, Tensor] | Tensor) -> Tensor:
-        return self.net(concatenated(observation, self.keys)).unflatten(1, self.action_shape)
+    def forward(self, observation: dict[str, Tensor] | Tensor) -> Tensor | Mixture:
+        return self.net(concatenated(observation, self.keys))

@@ -1,6 +1,8 @@
 """Behaviour cloning: regression from observations to the demonstrated actions (Pomerleau, 1989).
 
 min_theta  E_(o, a ~ demonstrations)  loss(pi_theta(o), a)
+
+With a Gaussian or mixture head and the loss `nll` it is maximum likelihood, and the most likely component's mean acts.
 """
 
 from typing import Any
@@ -9,12 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..losses import zero_padding
+from ..models.encoder import EncodedPolicy, encoder_of
+from ..models.fitting import check_regression
+from ..optimizers import update
 
 
 class BC:
-    """Behaviour cloning of single actions or chunks, with any model, loss and observation."""
+    """Behaviour cloning of single actions or chunks, with any regression network, loss and observation."""
 
-    needs = {"policy": "mlp"}
+    needs = {"policy": "mlp", "encoder": "cnn"}
     defaults = {
         "dataset": "metaworld",
         "loss": "l1",
@@ -27,12 +32,16 @@ class BC:
     accumulates = True
 
     def __init__(self, models: nn.ModuleDict, optimizers: dict[str, Optimizer], loss: nn.Module) -> None:
+        check_regression(models, loss)
         self.models, self.optimizers, self.loss = models, optimizers, loss
+        self.encoder = encoder_of(models)
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one batch, and what is logged."""
-        prediction, target = self.models["policy"](data), data["action"]  # both [B, Da] or [B, Ta, Da]
-        assert prediction.shape == target.shape, f"policy gives {tuple(prediction.shape)}, data {tuple(target.shape)}"
+        prediction, target = self.models["policy"](self.encoder(data)), data["action"]  # [B, (Ta,) Da]
+        if isinstance(prediction, Tensor):
+            found, expected = tuple(prediction.shape), tuple(target.shape)
+            assert found == expected, f"policy gives {found}, data {expected}"
         if "action_is_pad" in data:
             prediction, target = zero_padding(prediction, target, data["action_is_pad"])
         loss = self.loss(prediction, target)
@@ -40,9 +49,9 @@ class BC:
 
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
         loss, metrics = self.losses(data)
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        update(self.optimizers, loss)
         return metrics
+
+    def policy(self) -> nn.Module:
+        """What acts."""
+        return EncodedPolicy(self.encoder, self.models["policy"])

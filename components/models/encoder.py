@@ -1,0 +1,99 @@
+"""Observation encoders: pictures and task become one vector, so that every policy network takes any observation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+IMAGES = "observation.images."
+FEATURES = "observation.features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions:
+    """What all image encoders share."""
+
+    role: ClassVar[str] = "encoder"  # `--model cnn` replaces the encoder, not the policy
+
+    features: int = 64
+    """Numbers that describe one picture."""
+    share_weights: bool = False
+    """One network for all cameras, in the place of one each."""
+    task_features: int = 32
+    """Width of the task's embedding, where the data has more than one task; 0 leaves the task out."""
+
+    def check(self, **sizes: tuple[int, ...]) -> None:
+        """Refuse sizes below 1. Raises UserError naming the option."""
+        for name, values in {"features": (self.features,), "task_features": (self.task_features + 1,), **sizes}.items():
+            if not values or any(value < 1 for value in values):
+                option = name.replace("_", "-")
+                raise UserError(f"--model.encoder.{option} {' '.join(map(str, values))} must be positive")
+
+
+class ObservationEncoder(nn.Module):
+    """Puts `observation.features` in the place of a batch's pictures and of its task; without both it changes nothing.
+
+    Args:
+        spec: {key: {"shape", ...}} of the data; the texts of its tasks in `spec["task"]["values"]`.
+        make: (channels, height, width) -> a network `[n, C, H, W]` in [0, 1] -> `[n, features]`.
+
+    `spec` of the module describes what the other models get: vectors only.
+    """
+
+    def __init__(
+        self, spec: dict[str, Any], make: Callable[[int, int, int], nn.Module], options: EncoderOptions
+    ) -> None:
+        super().__init__()
+        self.cameras = [key for key in sorted(spec) if key.startswith(IMAGES)]
+        shapes = [tuple(spec[key]["shape"]) for key in self.cameras]
+        if options.share_weights and len(set(shapes)) > 1:
+            found = ", ".join(f"{key} {shape}" for key, shape in zip(self.cameras, shapes, strict=True))
+            raise UserError(f"--model.encoder.share-weights needs cameras of one shape; found: {found}")
+        networks = 1 if options.share_weights else len(shapes)
+        self.networks = nn.ModuleList([make(*shape[-3:]) for shape in shapes[:networks]])
+        tasks = len(spec.get("task", {}).get("values", ()))
+        self.task = nn.Embedding(tasks, options.task_features) if tasks > 1 and options.task_features else None
+        width = len(self.cameras) * options.features + (options.task_features if self.task is not None else 0)
+        observed = [f["shape"] for key, f in spec.items() if key.startswith("observation.")]
+        frames = [shape[:-3] if len(shape) > 2 else shape[:-1] for shape in observed]
+        self.history = tuple(frames[0]) if frames else ()  # (To,), or () for the last frame alone
+        gone = {*self.cameras, "task"} if width else set()
+        self.spec = {key: feature for key, feature in spec.items() if key not in gone}
+        if width:
+            self.spec[FEATURES] = {"shape": (*self.history, width), "dtype": "float32"}
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        parts = []
+        for i, key in enumerate(self.cameras):
+            pictures = batch[key]  # [B, (To,) C, H, W] uint8
+            encoded = self.networks[i % len(self.networks)](pictures.flatten(0, -4).float() / 255)
+            parts.append(encoded.unflatten(0, pictures.shape[:-3]))  # [B, (To,) F]
+        if self.task is not None:
+            embedded = self.task(batch["task_index"])  # [B, E]
+            parts.append(embedded[:, None].expand(-1, *self.history, -1) if self.history else embedded)
+        if not parts:
+            return batch
+        return {key: value for key, value in batch.items() if key not in self.cameras} | {
+            FEATURES: torch.cat(parts, -1)
+        }
+
+
+def encoder_of(models: nn.ModuleDict) -> nn.Module:
+    """The model `encoder`; without one, batches stay as they are."""
+    return models["encoder"] if "encoder" in models else nn.Identity()
+
+
+class EncodedPolicy(nn.Module):
+    """Encoder and network of a policy that is plain regression: observations -> action, the mode of a distribution."""
+
+    def __init__(self, encoder: nn.Module, network: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.network = encoder, network
+
+    def forward(self, observation: dict[str, Tensor]) -> Tensor:
+        action = self.network(self.encoder(observation))
+        return action if isinstance(action, Tensor) else action.mode

@@ -1,0 +1,79 @@
+"""What a regression network ends in: an action, or a mixture of Gaussians over actions or whole chunks."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import UserError
+
+
+class Mixture(NamedTuple):
+    """A mixture of K diagonal Gaussians over actions `[B, Da]` or over chunks `[B, Ta, Da]` as a whole.
+
+    That a component is a whole chunk keeps its steps together: two ways around an obstacle are two components.
+    """
+
+    logits: Tensor
+    """`[B, K]`"""
+    mean: Tensor
+    """`[B, K, (Ta,) Da]`"""
+    std: Tensor
+    """`[B, K, (Ta,) Da]`"""
+    keep: Tensor | None = None
+    """`[B, Ta, 1]` bool, the steps that count; all of them when None."""
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Logarithm of the density `[B]` of `action` `[B, (Ta,) Da]`, over the steps that count."""
+        z = (action[:, None] - self.mean) / self.std
+        log_density = -0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)  # [B, K, (Ta,) Da]
+        if self.keep is not None:
+            log_density = torch.where(self.keep[:, None], log_density, 0)
+        return torch.logsumexp(self.logits.log_softmax(1) + log_density.flatten(2).sum(2), dim=1)
+
+    @property
+    def mode(self) -> Tensor:
+        """Mean `[B, (Ta,) Da]` of the most probable component."""
+        best = self.logits.argmax(1).view(-1, 1, *[1] * (self.mean.ndim - 2))  # [B, 1, ...]
+        return self.mean.gather(1, best.expand(-1, 1, *self.mean.shape[2:])).squeeze(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """Options of every network that maps observations to actions."""
+
+    head: Literal["deterministic", "gaussian", "mixture"] = "deterministic"
+    """An action (losses mse, l1, huber, ...), or a distribution over actions (loss nll)."""
+    components: int = 5
+    """Gaussians of the mixture."""
+    min_std: float = 1e-2
+    """Least standard deviation of a Gaussian, in normalised units."""
+
+    def make_head(self, features: int, shape: tuple[int, ...]) -> nn.Module:
+        """`[B, features]` -> an action of `shape`, or a `Mixture` over such actions. Raises UserError: bad options."""
+        if self.components < 1 or not self.min_std > 0:
+            raise UserError(
+                f"--model.components {self.components} must be 1 or more, --model.min-std {self.min_std} above 0"
+            )
+        if self.head == "deterministic":
+            return nn.Sequential(nn.Linear(features, math.prod(shape)), nn.Unflatten(1, shape))
+        return MixtureHead(features, shape, self.components if self.head == "mixture" else 1, self.min_std)
+
+
+class MixtureHead(nn.Module):
+    """`[B, features]` -> `Mixture`; one component is a Gaussian."""
+
+    gives_distribution = True  # which is trained by its likelihood
+
+    def __init__(self, features: int, shape: tuple[int, ...], components: int, min_std: float) -> None:
+        super().__init__()
+        self.shape, self.components, self.min_std = shape, components, min_std
+        self.net = nn.Linear(features, components * (1 + 2 * math.prod(shape)))
+
+    def forward(self, features: Tensor) -> Mixture:
+        logits, rest = self.net(features).split([self.components, self.net.out_features - self.components], dim=1)
+        mean, std = rest.unflatten(1, (2, self.components, *self.shape)).unbind(1)
+        return Mixture(logits, mean, functional.softplus(std) + self.min_std)
