@@ -95,6 +95,7 @@ class EnvFactory(Protocol):
 
     Any autoreset mode will do. A vector environment may offer `state_dict()` and `load_state_dict()` (tensors and JSON
     values: everything, also what its wrappers keep); then a resumed online run goes on in the middle of its episodes.
+    In `tracked` it may name numbers of its `info`: evaluations record their last and largest values.
     """
 
     def build(self, num_envs: int, seed: int) -> Any: ...

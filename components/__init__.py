@@ -14,10 +14,12 @@ from .datasets.metaworld import MetaWorldDemonstrations
 from .datasets.minari import MinariDataset
 from .datasets.mixture import MixtureDataset
 from .datasets.ogbench import OGBenchDataset
+from .datasets.pusht import PushTDataset
 from .datasets.robomimic import RobomimicDataset
 from .datasets.zarr import ZarrDataset
 from .envs.gymnasium import GymnasiumEnv
 from .envs.metaworld import MetaWorldEnv
+from .envs.pusht import PushTEnv
 from .errors import UserError
 from .models.act import ACTransformer
 from .models.cnn import CNN
@@ -53,6 +55,7 @@ DATASET_BUILDER_REGISTRY: dict[str, type] = {
     "minari": MinariDataset,
     "mixture": MixtureDataset,
     "ogbench": OGBenchDataset,
+    "pusht": PushTDataset,
     "robomimic": RobomimicDataset,
     "zarr": ZarrDataset,
 }
@@ -90,6 +93,7 @@ OPTIMIZER_BUILDER_REGISTRY: dict[str, type] = {
 ENV_BUILDER_REGISTRY: dict[str, type] = {
     "gymnasium": GymnasiumEnv,
     "metaworld": MetaWorldEnv,
+    "pusht": PushTEnv,
 }
 
 # The option that chooses from each registry.

@@ -127,9 +127,10 @@ def run_episodes(
         tick: Called at each step; what it raises ends the episodes.
 
     Returns:
-        [{"seed", "success" (None when the environment tells none), "success_at_end", "return", "length"}].
+        [{"seed", "success" (None when the environment tells none), "success_at_end", "return", "length"}], and the last
+        and the largest value of each number of `info` that the environment's `tracked` names.
     """
-    space, slots = envs.single_action_space, envs.num_envs
+    space, slots, names = envs.single_action_space, envs.num_envs, getattr(envs, "tracked", ())
     episodes: list[dict[str, Any]] = []
     for start in range(0, len(seeds), slots):
         chosen = list(seeds[start : start + slots])
@@ -141,6 +142,7 @@ def run_episodes(
         returns, lengths = np.zeros(slots), np.zeros(slots, dtype=int)
         once: list[bool | None] = [None] * slots
         at_end: list[bool | None] = [None] * slots
+        tracked: list[dict[str, float]] = [{} for _ in range(slots)]
         while running.any():
             tick()
             if frames is not None and running[0]:
@@ -157,24 +159,33 @@ def run_episodes(
                 success = success_of(info, int(slot))
                 if success is not None:
                     once[slot], at_end[slot] = bool(once[slot]) or success, success
+                for key in names:
+                    if (value := told(info, key, int(slot))) is not None:
+                        most = max(float(value), tracked[slot].get(f"{key}_max", -math.inf))
+                        tracked[slot] |= {f"{key}_final": float(value), f"{key}_max": most}
             running &= ~(np.asarray(terminated) | np.asarray(truncated))
             if lengths.max() > MAX_STEPS:
                 raise RuntimeError(f"an episode is longer than {MAX_STEPS} steps; set --env.max-episode-steps")
         for i, seed in enumerate(chosen):
-            result = {"seed": seed, "success": once[i], "success_at_end": at_end[i]}
+            result = {"seed": seed, "success": once[i], "success_at_end": at_end[i]} | tracked[i]
             episodes.append(result | {"return": float(returns[i]), "length": int(lengths[i])})
     return episodes
 
 
 def success_of(info: dict[str, Any], slot: int) -> bool | None:
-    """`info["success"]` of one slot; at an episode's end some autoreset modes put it into `final_info`."""
+    """`info["success"]` of one slot, under either of its names."""
+    for key in ("success", "is_success"):
+        if (value := told(info, key, slot)) is not None:
+            return bool(np.all(np.asarray(value) > 0.5))
+    return None
+
+
+def told(info: dict[str, Any], key: str, slot: int) -> Any:
+    """`info[key]` of one slot, or None; at an episode's end some autoreset modes put it into `final_info`."""
     final = info.get("final_info")
     if final is not None and np.any(info.get("_final_info", [False] * (slot + 1))[slot]):
         info = final
-    for key in ("success", "is_success"):
-        if key in info and np.all(info.get(f"_{key}", [True] * (slot + 1))[slot]):
-            return bool(np.all(np.asarray(info[key][slot]) > 0.5))
-    return None
+    return info[key][slot] if key in info and np.all(info.get(f"_{key}", [True] * (slot + 1))[slot]) else None
 
 
 class Evaluator:
@@ -332,19 +343,33 @@ def summarise(episodes: list[dict[str, Any]], env: dict[str, Any], step: int, po
         "return_mean": float(returns.mean()),
         "return_std": float(returns.std()),
         "length_mean": float(np.mean([episode["length"] for episode in episodes])),
+        **{key: float(np.mean([episode[key] for episode in episodes])) for key in tracked_of(episodes)},
         "seeds": [episode["seed"] for episode in episodes],
         "inference": policy.inference,
     }
 
 
+def tracked_of(values: Any) -> list[str]:
+    """The names of tracked numbers in an evaluation's result, or of all its episodes: `coverage_final`, ..."""
+    every = values if isinstance(values, list) else [values]
+    names = [key for key in every[0] if key.endswith(("_final", "_max"))] if every else []
+    return [key for key in names if all(key in one for one in every)]
+
+
 def scores(result: dict[str, Any]) -> dict[str, float]:
     """The numbers of an evaluation that make curves."""
-    names = ("success_rate", "success_at_end", "return_mean", "return_normalised", "length_mean")
+    names = ["success_rate", "success_at_end", "return_mean", "return_normalised", "length_mean", *tracked_of(result)]
     return {f"eval/{name}": result[name] for name in names if result.get(name) is not None}
 
 
 def headline(result: dict[str, Any]) -> str:
     """One evaluation in a line for the screen."""
+    more = "".join(f", {key.replace('_', ' ')} {result[key]:.2f}" for key in tracked_of(result))
+    return outcome(result) + more
+
+
+def outcome(result: dict[str, Any]) -> str:
+    """Success with its interval where the environment tells it, else the return."""
     if result["success_rate"] is None:
         return f"return {result['return_mean']:.1f} +- {result['return_std']:.1f} over {result['episodes']} episodes"
     low, high = result["success_ci"]

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..envs.metaworld import draw_off_screen
 from ..errors import UserError, require
 from ..sampling import derive_seed
 from .episodes import build_episodes
@@ -35,6 +37,10 @@ class MetaWorldDemonstrations:
     """Seed of the goals; evaluation uses others."""
     max_episode_steps: int = 200
     """Steps until an attempt counts as failed, here and in the evaluation."""
+    cameras: tuple[str, ...] = ()
+    """Cameras whose pictures are drawn, such as behindGripper; the state is then hand and gripper alone."""
+    image_size: int = 64
+    """Height and width of the pictures."""
     obs_steps: int = 1
     """Observation steps per sample, the last being now."""
     action_steps: int = 1
@@ -67,6 +73,10 @@ class MetaWorldDemonstrations:
             raise UserError(
                 f"--dataset.max-episode-steps {self.max_episode_steps} must be 1 to 500, Meta-World's limit"
             )
+        if self.image_size < 8:
+            raise UserError(f"--dataset.image-size {self.image_size} must be 8 or more")
+        if self.cameras:
+            draw_off_screen()
         require("metaworld", "metaworld")
         from ..envs.metaworld_simulator import check_task
 
@@ -75,7 +85,9 @@ class MetaWorldDemonstrations:
         built = build_episodes(
             columns, ends, f"metaworld {self.task}", self.obs_steps, self.action_steps, self.validation, self.seed
         )
-        return built | {"env": {"name": "metaworld", "task": self.task, "max_episode_steps": self.max_episode_steps}}
+        env = {"name": "metaworld", "task": self.task, "max_episode_steps": self.max_episode_steps}
+        env |= {"cameras": self.cameras, "image_size": self.image_size} if self.cameras else {}
+        return built | {"env": env}
 
     def _load_or_make(self) -> tuple[dict[str, Tensor], Tensor]:
         """Read the cache, or make the demonstrations and cache them."""
@@ -85,6 +97,7 @@ class MetaWorldDemonstrations:
         from safetensors.torch import load_file, save_file
 
         recipe = [RECIPE, self.task, self.demos, self.seed, self.max_episode_steps, version("metaworld")]
+        recipe += [*self.cameras, self.image_size] if self.cameras else []
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
         path = Path(self.cache).expanduser() / f"metaworld-{self.task}-{self.demos}-{digest}.safetensors"
         if self.cache and path.exists():
@@ -111,7 +124,8 @@ class MetaWorldDemonstrations:
 
         # Which list of 50 goals comes k-th; far from the lists of the evaluation's seeds by sheer size.
         numbers = (50 * (derive_seed(self.seed, k // 50) % 10**8 + 10**8) + k % 50 for k in range(20 + 5 * self.demos))
-        tasks = ((self.task, number, self.max_episode_steps) for number in numbers)
+        simulation = (self.task, self.max_episode_steps, self.cameras, self.image_size)
+        tasks = ((number, *simulation) for number in numbers)
         workers = self.workers or (min(os.cpu_count() or 1, 8) if self.demos >= LARGE else 1)
         logger.info("making %d demonstrations of %s", self.demos, self.task)
         episodes: list[dict[str, np.ndarray]] = []
@@ -152,34 +166,46 @@ def _in_order(pool: ProcessPoolExecutor | None, tasks: Any, ahead: int) -> Any:
     yield from (future.result() for future in waiting)
 
 
-def demonstrate(task: str, seed: int, max_episode_steps: int) -> dict[str, np.ndarray] | None:
+def demonstrate(
+    seed: int, task: str, max_episode_steps: int, cameras: tuple[str, ...] = (), image_size: int = 64
+) -> dict[str, np.ndarray] | None:
     """One attempt of the expert: columns of `[T, ...]`, or None when it did not succeed in time."""
     from ..envs.metaworld_simulator import expert
 
-    env = _simulator(task, max_episode_steps)
+    env = _simulator(task, max_episode_steps, cameras, image_size)
     policy = expert(task)
     observation, _ = env.reset(seed=seed)
-    rows: list[tuple[Any, ...]] = []
+    rows: list[dict[str, Any]] = []
     done = False
     while not done:
-        action = np.clip(policy.get_action(observation.astype(np.float64)), -1, 1).astype(np.float32)
-        successor, reward, terminated, truncated, _ = env.step(action)
-        rows.append((observation, action, np.float32(reward), terminated, truncated and not terminated, successor))
-        observation, done = successor, terminated or truncated
-    if not rows[-1][3]:
-        return None
-    keys = ("observation.state", "action", "reward", "terminated", "truncated", "next.observation.state")
-    return {key: np.stack(values) for key, values in zip(keys, zip(*rows, strict=True), strict=True)}
+        row: dict[str, Any] = _named(observation, "")
+        row["action"] = np.clip(policy.get_action(env.state.astype(np.float64)), -1, 1).astype(np.float32)
+        observation, reward, terminated, truncated, _ = env.step(row["action"])
+        row |= {"reward": np.float32(reward), "terminated": terminated, "truncated": truncated and not terminated}
+        rows.append(row | _named(observation, "next."))
+        done = terminated or truncated
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]} if terminated else None
 
 
-_simulators: dict[tuple[str, int], Any] = {}
+def _named(observation: Any, prefix: str) -> dict[str, np.ndarray]:
+    """One observation of the environment by the names of the data."""
+    from ..evaluation import observation_batch
+
+    one = {key: value[0] for key, value in observation_batch(_batched(observation)).items()}
+    return {prefix + key: np.ascontiguousarray(value) for key, value in one.items()}
 
 
-def _simulator(task: str, max_episode_steps: int) -> Any:
+def _batched(observation: Any) -> Any:
+    """An observation with a leading dimension of one."""
+    if isinstance(observation, dict):
+        return {key: _batched(value) for key, value in observation.items()}
+    return np.asarray(observation)[None]
+
+
+@lru_cache(maxsize=4)
+def _simulator(*options: Any) -> Any:
     """One simulator per process and task: making one takes longer than an episode."""
     from ..envs.metaworld_simulator import MetaWorld
 
-    key = (task, max_episode_steps)
-    if key not in _simulators:
-        _simulators[key] = MetaWorld(task, max_episode_steps)
-    return _simulators[key]
+    task, max_episode_steps, cameras, image_size = options
+    return MetaWorld(task, max_episode_steps, cameras=cameras, image_size=image_size)

@@ -8,6 +8,12 @@ from typing import Any, Literal
 from ..errors import UserError
 
 
+def draw_off_screen() -> None:
+    """Let MuJoCo draw without a display, which its default on Linux needs; to be called before it is imported."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+
+
 @dataclass(frozen=True)
 class MetaWorldEnv:
     """Meta-World v3: success ends an episode, seeds fix goals."""
@@ -18,6 +24,10 @@ class MetaWorldEnv:
     """Steps until an episode is cut; Meta-World's own limit is 500, its experts need 50 to 105."""
     render_mode: Literal["rgb_array"] | None = None
     """Draw frames off screen."""
+    cameras: tuple[str, ...] = ()
+    """Cameras that are observed, such as behindGripper or corner2; the state is then hand and gripper alone."""
+    image_size: int = 64
+    """Height and width of their pictures."""
 
     def build(self, num_envs: int, seed: int) -> Any:
         """Make a vector environment in this process.
@@ -29,12 +39,15 @@ class MetaWorldEnv:
             raise UserError(
                 f"--env.max-episode-steps {self.max_episode_steps} must be 1 to 500, Meta-World's own limit"
             )
-        if self.render_mode is not None and sys.platform == "linux":
-            os.environ.setdefault("MUJOCO_GL", "egl")  # MuJoCo's default needs a display
+        if self.image_size < 8:
+            raise UserError(f"--env.image-size {self.image_size} must be 8 or more")
+        if self.render_mode is not None or self.cameras:
+            draw_off_screen()
         from gymnasium.vector import SyncVectorEnv
 
         from .metaworld_simulator import MetaWorld
 
-        envs = SyncVectorEnv([lambda: MetaWorld(self.task, self.max_episode_steps, self.render_mode)] * num_envs)
+        view: Any = {"render_mode": self.render_mode, "cameras": self.cameras, "image_size": self.image_size}
+        envs = SyncVectorEnv([lambda: MetaWorld(self.task, self.max_episode_steps, **view)] * num_envs)
         envs.reset(seed=seed)
         return envs

@@ -5,6 +5,7 @@ Meta-World's own `reset` ignores its seed: goals come from a list of 50 that the
 """
 
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from ..errors import UserError, nearest, require
 
 require("metaworld", "metaworld")
+import mujoco  # noqa: E402
 from metaworld import MT1  # noqa: E402
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # noqa: E402
 from metaworld.policies import ENV_POLICY_MAP  # noqa: E402
@@ -41,41 +43,65 @@ def expert(task: str) -> Any:
     return ENV_POLICY_MAP[task]()  # type: ignore[abstract]
 
 
+def upright(camera: str, frame: np.ndarray) -> np.ndarray:
+    """A picture `[H, W, 3]`, turned if it is the camera `corner2`'s, which sees the scene upside down."""
+    return np.ascontiguousarray(frame[::-1, ::-1]) if camera == "corner2" else frame
+
+
+PROPRIOCEPTION = 4  # the observation's first entries: the hand's position and how far the gripper is open
+
+
 class MetaWorld(gym.Env):
     """One task. Observation `[39]` float32 (its last three entries are the goal), action `[4]` in [-1, 1].
 
-    `terminated` is set at the first success, `truncated` after `max_episode_steps`.
+    With `cameras` it is {"agent_pos": `[4]`, hand and gripper; "pixels": {camera: `[S, S, 3]` uint8}}: where object and
+    goal are has to be seen. `terminated` is set at the first success, `truncated` after `max_episode_steps`.
 
     Raises:
-        UserError: an unknown task.
+        UserError: an unknown task or camera.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 80}
 
     def __init__(
-        self, task: str, max_episode_steps: int, render_mode: str | None = None, camera: str = "corner2"
+        self,
+        task: str,
+        max_episode_steps: int,
+        render_mode: str | None = None,
+        camera: str = "corner2",
+        cameras: Sequence[str] = (),
+        image_size: int = 64,
     ) -> None:
         check_task(task)
-        self.task, self.max_episode_steps, self.render_mode = task, max_episode_steps, render_mode
+        self.task, self.max_episode_steps, self.render_mode, self.camera = task, max_episode_steps, render_mode, camera
         view: dict[str, Any] = (
             {}
             if render_mode is None
             else {"render_mode": render_mode, "camera_name": camera, "width": 256, "height": 256}
         )
         self.simulator = ALL_V3_ENVIRONMENTS[task](**view)
-        if render_mode is not None:
+        model = self.simulator.model
+        if render_mode is not None or cameras:
             # MuJoCo's default quality costs 10 to 40 times more in software; it can only be set before the first frame.
-            model = self.simulator.model
             model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
             model.light_castshadow[:] = 0
             model.mat_reflectance[:] = 0
         self.action_space = self.simulator.action_space
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (39,), np.float32)
+        self.observation_space: gym.Space[Any] = gym.spaces.Box(-np.inf, np.inf, (39,), np.float32)
+        self.cameras, self.renderer = tuple(cameras), None
+        known = [model.camera(i).name for i in range(model.ncam)]
+        for name in cameras:
+            if name not in known:
+                raise UserError(f"Meta-World has no camera {name!r}; {nearest(name, known)}")
+        if cameras:
+            self.renderer = mujoco.Renderer(model, image_size, image_size)
+            picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+            proprioception = gym.spaces.Box(-np.inf, np.inf, (PROPRIOCEPTION,), np.float32)
+            pixels = gym.spaces.Dict({name: picture for name in cameras})
+            self.observation_space = gym.spaces.Dict({"agent_pos": proprioception, "pixels": pixels})
         self.goals, self.goal, self.steps = 0, -1, 0
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start the episode that `seed` stands for; without a seed, the next one of the same list."""
         if seed is None:
             self.goal = (self.goal + 1) % GOALS_PER_LIST
@@ -84,19 +110,31 @@ class MetaWorld(gym.Env):
         self.steps = 0
         self.simulator.set_task(goals(self.task, self.goals)[self.goal])
         observation, _ = self.simulator.reset()
-        return observation.astype(np.float32), {"success": 0.0}
+        return self._observed(observation), {"success": 0.0}
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def _observed(self, observation: np.ndarray) -> Any:
+        """What is observed; the whole state stays at hand for the expert, as `state`."""
+        self.state = observation.astype(np.float32)
+        if self.renderer is None:
+            return self.state
+        pixels = {}
+        for camera in self.cameras:
+            self.renderer.update_scene(self.simulator.data, camera)
+            pixels[camera] = upright(camera, self.renderer.render())
+        return {"agent_pos": self.state[:PROPRIOCEPTION], "pixels": pixels}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         observation, reward, _, _, info = self.simulator.step(np.clip(action, -1, 1))
         self.steps += 1
         success = float(info["success"])
         truncated = self.steps >= self.max_episode_steps
-        return observation.astype(np.float32), float(reward), success > 0, truncated, {"success": success}
+        return self._observed(observation), float(reward), success > 0, truncated, {"success": success}
 
     def render(self) -> np.ndarray | None:
-        """The `corner2` camera sees the scene upside down, so its picture is turned."""
         frame = self.simulator.render()
-        return None if frame is None else np.ascontiguousarray(frame[::-1, ::-1])
+        return None if frame is None else upright(self.camera, frame)
 
     def close(self) -> None:
+        if self.renderer is not None:
+            self.renderer.close()
         self.simulator.close()

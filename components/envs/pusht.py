@@ -1,0 +1,46 @@
+"""Push-T, in gym-pusht's simulation (Chi et al., 2023; Florence et al., 2021)."""
+
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import UserError, require
+
+
+@dataclass(frozen=True)
+class PushTEnv:
+    """Push-T: an episode ends when the block covers more than 95 % of its goal."""
+
+    max_episode_steps: int = 300
+    """Steps until an episode is cut, at 10 a second."""
+    render_mode: Literal["rgb_array"] | None = None
+    """Draw frames off screen."""
+
+    def build(self, num_envs: int, seed: int) -> Any:
+        """Make a vector environment in this process; `coverage` of its info is tracked, the share of the goal covered.
+
+        Raises:
+            UserError: no steps, or gym-pusht is missing.
+        """
+        if self.max_episode_steps < 1:
+            raise UserError(f"--env.max-episode-steps {self.max_episode_steps} must be 1 or more")
+        if "pygame" not in sys.modules:  # which greets, and warns of its own packaging
+            import os
+
+            os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            require("gym_pusht", "gym-pusht")
+        import gymnasium as gym
+
+        def make() -> Any:
+            env = gym.make(
+                "gym_pusht/PushT-v0", obs_type="state", render_mode=self.render_mode, disable_env_checker=True
+            )
+            return gym.wrappers.TimeLimit(env.unwrapped, self.max_episode_steps)
+
+        envs: Any = gym.vector.SyncVectorEnv([make] * num_envs)
+        envs.tracked = ("coverage",)
+        envs.reset(seed=seed)
+        return envs
