@@ -142,10 +142,17 @@ class ConvBlock(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(outputs)), nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x).unflatten(2, (self.groups, -1))  # [T, B, G, C / G]
-        variance, mean = torch.var_mean(y, dim=(0, 3), keepdim=True, correction=0)
-        y = ((y - mean) * (variance + 1e-5).rsqrt()).flatten(2)
-        return functional.mish(torch.addcmul(self.bias, y, self.weight))
+        y = self.conv(x)
+        y = y - self.mean(y)
+        scale = (self.mean(y * y) + 1e-5).rsqrt() * self.weight  # [B, C]
+        return functional.mish(torch.addcmul(self.bias, y, scale))
+
+    def mean(self, y: Tensor) -> Tensor:
+        """Mean over all steps and over the channels of each group, for every channel: `[T, B, C] -> [B, C]`."""
+        grouped = y.mean(0).unflatten(
+            1, (self.groups, -1)
+        )  # [B, G, C / G]; over time first, where memory is contiguous
+        return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)
 
 
 class Conv(nn.Module):

@@ -38,7 +38,7 @@ class ACT:
         "optimizer.warmup-steps": 100,
         "policy.action-steps": 1,
         "policy.ensemble": 0.01,
-        "steps": 5000,
+        "steps": 3000,
         "batch-size": 64,
         "eval-every": 1000,
     }

@@ -42,12 +42,12 @@ class Diffusion:
         "optimizer.lr": 1e-3,
         "optimizer.weight-decay": 1e-6,
         "optimizer.schedule": "cosine",
-        "optimizer.warmup-steps": 500,
+        "optimizer.warmup-steps": 300,
         "ema-decay": 0.9999,
         "policy.action-steps": 8,
         "policy.sampler": "ddim",
         "policy.sampling-steps": 10,
-        "steps": 5000,
+        "steps": 3000,
         "batch-size": 128,
         "eval-every": 1000,
     }
@@ -55,12 +55,12 @@ class Diffusion:
 
     @dataclass(frozen=True)
     class Config:
-        """Diffusion Policy; the paper's values."""
+        """Diffusion Policy; the paper's values but for `prediction`."""
 
         diffusion_steps: int = 100
         """Steps T of the forward process."""
-        prediction: Literal["epsilon", "sample", "v"] = "epsilon"
-        """What the network predicts: the noise, the chunk, or v."""
+        prediction: Literal["epsilon", "sample", "v"] = "v"
+        """What the network predicts: v, the chunk, or the noise (epsilon) as in the paper, which learns more slowly."""
         schedule: Literal["cosine", "linear"] = "cosine"
         """Noise schedule: squared cosine, or the linear betas of Ho et al. (2020)."""
         clip: bool = True
@@ -157,14 +157,22 @@ class DiffusionSampler(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         condition = self.network.condition(self.encoder(batch))  # type: ignore[operator]
         noise = batch["noise"]  # [B, N, (Ta,) Da]
-        last = len(self.alpha_bar) - 1  # type: ignore[arg-type]
-        steps = torch.linspace(last, 0, self.sampling_steps).round().long().tolist()  # of one step: the last
-        x = noise[:, 0]
+        x, steps = noise[:, 0], self.steps()
+        alpha_bar = [*self.alpha_bar[steps], torch.ones_like(self.alpha_bar[0])]  # type: ignore[index]
         for i, t in enumerate(steps):
-            eta = float(self.sampler == "ddpm" and i + 1 < len(steps))
-            before = self.alpha_bar[steps[i + 1]] if i + 1 < len(steps) else self.alpha_bar.new_ones(())  # type: ignore
-            x = self.step(x, t, before, condition, eta, noise[:, i + 1] if eta else None)
+            eta = float(self.sampler == "ddpm" and i + 1 < len(steps))  # the last step ends in the chunk itself
+            x = self.step(x, t, alpha_bar[i + 1], condition, eta, noise[:, i + 1] if eta else None)
         return x
+
+    def steps(self) -> list[int]:
+        """Evenly spaced from the noise, T - 1, to 0. A network of e begins lower, unless it takes all steps.
+
+        At T - 1 almost nothing is left of the signal, so an error of e is one of a that is 20 000 times as large.
+        """
+        first, n = self.most_steps - 1, self.sampling_steps
+        if self.prediction == "epsilon" and n > 1:
+            first = (n - 1) * self.most_steps // n
+        return torch.linspace(first, 0, n).round().long().tolist()
 
     def step(
         self, x: Tensor, t: int, before: Tensor, condition: Tensor, eta: float = 0.0, noise: Tensor | None = None

@@ -1,0 +1,118 @@
+"""Make tests/results/imitation.json: every run of its table but those that are finished, so it can go on over days.
+
+python tests/imitation_results.py --runs runs/imitation --jobs 2
+python tests/imitation_results.py --runs runs/imitation --pusht pusht_planner.npz    # with the runs on Push-T
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from components import load_policy, run_record  # noqa: E402
+from components.report import own_evaluations, result_row  # noqa: E402
+
+TRAINERS = ("bc", "act", "diffusion", "flow")
+SEEDS = {"push-v3": 3, "pick-place-v3": 3, "peg-insert-side-v3": 1}
+IMAGES = ("--dataset.cameras", "behindGripper", "--batch-size", "64")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train, evaluate and collect."""
+
+    runs: Path = Path("runs/imitation")
+    """Folder of the run folders."""
+    out: Path = ROOT / "tests" / "results" / "imitation.json"
+    """Results file; rows of runs that are not in the folder stay."""
+    jobs: int = 1
+    """Runs at a time, each on one thread."""
+    pusht: str = ""
+    """npz file of Push-T demonstrations; empty leaves Push-T out."""
+    only: str = ""
+    """Part of the names of the runs to make."""
+
+
+def wanted(args: Args) -> dict[str, tuple[str, list[str]]]:
+    """Run name -> suite and command line; first the first seed of everything."""
+    runs: dict[str, tuple[str, list[str]]] = {}
+    for seed, task, trainer in itertools.product(range(3), SEEDS, TRAINERS):
+        if seed < SEEDS[task]:
+            line = ["--trainer", trainer, "--dataset.task", task, "--seed", str(seed)]
+            runs[f"{task}-{trainer}-{seed}"] = ("metaworld-state", line)
+    for seed in range(3):
+        line = ["--trainer", "bc", "--dataset.task", "push-v3", "--seed", str(seed), *IMAGES]
+        runs[f"push-v3-images-bc-{seed}"] = ("metaworld-images", line)
+    for seed, trainer in itertools.product(range(3 if args.pusht else 0), ("bc", "diffusion", "flow")):
+        line = ["--trainer", trainer, "--dataset", "pusht", "--dataset.path", args.pusht, "--seed", str(seed)]
+        line += ["--steps", "10000", "--batch-size", "128", "--dataset.obs-steps", "2", "--dataset.action-steps", "16"]
+        runs[f"pusht-{trainer}-{seed}"] = ("pusht", [*line, "--policy.action-steps", "8"])
+    return {name: run for name, run in runs.items() if args.only in name}
+
+
+def make(folder: Path, line: list[str]) -> bool:
+    """Run, or go on with, one training; says whether it is finished."""
+    if run_record.read_status(folder)["state"] == "finished":
+        return True
+    begun = (folder / "args.json").exists()
+    options = ["--resume", str(folder)] if begun else [*line, "--eval-every", "0", "--run-dir", str(folder)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".log"), "a") as log:
+        words = [sys.executable, "offline_trainer.py", *options]
+        done = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    print(f"{folder.name}: {'finished' if done.returncode == 0 else f'FAILED, see {log.name}'}", flush=True)
+    return done.returncode == 0
+
+
+def row(folder: Path, suite: str) -> dict[str, Any]:
+    """A row of the results, with the latency of an action that is planned, and what the environment tracks."""
+    result = own_evaluations(folder)[-1]
+    more = {key: round(result[key], 4) for key in result if key.startswith("coverage")}
+    return result_row(folder) | {"suite": suite, "plan_ms": plan_ms(folder)} | more
+
+
+def plan_ms(folder: Path, times: int = 20) -> float:
+    """Median milliseconds that planning a chunk for one observation takes, on one thread."""
+    torch.set_num_threads(1)
+    policy, seconds = load_policy(folder), []
+    observation = {
+        key: np.zeros(policy.spec[key]["shape"][policy.obs_steps > 1 :], policy.spec[key]["dtype"])
+        for key in policy.observation_keys
+    }
+    for _ in range(times):
+        policy.reset()
+        began = time.perf_counter()
+        policy.act(observation)
+        seconds.append(time.perf_counter() - began)
+    return round(1000 * float(np.median(seconds)), 2)
+
+
+def main(args: Args) -> None:
+    """Make the runs and write the file after each of them."""
+    runs = wanted(args)
+    before = json.loads(args.out.read_text()) if args.out.exists() else []
+    rows = {(r["suite"], r["task"], r["trainer"], r["seed"]): r for r in before}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        made = pool.map(lambda name: make(args.runs.resolve() / name, runs[name][1]), runs)
+        for (name, (suite, _)), finished in zip(runs.items(), made, strict=True):
+            if finished:
+                found = row(args.runs.resolve() / name, suite)
+                rows[suite, found["task"], found["trainer"], found["seed"]] = found
+                args.out.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
