@@ -64,9 +64,9 @@ class LikelihoodLoss(nn.Module):
 class Sinkhorn:
     """Entropic optimal transport between the steps of two chunks: forgives actions that come a little early or late."""
 
-    epsilon: float = 0.05
+    epsilon: float = 0.01
     """Strength of the entropy, relative to the mean cost; towards 0 it is optimal transport itself."""
-    iterations: int = 50
+    iterations: int = 100
     """Sinkhorn iterations."""
     time_weight: float = 10.0
     """Cost of moving an action by the whole length of the chunk."""

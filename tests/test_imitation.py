@@ -116,7 +116,7 @@ def built(name: str, spec: dict[str, Any], loss: str = "mse", model: Any = None,
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
 def test_the_denoising_loss_by_hand(prediction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At noise e = 2 and time t = 3 of 10: x_t = sqrt(abar) a + sqrt(1 - abar) e, against each target; padding is out."""
+    """At noise e = 2 and time 3 of 10: x_t = sqrt(abar) a + sqrt(1 - abar) e, against each target, without padding."""
     trainer = built("diffusion", SPEC, prediction=prediction, diffusion_steps=10)
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 2.0))
     monkeypatch.setattr(torch, "rand_like", lambda x: torch.full_like(x, 0.35))
@@ -154,21 +154,21 @@ def gaussian_velocity(x: Tensor, t: Tensor, mean: float, std: float) -> Tensor:
 def test_flow_learns_the_analytic_velocity_between_gaussians() -> None:
     mean, std = 1.5, 0.5
     spec = {"observation.state": {"shape": (1,), "dtype": "float32"}, "action": {"shape": (1,), "dtype": "float32"}}
-    net = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
     torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
     models = nn.ModuleDict({"policy": Known(lambda x, t: net(torch.cat([x, t.expand(len(x)).view(-1, 1)], 1)))})
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(net.parameters())
     trainer = flow.Flow(models, {"policy": optimizer}, nn.MSELoss(), spec=spec)
     state = torch.zeros(1024, 1)
-    for step in range(500):
-        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / 500)
+    for step in range(1500):
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 1500)
         trainer.train_step({"observation.state": state, "action": mean + std * torch.randn(1024, 1)})
     for t in (0.1, 0.5, 0.9):
         centre, spread = t * mean, math.sqrt((1 - t) ** 2 + (t * std) ** 2)
         x = (centre + spread * torch.linspace(-1.5, 1.5, 7)).view(-1, 1)
         with torch.no_grad():
             found = models["policy"](x, torch.tensor([t]), torch.zeros(1))
-        assert torch.allclose(found, gaussian_velocity(x, torch.tensor(t), mean, std), atol=0.3)
+        assert torch.allclose(found, gaussian_velocity(x, torch.tensor(t), mean, std), atol=0.06)
 
 
 @pytest.mark.parametrize(("sampler", "steps", "error"), [("euler", 400, 5e-3), ("midpoint", 40, 1e-3)])
@@ -236,9 +236,9 @@ def test_the_sinkhorn_loss_forgives_what_comes_a_step_late() -> None:
     assert 0 < float(loss(late, target)) < 0.5 * float(loss(wrong, target))
     x, y = torch.randn(4, 3), torch.randn(4, 3)
     assert torch.allclose(loss(x, y), nn.functional.mse_loss(x, y))
-    prediction = torch.randn(2, 6, 2, requires_grad=True)
+    prediction = torch.zeros(2, 6, 2, requires_grad=True)
     optimizer = torch.optim.Adam([prediction], 0.1)
-    goal = torch.randn(2, 6, 2)
+    goal = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(0))
     for _ in range(200):
         optimizer.zero_grad()
         loss(prediction, goal).backward()
