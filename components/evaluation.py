@@ -271,6 +271,8 @@ def held_out_loss(
 ) -> dict[str, float]:
     """Mean of the trainer's `losses` over the validation set; leaves the random generators as they were.
 
+    Not of the compiled ones: without gradients, and for the last, smaller batch, they would be compiled again.
+
     Returns:
         {"val/loss"}; of a mixture its sources' means, weighted by their shares, and each as "val/loss.<source>".
 
@@ -287,7 +289,7 @@ def held_out_loss(
             for part in rows.split(batch_size):
                 tick()
                 data = normaliser(to_device(read(dataset, part), device))
-                totals[name] += total_loss(trainer.losses(data)) * len(part)
+                totals[name] += total_loss(type(trainer).losses(trainer, data)) * len(part)
         means = {name: totals[name] / len(rows) for name, (rows, _) in sources.items()}
     if (means := parallel.from_first(means)) is None:
         raise StoppedError("stopped by a signal")

@@ -243,3 +243,7 @@ def test_a_model_is_built_from_the_spec_alone() -> None:
     model = components.MODEL_BUILDER_REGISTRY["mlp"]().build(SPEC)
     assert model({"observation.state": torch.zeros(3, 5)}).shape == (3, 2)
     assert model(torch.zeros(3, 5)).shape == (3, 2)
+
+
+def test_every_trainer_is_in_the_tests_that_run_them_all() -> None:
+    assert set(toy.TRAINERS) == {name for option, name in BUILT_IN if option == "trainer"}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import offline_trainer
+import toy
 from components import LOSS_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, checkpoint, load_policy
 from components.curves import read_lines
 from components.run_record import lock
@@ -69,8 +70,6 @@ def test_evaluation_does_not_depend_on_the_number_of_slots(script: Script) -> No
 def test_a_crash_in_the_evaluation_is_reported_and_training_goes_on(
     script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import toy
-
     steps = iter(range(10**9))
     whole = toy.ToyEnv.step
 
@@ -241,8 +240,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(script: Script, tmp_pat
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    import toy
-
     class Explodes(toy.Minimal):
         def train_step(self, data: dict[str, Any], iterations: int) -> dict[str, Any]:  # type: ignore[override]
             if iterations == 7:
@@ -276,8 +273,6 @@ def test_a_gated_step_changes_nothing_until_it_is_looked_at() -> None:
 
 
 def test_a_metric_that_is_no_scalar_is_named(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    import toy
-
     class Odd(toy.Minimal):
         def train_step(self, data: dict[str, Any]) -> dict[str, Any]:
             return super().train_step(data) | {"histogram": torch.zeros(3)}
@@ -332,6 +327,19 @@ def test_a_resumed_run_equals_one_that_never_stopped(script: Script, died_at: in
     assert os.readlink(resumed / "checkpoints" / "best") == os.readlink(whole / "checkpoints" / "best")
 
 
+@pytest.mark.parametrize("name", list(toy.TRAINERS))
+def test_every_trainer_resumes_exactly(script: Script, name: str) -> None:
+    """Averaged weights and what is drawn, too."""
+    options = (*toy.TRAINERS[name], "--steps", 30, "--save-every", 10, "--eval-every", 10, "--eval-episodes", 2)
+    whole = script(*options, folder="whole")
+    interrupt_after(script, 17, *options)
+    resumed = script("--resume", whole.parent / "run")
+    assert states(resumed) == states(whole) and learned(resumed) == learned(whole)
+    assert (resumed / "eval.jsonl").read_text() == (whole / "eval.jsonl").read_text()
+    policies = [(run / "policy" / "model.safetensors").read_bytes() for run in (resumed, whole)]
+    assert policies[0] == policies[1]
+
+
 def test_actor_critic_resumes_exactly(script: Script) -> None:
     options = ("--trainer", "actor_critic", "--optimizer", "adam", "--save-every", 10, "--steps", 40)
     whole = script(*options, folder="whole")
@@ -340,8 +348,6 @@ def test_actor_critic_resumes_exactly(script: Script) -> None:
 
 
 def test_own_state_of_a_trainer_is_kept(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    import toy
-
     class Counts(toy.Minimal):
         total = 0
 
@@ -410,8 +416,6 @@ def test_resume_to_a_step_that_lies_behind(script: Script, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["tensor", "dict"])
 def test_the_held_out_loss_of_other_kinds_of_losses(script: Script, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    import toy
-
     class Own(toy.Minimal):
         def losses(self, data: dict[str, Any]) -> Any:
             loss = self.loss(self.models["policy"](data), data["action"])
@@ -470,8 +474,6 @@ def test_init_from_load_and_freeze(script: Script) -> None:
 
 
 def test_frozen_weights_do_not_move(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    import toy
-
     class Both(toy.Minimal):
         """An encoder with batch statistics, and a policy after it."""
 
@@ -661,8 +663,6 @@ def test_secrets_stay_out_of_the_run_folder(script: Script, monkeypatch: pytest.
 
 def test_policy_and_run_agree(script: Script) -> None:
     run = script("--trainer", "bc", "--steps", 300)
-    import toy
-
     state = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
     expert = state @ toy.EXPERT.numpy()
     assert np.abs(load_policy(run).act({"observation.state": state}) - expert).mean() < 0.15

@@ -4,6 +4,7 @@ import copy
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ SAC = ("--trainer", "sac", "--model.hidden-dims", 16, "--model.critic.hidden-dim
 PUSH = Path(__file__).parent / "fixtures" / "lerobot_v30_image"
 PICTURES = ("--trainer", "bc", "--model", "cnn", "--dataset", "lerobot", "--dataset.path", PUSH, "--workers", 1)
 PICTURES += ("--dataset.cameras", "corner2", "--augment.crop", 56, 60, "--augment.shift", 2, "--augment.hue", 0.1)
+# A small run of every trainer of the registry; what draws noise may say so.
+TRAINERS: dict[str, tuple[object, ...]] = {
+    "bc": ("--trainer", "bc"),
+    "act": ("--trainer", "act", "--model.width", 16, "--model.dropout", 0, "--dataset.action-steps", 4)
+    + ("--trainer.kl-weight", 0.1),
+    "diffusion": ("--trainer", "diffusion", "--model.channels", 16, 32, "--dataset.action-steps", 8),
+    "flow": ("--trainer", "flow", "--model.channels", 16, 32, "--dataset.action-steps", 8),
+    "sac": SAC,
+}
+DRAWS_NOISE = ("act", "diffusion", "flow", "sac")
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
 
 
@@ -374,15 +385,15 @@ class Trouble(Minimal):
 TRAINER_REGISTRY["trouble"] = Trouble
 
 
-def sliced_noise(rank: int, world: int) -> Any:
-    """Stands in for `torch.randn_like`: noise of the global batch, of which a process takes its part."""
+def sliced_noise(rank: int, world: int) -> dict[str, Any]:
+    """Stand in for `torch.randn_like` and `rand_like`: noise of the global batch, of which a process takes its part."""
     calls = iter(range(10**9))
 
-    def randn_like(x: torch.Tensor) -> torch.Tensor:
+    def drawn(draw: Any, x: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(next(calls))
-        return torch.randn(len(x) * world, *x.shape[1:], generator=generator)[rank * len(x) : (rank + 1) * len(x)]
+        return draw(len(x) * world, *x.shape[1:], generator=generator)[rank * len(x) : (rank + 1) * len(x)]
 
-    return randn_like
+    return {"randn_like": partial(drawn, torch.randn), "rand_like": partial(drawn, torch.rand)}
 
 
 class ManyUpdates(Minimal):
