@@ -2,6 +2,7 @@
 
 python -m components.evaluate runs/x --eval-episodes 200
 python -m components.evaluate runs/x --env.max-episode-steps 500 --video
+python -m components.evaluate runs/x --policy.action-steps 4 --policy.sampling-steps 20
 """
 
 import os
@@ -16,6 +17,7 @@ from .command_line import at_least, import_plugins, instantiate, one_line, optio
 from .environments import Environments
 from .errors import UserError
 from .evaluation import Evaluator, headline
+from .policy import Inference, saved_settings
 
 
 @dataclass(kw_only=True)
@@ -45,6 +47,8 @@ class Args(Names):
     """Seed of the first episode; the others follow."""
     env_timeout: float = 60.0
     """Seconds that a step of the environments may take; 0 for no limit."""
+    policy: Inference = Inference()
+    """How the policy acts; by default as in its run."""
     video: bool = False
     """Film the first three episodes into the run's videos/."""
     env_options: Annotated[Any, tyro.conf.arg(name="env")]
@@ -66,9 +70,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{run} has no environment of its own; name one with --env")
     options = {key: value for key, value in known.items() if key != "name"} if name == known["name"] else {}
     component = pick(ENV_BUILDER_REGISTRY, "env", name)
-    args = parse(Args, argv, Args(run=str(run), env=name, env_options=options_of(component, options)))
+    default = Args(run=str(run), env=name, env_options=options_of(component, options), policy=saved_settings(run))
+    args = parse(Args, argv, default)
     at_least(args, {"eval_episodes": 1, "eval_envs": 1, "eval_seed": 0, "env_timeout": 0})
-    policy = load_policy(run)
+    policy = load_policy(run, **vars(args.policy))
     with one_line(f"env {name!r}"):
         make = instantiate(component, args.env_options).build
         envs = Environments(make, min(args.eval_envs, args.eval_episodes), args.eval_seed, args.env_timeout)

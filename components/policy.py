@@ -337,27 +337,43 @@ def load_policy(folder: str | Path, **settings: Any) -> Policy:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
-    folder = folder / "policy" if (folder / "policy" / "policy.json").exists() else folder
-    path = folder / "policy.json"
-    if not path.exists():
-        raise UserError(f"{folder}: no policy here (policy/policy.json); a run writes it when it ends")
+    path, description = _describe(folder)
     try:
-        description = json.loads(path.read_text())
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(path.with_name("model.safetensors"))
         spec, modes = description["spec"], description["normalisation"]
-        known = Inference(**description["inference"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
+        raise UserError(f"{path.parent}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
     module = _build_module(description, spec, path)
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in weights.items()}
     if expected != found:
         key = next(key for key in {**expected, **found} if expected.get(key) != found.get(key))
-        raise UserError(f"{folder}: weights {key!r} have shape {found.get(key)}, the model {expected.get(key)}")
+        raise UserError(f"{path.parent}: weights {key!r} have shape {found.get(key)}, the model {expected.get(key)}")
     module.load_state_dict(weights)
+    known = saved_settings(folder)
     complete = {key: modes.get(key, "none") for key in spec}
     return Policy(module.eval(), Normaliser(spec, complete), spec, known).configure(**settings)
+
+
+def _describe(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file `policy.json` of a run or policy folder, and what it says. Raises UserError: none there, or damaged."""
+    folder = Path(folder)
+    path = (folder / "policy" if (folder / "policy" / "policy.json").exists() else folder) / "policy.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no policy here (policy/policy.json); a run writes it when it ends")
+    try:
+        return path, json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
+
+
+def saved_settings(folder: str | Path) -> Inference:
+    """How the policy of a run acts unless it is told otherwise. Raises UserError: no policy there, or damaged."""
+    path, description = _describe(folder)
+    try:
+        return Inference(**description["inference"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
 
 
 def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path) -> nn.Module:

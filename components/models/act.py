@@ -97,14 +97,14 @@ class ACTNetwork(nn.Module):
     def latent_of(self, observation: dict[str, Tensor], chunk: Tensor, is_pad: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and log-variance `[B, Z]` of q(z | chunk `[B, Ta, Da]`, observation); padded steps are not looked at."""
         chunk = chunk if chunk.ndim == 3 else chunk[:, None]  # an action is a chunk of one
-        first = self.vae_class.expand(len(chunk), 1, -1)
+        first = self.vae_class.expand(chunk.shape[0], 1, -1)
         state = [
             layer(observation[k].flatten(1))[:, None] for k, layer in zip(self.vae_keys, self.vae_embed, strict=True)
         ]
         x = torch.cat([first, *state, self.vae_action(chunk)], dim=1)  # [B, 1 + keys + Ta, W]
         mask = None
         if is_pad is not None:
-            always = torch.ones(len(chunk), x.shape[1] - chunk.shape[1], dtype=torch.bool, device=x.device)
+            always = torch.ones(chunk.shape[0], x.shape[1] - chunk.shape[1], dtype=torch.bool, device=x.device)
             mask = torch.cat([always, ~is_pad], dim=1)[:, None, None]  # [B, 1, 1, tokens], true to look
         for layer in self.vae[:-1]:
             x = layer(x, self.vae_position, mask)
@@ -115,14 +115,14 @@ class ACTNetwork(nn.Module):
     def forward(self, observation: dict[str, Tensor], latent: Tensor | None = None) -> Tensor:
         """Chunk `[B, Ta, Da]` for z `[B, Z]`, or for the prior's mean 0, with which the policy acts."""
         tokens = [layer(observation[k].flatten(1)) for k, layer in zip(self.keys, self.embed, strict=True)]
-        latent = tokens[0].new_zeros(len(tokens[0]), self.latent) if latent is None else latent
+        latent = tokens[0].new_zeros(tokens[0].shape[0], self.latent) if latent is None else latent
         memory = torch.stack([self.embed_latent(latent), *tokens], dim=1)  # [B, 1 + keys, W]
         for layer in self.encoder:
             memory = layer(memory, self.position)
-        x = torch.zeros_like(self.queries).expand(len(memory), -1, -1)  # [B, Ta, W]
+        x = torch.zeros_like(self.queries).expand(memory.shape[0], -1, -1)  # [B, Ta, W]
         for layer in self.decoder:
             x = layer(x, self.queries, memory, self.position)
-        return self.out(self.decoder_norm(x)).reshape(len(x), *self.action_shape)
+        return self.out(self.decoder_norm(x)).reshape(x.shape[0], *self.action_shape)
 
 
 class FeedForward(nn.Sequential):

@@ -172,7 +172,7 @@ class DiffusionSampler(nn.Module):
         first, n = self.most_steps - 1, self.sampling_steps
         if self.prediction == "epsilon" and n > 1:
             first = (n - 1) * self.most_steps // n
-        return torch.linspace(first, 0, n).round().long().tolist()
+        return [round(first * (1 - i / max(n - 1, 1))) for i in range(n)]
 
     def step(
         self, x: Tensor, t: int, before: Tensor, condition: Tensor, eta: float = 0.0, noise: Tensor | None = None

@@ -1,0 +1,170 @@
+"""Write a policy as one file that runs with torch alone: normaliser, encoder, network, sampler.
+
+python -m components.export runs/x                               # writes runs/x/policy/policy.pt2
+python -m components.export runs/x --policy.sampling-steps 5     # with other settings of acting
+
+    program = torch.export.load("policy.pt2").module()
+    chunk = program({"observation.state": state})        # [B, Ds] or [B, To, Ds] -> actions [B, Da] or [B, Ta, Da]
+    chunk = program({"observation.state": state, "noise": torch.randn(B, 1, 16, 4)})  # of a policy that draws noise
+
+Observations are in the environment's units, with their history, the last step being now; so are the actions. The shapes
+of everything, and how many steps of a chunk to execute, stand in the file itself (`torch.export.load(...,
+extra_files={"policy.json": ""})`).
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from . import load_policy, process, run_record
+from .command_line import import_plugins, parse, parse_names
+from .errors import UserError
+from .normalisation import centre
+from .policy import Inference, Policy, saved_settings
+
+TOLERANCE = 1e-5  # largest difference from the eager policy, relative to the largest action
+
+
+@dataclass(kw_only=True)
+class Names:
+    """What the first pass reads."""
+
+    run: Annotated[str, tyro.conf.Positional] = ""
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True)
+class Args(Names):
+    """Export the policy of a run with torch.export."""
+
+    run: Annotated[str, tyro.conf.Positional] = ""
+    """Run folder, or its policy folder."""
+    plugins: tuple[str, ...] = ()
+    """Modules to import first, so that the components they register can be loaded."""
+    out: str = ""
+    """File to write; by default policy.pt2 beside policy.json."""
+    policy: Inference = Inference()
+    """How it acts; by default as it was saved."""
+
+
+class Whole(nn.Module):
+    """Observations in the environment's units -> action or chunk in the environment's units, float32."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.module, self.takes_tensor, self.crops = policy.module, policy.takes_tensor, policy.normaliser.crops
+        self.keys = list(policy.normaliser.modes)
+        for i, key in enumerate(self.keys):
+            self.register_buffer(f"offset_{i}", policy.normaliser.offset[key])
+            self.register_buffer(f"scale_{i}", policy.normaliser.scale[key])
+
+    def forward(self, observation: dict[str, Tensor]) -> Tensor:
+        batch = dict(observation)
+        for key, value in observation.items():
+            if key in self.keys:
+                i = self.keys.index(key)
+                batch[key] = (value - getattr(self, f"offset_{i}")) / getattr(self, f"scale_{i}")
+            elif key in self.crops:
+                batch[key] = centre(value, *self.crops[key])
+        action = self.module(batch["observation.state"] if self.takes_tensor else batch).float()
+        if "action" not in self.keys:
+            return action
+        i = self.keys.index("action")
+        return action * getattr(self, f"scale_{i}") + getattr(self, f"offset_{i}")
+
+
+def example(policy: Policy, rows: int) -> dict[str, Tensor]:
+    """Inputs of the right shapes and about the right size, `rows` of them."""
+    generator = torch.Generator().manual_seed(0)
+    batch: dict[str, Tensor] = {}
+    for key in policy.observation_keys:
+        feature = policy.spec[key]
+        shape = [rows, *feature.get("stored_shape", feature["shape"])]
+        if feature["dtype"] == "uint8":
+            batch[key] = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+        else:
+            batch[key] = policy.normaliser.undo(key, torch.randn(shape, generator=generator))
+    if "task" in policy.spec:
+        batch["task_index"] = torch.arange(rows) % len(policy.spec["task"]["values"])
+    if hasattr(policy.module, "noise_shape"):
+        noise_shape: Any = policy.module.noise_shape
+        batch["noise"] = torch.randn(rows, *noise_shape, generator=generator)
+    return batch
+
+
+def description(policy: Policy) -> dict[str, Any]:
+    """What the file says of itself: inputs and outputs without the leading batch dimension, and how to act."""
+    inputs = {
+        k: {"shape": list(v.shape[1:]), "dtype": str(v.dtype).removeprefix("torch.")}
+        for k, v in example(policy, 1).items()
+    }
+    tasks = {"tasks": policy.spec["task"]["values"]} if "task" in policy.spec else {}
+    return {"inputs": inputs, "action": list(policy.spec["action"]["shape"]), "inference": policy.inference} | tasks
+
+
+def export(policy: Policy, path: Path) -> float:
+    """Write the policy, load it again, and return its largest difference from the eager one on batches of 1 and 3.
+
+    Raises:
+        UserError: a policy that torch.export cannot trace, or whose exported actions differ; nothing is written then.
+    """
+    whole = Whole(policy).eval().cpu()
+    batch = example(policy, 2)
+    rows = torch.export.Dim("batch", min=1, max=4096)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # where it writes the graph that it could not finish
+                program = torch.export.export(whole, (batch,), dynamic_shapes=({key: {0: rows} for key in batch},))
+        except Exception as error:
+            raise UserError(f"torch.export cannot trace this policy: {str(error).splitlines()[0]}") from error
+        temporary = path.with_name(f".{path.name}")
+        torch.export.save(program, temporary, extra_files={"policy.json": json.dumps(description(policy))})
+        loaded, largest = torch.export.load(temporary).module(), 0.0
+        for n in (1, 3):
+            batch = example(policy, n)
+            eager, exported = whole(batch), loaded(batch)
+            largest = max(largest, float((eager - exported).abs().max() / eager.abs().max().clamp(min=1)))
+    if not largest <= TOLERANCE:
+        temporary.unlink()
+        raise UserError(f"the exported policy's actions differ by {largest:.2g} of the largest; nothing is written")
+    shutil.move(temporary, path)
+    return largest
+
+
+def main(argv: list[str]) -> int:
+    """Load, export, compare; returns the exit code."""
+    run_record.start_logging(rank=0)
+    names = parse_names(Names, [word for word in argv if word not in ("-h", "--help")])
+    if not names.run:
+        parse(Args, argv, Args())
+        raise UserError("which run? python -m components.export RUN")
+    import_plugins(names.plugins)
+    args = parse(Args, argv, Args(run=names.run, policy=saved_settings(names.run)))
+    policy = load_policy(args.run, **vars(args.policy))
+    folder = Path(args.run)
+    path = (
+        Path(args.out) if args.out else (folder / "policy" if (folder / "policy").is_dir() else folder) / "policy.pt2"
+    )
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: no such folder {path.parent}")
+    difference = export(policy, path)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, equal to the policy to {difference:.1g}")
+    for key, value in description(policy).items():
+        print(f"  {key}: {json.dumps(value)}")
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.pop("RANK", None)
+    process.run(main)
