@@ -1,7 +1,9 @@
 """A saved policy acts alone, in the environment's units, and refuses what does not fit, by name."""
 
 import json
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from components import UserError, load_policy
+import toy
+from components import UserError, export, load_policy
+from components.curves import read_lines
 from components.normalisation import Normaliser
-from components.policy import Policy
+from components.policy import Inference, Policy
 from conftest import ROOT, command
 
 
@@ -212,3 +216,168 @@ def test_a_trainers_own_policy_is_saved_and_loaded(
     twice = load_policy(run).act(state)
     plain = script("--trainer", "minimal", "--steps", 2, "--normalise", "action=none", folder="plain")
     assert np.allclose(twice, 2 * load_policy(plain).act(state))
+
+
+# ---- how a chunk is played -----------------------------------------------------------------------------------------
+
+
+class Plans(nn.Module):
+    """Chunks of four: the observation, then it plus 1, 2 and 3; counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.calls += 1
+        return batch["observation.state"][:, None] + torch.arange(4.0)[:, None]
+
+
+def plain_spec() -> dict[str, Any]:
+    shapes: dict[str, Any] = {"observation.state": {"shape": (1,), "dtype": "float32"}}
+    shapes |= {"action": {"shape": (4, 1), "dtype": "float32"}, "action_is_pad": {"shape": (4,), "dtype": "bool"}}
+    return shapes
+
+
+@pytest.mark.parametrize("action_steps", [1, 2, 3, 4])
+def test_after_so_many_steps_a_new_chunk_is_planned(action_steps: int) -> None:
+    policy = Policy(Plans(), Normaliser(plain_spec()), plain_spec(), Inference(action_steps=action_steps))
+    policy.module.calls = 0
+    played = [float(policy.act(observe(10.0 * t))[0, 0]) for t in range(7)]
+    assert played == [10.0 * (t - t % action_steps) + t % action_steps for t in range(7)]
+    assert policy.module.calls == -(-7 // action_steps)
+    assert policy.inference["action_steps"] == action_steps
+
+
+def test_temporal_ensembling_by_hand() -> None:
+    """At step t the chunks of t, t-1, t-2, t-3 say 10 t, 10 (t-1) + 1, ...; weights exp(-m i), i = 0 the oldest."""
+    policy = Policy(Plans(), Normaliser(plain_spec()), plain_spec()).configure(action_steps=1, ensemble=0.5)
+    for t in range(6):
+        said = [10.0 * s + t - s for s in range(max(0, t - 3), t + 1)]  # oldest first
+        weights = [np.exp(-0.5 * i) for i in range(len(said))]
+        expected = np.dot(weights, said) / np.sum(weights)
+        assert float(policy.act(observe(10.0 * t))[0, 0]) == pytest.approx(expected, rel=1e-5)
+    policy.reset()
+    assert float(policy.act(observe(7.0))[0, 0]) == 7.0  # nothing of the episode before
+    policy.configure(action_steps=2, ensemble=0.0)  # planned at 0 and 2: at step 3 the two say 3 and 21
+    assert [float(policy.act(observe(10.0 * t))[0, 0]) for t in range(4)] == [0.0, 1.0, (2 + 20) / 2, (3 + 21) / 2]
+
+
+class Samples(nn.Module):
+    """Samples in steps, each of which doubles the noise."""
+
+    samplers, most_steps, noise_shape = ("a", "b"), 20, (1,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sampler, self.sampling_steps = "a", 3
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return batch["noise"] * 2**self.sampling_steps * (1 if self.sampler == "a" else -1)
+
+
+def test_steps_and_kind_of_sampling_are_settings() -> None:
+    policy = Policy(Samples(), Normaliser(spec()), spec(), Inference(sampling_steps=2))
+
+    def act() -> float:
+        policy.reset(seeds=[5])
+        return float(policy.act(observe(0.0))[0, 0]) - 100
+
+    first = act()
+    assert policy.inference["sampling_steps"] == 2 and policy.inference["sampler"] == "a"
+    policy.configure(sampling_steps=4, sampler="b")
+    assert act() == pytest.approx(-4 * first)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"action_steps": 5}, "--policy.action-steps 5 must be 1 to 4, the chunk's length"),
+        ({"action_steps": 0}, "--policy.action-steps 0 must be 1 to 4"),
+        ({"sampling_steps": 5}, "this policy does not sample in steps"),
+        ({"ensemble": float("nan")}, "--policy.ensemble nan must be a finite number"),
+        ({"task": "fly"}, "--policy.task 'fly': the policy does not know it; its data has one task only"),
+        ({"actoin_steps": 1}, "unknown policy setting 'actoin_steps'; nearest: action_steps"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    policy = Policy(Plans(), Normaliser(plain_spec()), plain_spec())
+    with pytest.raises(UserError, match=re.escape(message)):
+        policy.configure(**settings)
+
+
+def test_settings_of_a_sampler_and_of_single_actions() -> None:
+    with pytest.raises(UserError, match=r"--policy.sampler c: this policy knows a, b"):
+        Policy(Samples(), Normaliser(spec()), spec(), Inference(sampler="c"))
+    with pytest.raises(UserError, match=r"--policy.sampling-steps 21 must be 1 to 20"):
+        Policy(Samples(), Normaliser(spec()), spec(), Inference(sampling_steps=21))
+    with pytest.raises(UserError, match="--policy.ensemble averages chunks; this policy gives single actions"):
+        Policy(Samples(), Normaliser(spec()), spec(), Inference(ensemble=0.1))
+
+
+def test_the_settings_travel_with_the_weights(script: Callable[..., Path], tmp_path: Path) -> None:
+    """Set in training, in components.evaluate and on the loaded policy; always in eval.jsonl."""
+    small = ("--model.channels", 16, "--dataset.action-steps", 8, "--steps", 2, "--eval-episodes", 2)
+    run = script("--trainer", "flow", *small, "--policy.action-steps", 3, "--policy.sampling-steps", 4)
+    lines = read_lines(run / "eval.jsonl")
+    assert lines[-1]["inference"] == {
+        "obs_steps": 2, "chunk": 8, "action_steps": 3, "ensemble": None, "sampler": "euler", "sampling_steps": 4
+    }  # fmt: skip
+    assert load_policy(run).inference == lines[-1]["inference"]
+    changed = load_policy(run, action_steps=5, sampler="midpoint", ensemble=0.01)
+    assert changed.inference == lines[-1]["inference"] | {"action_steps": 5, "sampler": "midpoint", "ensemble": 0.01}
+    evaluate = (sys.executable, "-m", "components.evaluate", run, "--plugins", "toy", "--eval-episodes", 2)
+    done = command(*evaluate, "--policy.sampling-steps", 2, "--policy.action-steps", 8, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    expected = lines[-1]["inference"] | {"sampling_steps": 2, "action_steps": 8}
+    assert read_lines(run / "eval.jsonl")[-1]["inference"] == expected
+    done = command(*evaluate, "--policy.action-steps", 9, cwd=ROOT)
+    assert done.returncode == 2 and "--policy.action-steps 9 must be 1 to 8" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---- export --------------------------------------------------------------------------------------------------------
+
+WITH_TORCH_ALONE = """
+import json, sys, torch
+extra = {"policy.json": ""}
+program = torch.export.load(sys.argv[1], extra_files=extra).module()
+inputs = json.loads(extra["policy.json"])["inputs"]
+torch.manual_seed(0)
+batch = {k: torch.randn(5, *v["shape"]) for k, v in inputs.items()}
+whole = {k: v for k, v in inputs.items() if "int" in v["dtype"]}
+batch |= {k: torch.randint(2, (5, *v["shape"])).to(getattr(torch, v["dtype"])) for k, v in whole.items()}
+assert not any(name.startswith(("components", "accelerate", "safetensors")) for name in sys.modules)
+torch.save({"batch": batch, "action": program(batch)}, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("name", ["bc", "mixture", "pictures", "act", "diffusion", "flow"])
+def test_an_exported_policy_is_equal_and_needs_torch_alone(
+    name: str, script: Callable[..., Path], tmp_path: Path
+) -> None:
+    options: tuple[object, ...] = toy.TRAINERS.get(name, ())
+    if name == "mixture":
+        options = ("--trainer", "bc", "--model.head", "mixture", "--loss", "nll", "--dataset.action-steps", 4)
+    if name == "pictures":  # cut to their centre, and with two tasks
+        options = toy.PICTURES
+    one_level = ("--model.channels", 16)
+    run = script(
+        *options, "--steps", 2, *((*one_level, "--policy.sampling-steps", 2) if name in ("diffusion", "flow") else ())
+    )
+    assert export.main([str(run), "--plugins", "toy"]) == 0
+    (tmp_path / "only_torch.py").write_text(WITH_TORCH_ALONE)
+    words = (sys.executable, "-P", tmp_path / "only_torch.py", run / "policy" / "policy.pt2", tmp_path / "out.pt")
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "out.pt")
+    batch, policy = dict(found["batch"]), load_policy(run)
+    if "task_index" in batch:
+        batch["task"] = [policy.spec["task"]["values"][i] for i in batch.pop("task_index").tolist()]
+    with torch.no_grad():
+        module = policy.module
+        normalised = policy.normaliser(batch)
+        action = module(normalised["observation.state"] if policy.takes_tensor else normalised)
+        eager = policy.normaliser.undo("action", action)
+    assert found["action"].shape == (5, *policy.spec["action"]["shape"])
+    assert (found["action"] - eager).abs().max() <= 1e-5 * max(1.0, float(eager.abs().max()))
