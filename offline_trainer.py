@@ -566,7 +566,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
     # What learns, what acts, and where it is evaluated: in the environment asked for, or in the dataset's own.
     learner = build_learner(args, accelerator, spec, args.steps)
     models, loss, opts, trainer, passed, metrics, hooks, _ = learner
-    actor = policy.acting_policy(trainer, models, normaliser, spec, args.policy, cli.given(argv, "policy.action-steps"))
+    actor = policy.acting_policy(trainer, models, normaliser, spec, args.policy, partial(cli.given, argv))
     env_name, env = evaluation.choose_env(args.env, args.env_options, partial(cli.given, argv), data.get("env"))
     evaluator = make_evaluator(args, actor, env_name, env, rank, world, run)
     if evaluator is not None:

@@ -575,7 +575,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     note += "" if total_updates else "; NO UPDATES (see --learning-starts, --updates-per-step)"
     learner = build_learner(args, accelerator, spec, max(total_updates, 1))
     models, loss, opts, trainer, passed, metrics, hooks, _ = learner
-    actor = policy.acting_policy(trainer, models, normaliser, spec, args.policy, cli.given(argv, "policy.action-steps"))
+    actor = policy.acting_policy(trainer, models, normaliser, spec, args.policy, partial(cli.given, argv))
     if actor is None:
         raise UserError(f"trainer {args.trainer!r} has nothing that acts: no policy(), and no model named 'policy'")
     explorer = trainer.explorer() if hasattr(trainer, "explorer") else actor.module

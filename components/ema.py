@@ -10,8 +10,8 @@ from .errors import UserError
 
 
 def decay_at(update: int, most: float) -> float:
-    """Decay at `update` (1 is the first): 1 - (1 + update)^(-3/4), at most `most` (Chi et al., 2023, released code)."""
-    return min(most, 1 - (1 + update) ** -0.75)
+    """Decay at `update` (1 is the first): 1 - update^(-3/4), at most `most` (Chi et al., 2023, released code)."""
+    return min(most, 1 - update**-0.75)
 
 
 def averages(models: nn.ModuleDict, optimizers: dict[str, Any], most: float) -> nn.ModuleDict:

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -251,13 +251,13 @@ def acting_policy(
     normaliser: Normaliser,
     spec: dict[str, Any],
     settings: Inference,
-    asked: bool,
+    given: Callable[[str], bool],
 ) -> Policy | None:
     """What acts: the trainer's own `policy()`, or `models["policy"]`; None without either, or with nothing to act on.
 
     Args:
         settings: How it acts.
-        asked: Whether the command line itself sets `action_steps`; a default longer than the chunk shrinks to it.
+        given: Whether the command line itself sets an option; a default that goes beyond the data's chunk shrinks to it.
 
     Raises:
         UserError: it fails on an observation, gives actions of another shape than the data's, or settings do not fit.
@@ -267,10 +267,10 @@ def acting_policy(
     if not observes or "action" not in spec or not (own or "policy" in models):
         return None
     module = trainer.policy() if own else models["policy"]
-    if not asked and settings.action_steps is not None:
-        chunk = spec["action"]["shape"][0] if "action_is_pad" in spec else 1
+    chunk = int(spec["action"]["shape"][0]) if "action_is_pad" in spec else 1
+    if settings.action_steps is not None and not given("policy.action-steps"):
         settings = replace(settings, action_steps=min(settings.action_steps, chunk))
-    if not asked and "action_is_pad" not in spec:
+    if chunk == 1 and not given("policy.ensemble"):
         settings = replace(settings, ensemble=None)
     return Policy(module, normaliser, spec, settings)
 

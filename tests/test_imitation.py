@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
-from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, OPTIMIZER_BUILDER_REGISTRY, TRAINER_REGISTRY
+import toy
+from components import (
+    LOSS_BUILDER_REGISTRY,
+    MODEL_BUILDER_REGISTRY,
+    OPTIMIZER_BUILDER_REGISTRY,
+    TRAINER_REGISTRY,
+    load_policy,
+)
+from components.ema import averages, decay_at
+from components.errors import UserError
 from components.features import build_models
 from components.losses import sinkhorn, zero_padding
+from components.models.encoder import ObservationEncoder
+from components.models.resnet18 import spatial_softmax
+from components.models.unet1d import Conv, Double, Halve
 from components.trainers import act, flow
 from components.trainers.diffusion import DiffusionSampler, noise_schedule
+from conftest import learned, states, weights
 
 Script = Callable[..., Path]
 
@@ -315,3 +329,335 @@ def test_where_the_mean_of_two_routes_crosses_an_obstacle(name: str, loss: str, 
     assert clear > 0.9 if passes else clear < 0.1
     if name != "bc":  # and it knows both ways
         assert 0.2 < (path[:, 0] > 0).float().mean() < 0.8
+
+
+# ---- networks ------------------------------------------------------------------------------------------------------
+
+
+def test_a_tap_convolution_is_conv1d() -> None:
+    """Forward and all gradients; also where the chunk is shorter than the kernel."""
+    for steps, kernel in ((16, 5), (4, 5), (2, 5), (1, 3), (7, 1)):
+        conv = Conv(3, 6, kernel).double()
+        x = torch.randn(steps, 2, 3, dtype=torch.float64, requires_grad=True)
+        weight, bias = conv.weight.permute(2, 1, 0), conv.bias
+        reference = nn.functional.conv1d(x.permute(1, 2, 0), weight, bias, padding=kernel // 2).permute(2, 0, 1)
+        found, direction = conv(x), torch.randn(steps, 2, 6, dtype=torch.float64)
+        assert torch.allclose(found, reference)
+        leaves = [x, conv.weight, conv.bias]
+        for a, b in zip(
+            torch.autograd.grad(found, leaves, direction),
+            torch.autograd.grad(reference, leaves, direction),
+            strict=True,
+        ):
+            assert torch.allclose(a, b)
+
+
+def test_halving_and_doubling_are_the_strided_convolutions() -> None:
+    halve, double, x = Halve(4), Double(4), torch.randn(8, 2, 4)
+    weight = halve.net.weight.unflatten(1, (3, 4)).transpose(1, 2)  # [Co, Ci, 3]
+    reference = nn.functional.conv1d(x.permute(1, 2, 0), weight, halve.net.bias, stride=2, padding=1)
+    assert torch.allclose(halve(x), reference.permute(2, 0, 1), atol=1e-6)
+    # Output 2 t is x[t - 1] w_3 + x[t] w_1, output 2 t + 1 is x[t] w_2 + x[t + 1] w_0 (kernel 4, stride 2, padding 1).
+    (w3, w1), (w2, w0) = (layer.weight.unflatten(1, (2, 4)).unbind(1) for layer in (double.even, double.odd))
+    weight = torch.stack([w0.T, w1.T, w2.T, w3.T], 2)  # [Ci, Co, 4]
+    reference = nn.functional.conv_transpose1d(x.permute(1, 2, 0), weight, double.even.bias, stride=2, padding=1)
+    assert torch.allclose(double(x), reference.permute(2, 0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["unet1d", "dit"])
+@pytest.mark.parametrize("shape", [(16, 2), (10, 3), (1, 2), (2,)])
+def test_denoisers_take_any_chunk_and_a_common_time(name: str, shape: tuple[int, ...]) -> None:
+    spec = {"observation.state": {"shape": (2, 3), "dtype": "float32"}, "action": {"shape": shape, "dtype": "float32"}}
+    torch.manual_seed(0)
+    network = MODEL_BUILDER_REGISTRY[name]().build(spec)
+    for parameter in network.parameters():  # a transformer that starts as the identity looks at nothing
+        nn.init.normal_(parameter, std=0.05) if parameter.ndim > 1 else None
+    noisy, condition = torch.randn(5, *shape), network.condition({"observation.state": torch.randn(5, 2, 3)})
+    one = network(noisy, torch.full((1,), 0.3), condition)
+    each = network(noisy, torch.full((5,), 0.3), condition)
+    assert one.shape == noisy.shape and torch.allclose(one, each, atol=1e-5)
+    other = network.condition({"observation.state": torch.randn(5, 2, 3)})
+    assert (network(noisy, torch.full((1,), 0.3), other) - one).abs().max() > 1e-4
+    assert (network(noisy, torch.full((1,), 0.6), condition) - one).abs().max() > 1e-4
+
+
+def test_published_sizes() -> None:
+    """Parameters of the published networks: diffusion_policy's U-Net for Push-T, LeRobot's ACT for states."""
+    unet = {"observation.state": {"shape": (2, 20)}, "action": {"shape": (16, 2)}}
+    act_ = {"observation.state": {"shape": (14,)}, "observation.environment_state": {"shape": (14,)}}
+    act_ |= {"action": {"shape": (100, 14)}}
+    with torch.device("meta"):
+        sizes = {
+            name: sum(p.numel() for p in MODEL_BUILDER_REGISTRY[name](size="paper").build(spec).parameters()) / 1e6
+            for name, spec in (("unet1d", unet), ("act", act_))
+        }
+    assert sizes == {"unet1d": pytest.approx(65.78, abs=0.01), "act": pytest.approx(40.2, abs=0.1)}
+
+
+def test_act_in_its_last_layer_only_computes_the_class_token_and_ignores_padding() -> None:
+    torch.manual_seed(0)
+    network = MODEL_BUILDER_REGISTRY["act"](width=16, dropout=0.0).build(SPEC)
+    observation, chunk = {"observation.state": torch.randn(3, 3)}, torch.randn(3, 8, 2)
+    is_pad = torch.arange(8).expand(3, 8) >= 5
+    mean, log_variance = network.latent_of(observation, chunk, is_pad)
+    assert torch.equal(mean, network.latent_of(observation, torch.where(is_pad[..., None], 9.0, chunk), is_pad)[0])
+    x, position = torch.randn(3, 10, 16), torch.randn(10, 16)
+    layer = network.vae[-1]
+    assert torch.allclose(layer(x, position, queries=1), layer(x, position)[:, :1], atol=1e-6)
+    assert network(observation).shape == (3, 8, 2) and mean.shape == log_variance.shape == (3, 32)
+    assert not torch.allclose(network(observation), network(observation, torch.ones(3, 32)))
+
+
+@pytest.mark.parametrize("name", ["gru", "transformer"])
+def test_sequence_models_see_the_history_in_its_order(name: str) -> None:
+    spec = {"observation.state": {"shape": (4, 3), "dtype": "float32"}, "action": {"shape": (2,), "dtype": "float32"}}
+    torch.manual_seed(0)
+    network, history = MODEL_BUILDER_REGISTRY[name]().build(spec), torch.randn(5, 4, 3)
+    found = network({"observation.state": history})
+    assert found.shape == (5, 2) and torch.equal(found, network(history))
+    assert (network(history.flip(1)) - found).abs().max() > 1e-3
+    assert (
+        network(torch.cat([history[:, :1] + 1, history[:, 1:]], 1)) - found
+    ).abs().max() > 1e-4  # also its beginning
+
+
+@pytest.mark.parametrize("model", ["mlp", "resmlp", "gru", "transformer"])
+@pytest.mark.parametrize(("head", "loss"), [("deterministic", "l1"), ("gaussian", "nll"), ("mixture", "nll")])
+def test_every_regression_network_with_every_head(script: Script, model: str, head: str, loss: str) -> None:
+    window = ("--dataset.obs-steps", 2, "--dataset.action-steps", 3, "--eval-episodes", 1)
+    run = script("--trainer", "bc", "--model", model, "--model.head", head, "--loss", loss, *window, "--steps", 20)
+    assert learned(run)[-1]["step"] == 20
+
+
+# ---- pictures and tasks --------------------------------------------------------------------------------------------
+
+PICTURES = {
+    "observation.images.a": {"shape": (2, 3, 32, 32), "dtype": "uint8"},
+    "observation.images.b": {"shape": (2, 3, 32, 32), "dtype": "uint8"},
+    "observation.state": {"shape": (2, 5), "dtype": "float32"},
+    "action": {"shape": (8, 2), "dtype": "float32"},
+    "task": {"shape": (), "dtype": "text", "values": ["push", "pull", "lift"]},
+}
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+@pytest.mark.parametrize("share", [False, True])
+def test_an_encoder_puts_one_vector_in_the_place_of_pictures_and_task(name: str, share: bool) -> None:
+    torch.manual_seed(0)
+    encoder = MODEL_BUILDER_REGISTRY[name](features=16, task_features=4, share_weights=share).build(PICTURES)
+    pictures = torch.randint(256, (3, 2, 3, 32, 32), dtype=torch.uint8)
+    batch = {"observation.images.a": pictures, "observation.images.b": pictures, "action": torch.zeros(3, 8, 2)}
+    batch |= {"observation.state": torch.zeros(3, 2, 5), "task_index": torch.tensor([0, 2, 0])}
+    found = encoder(batch)
+    assert set(found) == {"observation.features", "observation.state", "action", "task_index"}
+    features = found["observation.features"]
+    assert features.shape == (3, 2, 2 * 16 + 4) and encoder.spec["observation.features"]["shape"] == (2, 36)
+    assert "observation.images.a" not in encoder.spec and "task" not in encoder.spec
+    first, second, task = features.split([16, 16, 4], 2)
+    assert torch.equal(first, second) == share and len(encoder.networks) == 2 - share
+    assert torch.equal(task[0], task[2]) and not torch.equal(task[0], task[1])
+
+
+def test_without_pictures_and_tasks_an_encoder_changes_nothing() -> None:
+    encoder = MODEL_BUILDER_REGISTRY["cnn"]().build(SPEC)
+    batch = {"observation.state": torch.zeros(2, 3)}
+    assert encoder(batch) is batch and encoder.spec == SPEC and not list(encoder.parameters())
+
+
+def test_cameras_of_other_shapes_cannot_share_weights() -> None:
+    spec = PICTURES | {"observation.images.b": {"shape": (2, 3, 48, 32), "dtype": "uint8"}}
+    with pytest.raises(UserError, match="--model.encoder.share-weights needs cameras of one shape; found: .*images.b"):
+        MODEL_BUILDER_REGISTRY["cnn"](share_weights=True).build(spec)
+    assert isinstance(MODEL_BUILDER_REGISTRY["cnn"]().build(spec), ObservationEncoder)
+
+
+def test_the_spatial_softmax_says_where_a_point_is() -> None:
+    maps = torch.full((1, 2, 5, 9), -1e4)
+    maps[0, 0, 0, 8], maps[0, 1, 4, 2] = 1e4, 1e4
+    assert torch.allclose(spatial_softmax(maps), torch.tensor([[1.0, -0.5, -1.0, 1.0]]))  # all x, then all y
+
+
+def torchvision_names() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of torchvision's resnet18, as its documentation's architecture has them."""
+
+    def norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+        parts = ("weight", "bias", "running_mean", "running_var")
+        return {f"{name}.{part}": (width,) for part in parts} | {f"{name}.num_batches_tracked": ()}
+
+    names: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7), **norm("bn1", 64)}
+    before = 64
+    for layer, width in enumerate((64, 128, 256, 512), 1):
+        for block in range(2):
+            at, inputs = f"layer{layer}.{block}", before if block == 0 else width
+            names |= {f"{at}.conv1.weight": (width, inputs, 3, 3), **norm(f"{at}.bn1", width)}
+            names |= {f"{at}.conv2.weight": (width, width, 3, 3), **norm(f"{at}.bn2", width)}
+            if block == 0 and layer > 1:
+                names |= {f"{at}.downsample.0.weight": (width, inputs, 1, 1), **norm(f"{at}.downsample.1", width)}
+        before = width
+    return names | {"fc.weight": (1000, 512), "fc.bias": (1000,)}
+
+
+def test_imagenet_weights_by_torchvisions_names(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    weights = {name: 0.05 * torch.rand(shape) + 0.01 for name, shape in torchvision_names().items()}
+    save_file(weights, tmp_path / "resnet18.safetensors")
+    factory = MODEL_BUILDER_REGISTRY["resnet18"](weights=str(tmp_path / "resnet18.safetensors"))
+    backbone = factory.build(PICTURES).networks[0].backbone
+    # The first block by hand: BatchNorm with its stored statistics.
+    x = torch.randn(2, 3, 32, 32)
+    bn = [weights[f"bn1.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+    y = nn.functional.batch_norm(nn.functional.conv2d(x, weights["conv1.weight"], stride=2, padding=3), *bn)
+    assert torch.allclose(backbone.bn1(backbone.conv1(x)), y, atol=1e-5)
+    assert torch.equal(backbone.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
+    assert "bn1.weight" not in dict(backbone.named_parameters())  # frozen
+    del weights["layer2.0.conv1.weight"]
+    save_file(weights | {"odd": torch.zeros(1)}, tmp_path / "damaged.safetensors")
+    for name, message in (
+        ("damaged", r"does not hold ResNet-18's weights: layer2.0.conv1.weight: None, expected \(128, 64, 3, 3\); odd"),
+        ("absent", "absent.safetensors: .*expected a safetensors file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            MODEL_BUILDER_REGISTRY["resnet18"](weights=str(tmp_path / f"{name}.safetensors")).build(PICTURES)
+
+
+@pytest.mark.parametrize("trainer", ["bc", "act", "diffusion", "flow"])
+def test_every_imitation_trainer_takes_pictures_and_tasks(script: Script, trainer: str) -> None:
+    """Its file knows nothing of them; the acting policy tells the tasks apart."""
+    options = [word for word in toy.PICTURES if word not in ("--trainer", "bc", "--augment.hue", 0.1)]
+    small = [word for word in toy.TRAINERS[trainer] if word not in ("--trainer", trainer)]
+    run = script("--trainer", trainer, *small, *options, "--steps", 3)
+    assert {key.split(".")[0] for key in weights(run, "encoder")} == {"networks", "task"}
+    policy = load_policy(run)
+    observation = {
+        key: torch.zeros(
+            policy.spec[key].get("stored_shape", policy.spec[key]["shape"])[policy.obs_steps > 1 :]
+        ).numpy()
+        for key in policy.observation_keys
+    }
+    observation = {k: v.astype(policy.spec[k]["dtype"]) for k, v in observation.items()}
+    actions = []
+    for task in policy.spec["task"]["values"]:
+        policy.reset(seeds=[0])
+        actions.append(policy.act(observation | {"task": task}))
+    assert abs(actions[0] - actions[1]).max() > 0
+    with pytest.raises(UserError, match="unknown task 'dance'"):
+        policy.reset()
+        policy.act(observation | {"task": "dance"})
+
+
+# ---- averaged weights ----------------------------------------------------------------------------------------------
+
+
+def test_averages_by_hand() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    model.register_buffer("count", torch.zeros(1))
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=1.0)
+    kept = averages(nn.ModuleDict({"policy": model}), {"policy": optimizer}, 0.5)["ema_policy"]
+    assert [decay_at(k, 0.5) for k in (1, 2, 16, 17)] == [0.0, 1 - 2**-0.75, 0.5, 0.5]
+    average = 0.0
+    for update in range(1, 6):
+        model.weight.grad = torch.full((1, 1), -1.0)
+        with torch.no_grad():
+            model.count += 1
+            model.weight.fill_(float(update * update))
+        optimizer.step()  # which adds one
+        average += (1 - decay_at(update, 0.5)) * (update * update + 1 - average)
+        assert float(kept.weight) == pytest.approx(average) and float(kept.count) == update
+    optimizer.eval()
+    optimizer.eval()  # twice does no harm
+    assert float(model.weight) == pytest.approx(average) and float(kept.weight) == 26.0
+    optimizer.train()
+    assert float(model.weight) == 26.0 and optimizer.state_dict()["param_groups"][0]["ema_updates"] == 5
+
+
+def test_averages_are_evaluated_exported_and_loaded_and_count_updates(script: Script) -> None:
+    flags = ("--trainer", "bc", "--ema-decay", 0.9, "--steps", 20, "--grad-accumulation", 2, "--model.hidden-dims", 8)
+    run = script(*flags, folder="first")
+    last, average = weights(run), weights(run, "ema_policy")
+    assert any(not torch.equal(last[key], average[key]) for key in last)
+    saved = load_policy(run).module.network.state_dict()
+    assert all(torch.equal(saved[key], average[key]) for key in average)
+    next_run = script(
+        "--trainer", "bc", "--init-from", run, "--model.hidden-dims", 8, "--steps", 1, "--freeze", "encoder"
+    )
+    assert next_run.exists()
+    with pytest.raises(UserError, match="--ema-decay 0.9: AdamWScheduleFree of model 'policy' averages by itself"):
+        script("--trainer", "bc", "--ema-decay", 0.9, "--optimizer", "schedulefree", folder="refused")
+    with pytest.raises(UserError, match="--ema-decay 1.0 must be from 0 to below 1"):
+        script("--trainer", "bc", "--ema-decay", 1, folder="refused")
+
+
+# ---- part by part --------------------------------------------------------------------------------------------------
+
+
+def test_part_by_part_fine_tuning(script: Script) -> None:
+    """Load the encoder of one run, freeze it or give it a smaller rate; frozen weights do not move."""
+    first = script(*toy.PICTURES, "--steps", 3, folder="first")
+    before = weights(first, "encoder")
+    scaled = ("--optimizer.lr-scale", "encoder=0.1", "--optimizer", "sgd", "--optimizer.lr", 0.1)
+    frozen = script(
+        *toy.PICTURES, "--steps", 5, "--load", f"encoder={first}", "--freeze", "encoder", *scaled, folder="b"
+    )
+    assert all(torch.equal(before[key], value) for key, value in weights(frozen, "encoder").items())
+    policies = weights(first), weights(frozen)
+    assert any(not torch.equal(policies[0][key], policies[1][key]) for key in policies[0])
+    assert not any(path.endswith("optimizer-encoder.safetensors") for path in states(frozen))
+    moved = {}
+    for name, more in (("slow", scaled), ("fast", scaled[2:])):
+        run = script(*toy.PICTURES, "--steps", 1, "--load", f"encoder={first}", *more, folder=name)
+        after = weights(run, "encoder")
+        moved[name] = max(float((after[key] - before[key]).abs().max()) for key in before)
+        assert learned(run)[-1]["train/lr.encoder"] == pytest.approx(0.01 if name == "slow" else 0.1)
+    assert moved["slow"] == pytest.approx(0.1 * moved["fast"], rel=1e-2)
+
+
+# ---- what does not fit ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--trainer", "bc", "--loss", "nll"), "'nll' needs a distribution: add --model.head gaussian or"),
+        (("--trainer", "bc", "--model.head", "mixture"), "trained by its likelihood: add --loss nll"),
+        (("--trainer", "bc", "--model", "unet1d"), "does not go with a ConditionalUNet; choose --model mlp"),
+        (("--trainer", "diffusion", "--model", "mlp"), "does not go with a FlatPolicy; choose --model unet1d or dit"),
+        (("--trainer", "flow", "--model", "act"), "does not go with a ACTNetwork; choose --model unet1d or dit"),
+        (("--trainer", "act", "--model", "mlp"), "does not go with a FlatPolicy; choose --model act"),
+        (("--trainer", "flow", "--loss", "nll"), "'nll' goes with the trainer bc only"),
+        (("--trainer", "diffusion", "--trainer.diffusion-steps", 1), "--trainer.diffusion-steps 1 must be 2 or more"),
+        (("--trainer", "act", "--trainer.kl-weight", -1), "--trainer.kl-weight -1.0 must be 0 or more"),
+        (("--trainer", "flow", "--trainer.coupling-epsilon", 0), "--trainer.coupling-epsilon 0.0 must be above 0"),
+        (("--trainer", "bc", "--model.components", 0), "--model.components 0 must be 1 or more"),
+        (("--trainer", "act", "--model.width", 30), "--model.width 30 must be a multiple of --model.heads 4"),
+        (("--trainer", "flow", "--model.channels", 12), "must be positive multiples of --model.groups 8"),
+        (("--trainer", "bc", "--loss", "sinkhorn", "--loss.epsilon", 0), "--loss.epsilon 0.0 must be above 0"),
+        (("--trainer", "bc", "--model", "mlp", "gru"), "'mlp' and 'gru' are both for the model 'policy'"),
+        (("--trainer", "bc", "--model", "critic=mlp"), "the trainer has no model 'critic'; it has policy, encoder"),
+        (
+            ("--trainer", "sac", "--model", "cnn"),
+            "the trainer has no model 'encoder'; it has policy, critic, temperature",
+        ),
+        (("--trainer", "bc", "--model", "encodr=cnn"), "the trainer has no model 'encodr'"),
+        (("--trainer", "bc", "--model", "unet2d"), "--model unet2d: unknown model; nearest: unet1d"),
+        (("--trainer", "diffusion", "--policy.action-steps", 17), "--policy.action-steps 17 must be 1 to 16"),
+        (
+            ("--trainer", "diffusion", "--policy.sampler", "euler"),
+            "--policy.sampler euler: this policy knows ddim, ddpm",
+        ),
+        (("--trainer", "flow", "--policy.sampling-steps", 0), "--policy.sampling-steps 0 must be 1 to 10000"),
+        (("--trainer", "bc", "--policy.ensemble", 0.1), "--policy.ensemble averages chunks"),
+    ],
+)
+def test_bad_input(script: Script, options: tuple[object, ...], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        script(*options, "--steps", 2)
+
+
+def test_a_default_window_goes_with_any_dataset(script: Script) -> None:
+    """Data without chunks, or with shorter ones than the default executes."""
+    run = script("--trainer", "diffusion", "--model.channels", 16, "--dataset", "minimal_data", "--steps", 2)
+    assert load_policy(run).inference["chunk"] == 1
+    run = script("--trainer", "flow", "--model.channels", 16, "--dataset.action-steps", 2, "--steps", 2, folder="short")
+    assert load_policy(run).inference["action_steps"] == 2

@@ -32,10 +32,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+
+from measuring import SWITCHES, Figure, compare, describe_machine, measure  # noqa: E402
 
 import offline_trainer  # noqa: E402
-from components import REGISTRIES, features, losses, normalisation, optimizers, surroundings  # noqa: E402
+from components import REGISTRIES, features, losses, normalisation, optimizers  # noqa: E402
 from components.datasets.episodes import EpisodeDataset, from_columns  # noqa: E402
 from components.models.mlp import MLP  # noqa: E402
 from components.sampling import Batches, batch_indices  # noqa: E402
@@ -43,14 +45,12 @@ from components.trainers.bc import BC  # noqa: E402
 
 STATE, ACTION, BATCH, ROWS = "observation.state", "action", 256, 1_000_000
 WARM_UP = 50  # updates before each measurement
-SWITCHES = ("highest", "medium")
 SCRIPT = "--trainer clocked_bc --dataset random --model mlp --model.hidden-dims 256 256 --loss mse --optimizer adam"
 SCRIPT += f" --optimizer.lr 1e-3 --batch-size {BATCH} --eval-episodes 0 --log-every 50 --save-every 0"
 
 WIDTHS = [17, 256, 256, 6]
 LAYERS = [(torch.randn(BATCH, i), torch.randn(o, i), torch.randn(BATCH, o)) for i, o in itertools.pairwise(WIDTHS)]
 
-Figure = Callable[[], float]  # measures once; returns a rate per second
 clock = time.process_time
 
 
@@ -189,39 +189,6 @@ def data_figures(updates: int) -> dict[str, Figure]:
     }
 
 
-def measure(figures: dict[str, Figure], rounds: int) -> dict[str, list[float]]:
-    """The rate of each figure in each round."""
-    rates: dict[str, list[float]] = {name: [] for name in figures}
-    for round_ in range(rounds + 1):
-        for name in list(figures)[:: -1 if round_ % 2 else 1]:
-            rate = figures[name]()
-            if round_:
-                rates[name].append(rate)
-    return rates
-
-
-def compare(rates: dict[str, list[float]], ours: str, peer: str, goal: float, overhead: bool = False) -> dict[str, Any]:
-    """Print how many times as fast ours is, or what it adds to the peer's time in per cent; returns the row."""
-    ratios = [a / b for a, b in zip(rates[ours], rates[peer], strict=True)]
-    middle, least, most = statistics.median(ratios), min(ratios), max(ratios)
-    if overhead:
-        text = f"adds {100 / middle - 100:.1f} % [{100 / most - 100:.1f}..{100 / least - 100:.1f}]"
-        aim = f"below {100 / goal - 100:.0f} %"
-    else:
-        text, aim = f"{middle:.2f}x [{least:.2f}..{most:.2f}]", f"{goal:g}x"
-    name = f"{ours} / {peer}"
-    print(f"{name:68} {text:26} goal {aim}: {'met' if middle >= goal else 'MISSED'}")
-    speeds = {"ours_per_s": statistics.median(rates[ours]), "peer": peer, "peer_per_s": statistics.median(rates[peer])}
-    return {"name": name, **speeds, "ratio": middle, "ratio_min": least, "ratio_max": most}
-
-
-def matmul_error(switch: str) -> float:
-    """Largest error of a product of 256 x 256 normal matrices; float32 leaves some 1e-5, bfloat16 some 1e-1."""
-    torch.set_float32_matmul_precision(switch)
-    a, b = torch.randn(2, 256, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).float()
-    return float((a @ b - a.double() @ b.double()).abs().max())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--corl", type=Path, help="checkout of tinkoff-ai/CORL to compare with")
@@ -235,13 +202,7 @@ def main() -> None:
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     torch.set_num_threads(1)
 
-    machine = surroundings.environment(())["machine"]
-    print(f"torch {torch.__version__}, {machine['cpu']}, {torch.get_num_threads()} thread, {args.clock} clock")
-    for switch in SWITCHES:
-        error = matmul_error(switch)
-        kind = "float32" if error < 1e-3 else "NOT float32"
-        print(f"matmul precision {switch!r}: largest error {error:.1e}, {kind}")
-
+    describe_machine(args.clock)
     with tempfile.TemporaryDirectory() as folder:
         rates = measure(bc_figures(args, folder), args.rounds)
     rates |= measure(data_figures(args.updates), args.rounds)

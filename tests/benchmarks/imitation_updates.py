@@ -1,0 +1,350 @@
+"""How fast ACT and Diffusion Policy learn and act at their published sizes, against the code that published them.
+
+python tests/benchmarks/imitation_updates.py
+python tests/benchmarks/imitation_updates.py --diffusion-policy PATH --lerobot PATH --compile --json rows.json
+
+The paths are checkouts of real-stanford/diffusion_policy (pip install einops diffusers) and of huggingface/lerobot (pip
+install einops). A training step is loss, backward, clipping where the peer clips, AdamW and averaged weights where the
+peer has them, on one batch that stays the same: the U-Net 256/512/1024 (65.8M) at batch 256,
+chunks of 16 x 2 for observations 2 x 20; ACT (40M) at batch 8, chunks of 100 x 14, states alone. An action chunk is
+DDIM in 10 steps, or ACT at z = 0. Everything runs on one thread of one process, in turns, in reverse order every
+second round, after a round that does not count; a ratio is the median of the rounds' own ratios. "switch" is
+`torch.set_float32_matmul_precision("medium")`. `--memory` runs each training step in a process of its own and tells the
+most memory that it held.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+
+from measuring import Figure, compare, describe_machine, measure  # noqa: E402
+
+from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, ema  # noqa: E402
+from components.optimizers import AdamW  # noqa: E402
+
+OBS, ACT_STATE, ACTION = (2, 20), 14, 14
+UNET = {"observation.state": {"shape": OBS}, "action": {"shape": (16, 2)}}
+ACT = {
+    "observation.state": {"shape": (ACT_STATE,)},
+    "observation.environment_state": {"shape": (ACT_STATE,)},
+    "action": {"shape": (100, ACTION)},
+}
+GOALS = {"ACT step": 2.2, "U-Net step": 1.7, "U-Net step, compiled": 1.9}
+GOALS |= {"DDIM-10, batch 1": 2.5, "DDIM-10, batch 50": 1.6, "ACT chunk, batch 1": 1.8, "ACT chunk, batch 50": 1.8}
+BEYOND = {"ACT step": 2.8, "U-Net step": 2.4}
+
+
+def batch_of(spec: dict[str, Any], rows: int) -> dict[str, torch.Tensor]:
+    """A random batch, no step padded."""
+    batch = {key: torch.randn(rows, *feature["shape"]) for key, feature in spec.items()}
+    return batch | {"action_is_pad": torch.zeros(rows, spec["action"]["shape"][0], dtype=torch.bool)}
+
+
+# ---- ours ----------------------------------------------------------------------------------------------------------
+
+
+def our_trainer(name: str, spec: dict[str, Any], compiled: bool = False) -> Any:
+    """The trainer at the published size, with the optimizer, clipping and averages that its peer has."""
+    torch.manual_seed(0)
+    cls: Any = TRAINER_REGISTRY[name]
+    models = nn.ModuleDict({"policy": MODEL_BUILDER_REGISTRY[cls.needs["policy"]](size="paper").build(spec)})
+    optimizer = AdamW(lr=1e-4, weight_decay=1e-4).build(models["policy"].parameters())
+    loss = LOSS_BUILDER_REGISTRY[cls.defaults["loss"]]().build()
+    if name == "act":
+        trainer = cls(models, {"policy": optimizer}, loss)
+        optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(models.parameters(), 10.0) and None)
+    else:
+        trainer = cls(models, {"policy": optimizer}, loss, spec=spec, config=cls.Config(prediction="epsilon"))
+        ema.averages(models, {"policy": optimizer}, 0.9999)
+    if compiled:
+        trainer.losses = torch.compile(trainer.losses)
+    return trainer
+
+
+def our_chunk(trainer: Any, batch: dict[str, torch.Tensor]) -> Callable[[], Any]:
+    """Plan one chunk for a batch of observations."""
+    policy = trainer.policy()
+
+    def plan() -> Any:
+        trainer.models.eval()
+        noise = {}
+        if hasattr(policy, "noise_shape"):
+            noise = {"noise": torch.randn(len(batch["action"]), *policy.noise_shape)}
+        with torch.no_grad():
+            return policy(batch | noise)
+
+    return plan
+
+
+# ---- peers ---------------------------------------------------------------------------------------------------------
+
+
+def diffusion_policy(
+    checkout: Path,
+) -> tuple[Callable[[], Any], Callable[[dict[str, torch.Tensor]], Callable[[], Any]]]:
+    """A training step of diffusion_policy's workspace, and how it plans."""
+    sys.path.insert(0, str(checkout.resolve()))
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    policies = importlib.import_module("diffusion_policy.policy.diffusion_unet_lowdim_policy")
+    unet = importlib.import_module("diffusion_policy.model.diffusion.conditional_unet1d")
+    averages = importlib.import_module("diffusion_policy.model.diffusion.ema_model")
+    normalizers = importlib.import_module("diffusion_policy.model.common.normalizer")
+    torch.manual_seed(0)
+    network = unet.ConditionalUnet1D(
+        input_dim=2,
+        global_cond_dim=OBS[0] * OBS[1],
+        diffusion_step_embed_dim=256,
+        down_dims=[256, 512, 1024],
+        kernel_size=5,
+        n_groups=8,
+        cond_predict_scale=True,
+    )
+    schedule = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon"}
+    policy = policies.DiffusionUnetLowdimPolicy(
+        model=network,
+        noise_scheduler=DDPMScheduler(**schedule, clip_sample=True, variance_type="fixed_small"),
+        horizon=16,
+        obs_dim=OBS[1],
+        action_dim=2,
+        n_action_steps=8,
+        n_obs_steps=OBS[0],
+        num_inference_steps=10,
+        obs_as_global_cond=True,
+    )
+    batch = {"obs": torch.randn(256, 16, OBS[1]), "action": torch.randn(256, 16, 2)}
+    normalizer = normalizers.LinearNormalizer()
+    normalizer.fit(batch)
+    policy.set_normalizer(normalizer)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, betas=(0.95, 0.999), eps=1e-8, weight_decay=1e-6)
+    average = averages.EMAModel(importlib.import_module("copy").deepcopy(policy), power=0.75)
+
+    def step() -> None:
+        loss = policy.compute_loss(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.step(policy)
+        loss.item()
+
+    def chunk(observation: dict[str, torch.Tensor]) -> Callable[[], Any]:
+        def plan() -> Any:
+            policy.eval()
+            policy.noise_scheduler = DDIMScheduler(**schedule, clip_sample=True)
+            with torch.no_grad():
+                return policy.predict_action({"obs": observation["observation.state"]})
+
+        return plan
+
+    def training_step() -> None:
+        policy.train()
+        policy.noise_scheduler = DDPMScheduler(**schedule, clip_sample=True, variance_type="fixed_small")
+        step()
+
+    return training_step, chunk
+
+
+def lerobot(checkout: Path) -> tuple[Callable[[], Any], Callable[[dict[str, torch.Tensor]], Callable[[], Any]]]:
+    """A training step of LeRobot's ACT, and how it plans; of its modules only the network's file is imported.
+
+    Its packages pull in what a benchmark of one file does not need, so empty modules stand in their place.
+    """
+    source = checkout.resolve() / "src" / "lerobot"
+    names = (
+        "torchvision",
+        "torchvision.models",
+        "torchvision.models._utils",
+        "torchvision.ops",
+        "torchvision.ops.misc",
+    )
+    stands: dict[str, Any] = {name: types.ModuleType(name) for name in names if name not in sys.modules}
+    for name in ("lerobot", "lerobot.policies", "lerobot.policies.act", "lerobot.utils"):
+        stands[name] = types.ModuleType(name)
+        stands[name].__path__ = [str(source.joinpath(*name.split(".")[1:]))]
+    for name in ("lerobot.policies.pretrained", "lerobot.policies.act.configuration_act"):
+        stands[name] = types.ModuleType(name)
+    sys.modules.update(stands)
+    sys.modules["torchvision.models._utils"].IntermediateLayerGetter = object  # type: ignore[attr-defined]
+    sys.modules["torchvision.ops.misc"].FrozenBatchNorm2d = object  # type: ignore[attr-defined]
+    sys.modules["lerobot.policies.pretrained"].PreTrainedPolicy = nn.Module  # type: ignore[attr-defined]
+    sys.modules["lerobot.policies.act.configuration_act"].ACTConfig = object  # type: ignore[attr-defined]
+    act = importlib.import_module("lerobot.policies.act.modeling_act")
+    feature = types.SimpleNamespace(shape=(ACT_STATE,))
+    config = types.SimpleNamespace(
+        chunk_size=100,
+        robot_state_feature=feature,
+        env_state_feature=feature,
+        action_feature=types.SimpleNamespace(shape=(ACTION,)),
+        image_features={},
+        use_vae=True,
+        latent_dim=32,
+        dim_model=512,
+        n_heads=8,
+        dim_feedforward=3200,
+        feedforward_activation="relu",
+        n_encoder_layers=4,
+        n_vae_encoder_layers=4,
+        n_decoder_layers=1,
+        dropout=0.1,
+        pre_norm=False,
+        kl_weight=10.0,
+    )
+    torch.manual_seed(0)
+    policy = types.SimpleNamespace(config=config, model=act.ACT(config))
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-5, weight_decay=1e-4)
+    batch = batch_of(ACT, 8)
+
+    def step() -> None:
+        policy.model.train()
+        loss, _ = act.ACTPolicy.forward(policy, renamed(batch))
+        loss.backward()
+        nn.utils.clip_grad_norm_(policy.model.parameters(), 10.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    def chunk(observation: dict[str, torch.Tensor]) -> Callable[[], Any]:
+        def plan() -> Any:
+            policy.model.eval()
+            with torch.no_grad():
+                return policy.model(renamed(observation))[0]
+
+        return plan
+
+    return step, chunk
+
+
+def renamed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LeRobot's name for the second observation."""
+    return {k: v for k, v in batch.items()} | {"observation.environment_state": batch["observation.environment_state"]}
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def repeated(step: Callable[[], Any], times: int, switch: str) -> Figure:
+    """The rate of a step, after one that does not count."""
+
+    def rate() -> float:
+        torch.set_float32_matmul_precision(switch)
+        step()
+        began = time.process_time()
+        for _ in range(times):
+            step()
+        return times / (time.process_time() - began)
+
+    return rate
+
+
+def training(trainer: Any, batch: dict[str, torch.Tensor]) -> Callable[[], Any]:
+    """Our training step."""
+
+    def step() -> None:
+        trainer.models.train()
+        trainer.train_step(batch)
+
+    return step
+
+
+def tasks(args: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], Callable[[], Any] | None, int]]:
+    """Name -> our step, the peer's or None, and how often it is repeated in a round."""
+    unet_step = unet_chunk = act_step = act_chunk = None
+    if args.diffusion_policy:
+        unet_step, unet_chunk = diffusion_policy(args.diffusion_policy)
+    if args.lerobot:
+        act_step, act_chunk = lerobot(args.lerobot)
+    unet, act = our_trainer("diffusion", UNET), our_trainer("act", ACT)
+    made: dict[str, Any] = {"U-Net step": (training(unet, batch_of(UNET, 256)), unet_step, 1)}
+    if args.compile:
+        compiled = our_trainer("diffusion", UNET, compiled=True)
+        made["U-Net step, compiled"] = (training(compiled, batch_of(UNET, 256)), unet_step, 1)
+    made["ACT step"] = (training(act, batch_of(ACT, 8)), act_step, 2)
+    for rows, times in ((1, 5), (50, 1)):
+        one, other = batch_of(UNET, rows), batch_of(ACT, rows)
+        made[f"DDIM-10, batch {rows}"] = (our_chunk(unet, one), unet_chunk and unet_chunk(one), times)
+        made[f"ACT chunk, batch {rows}"] = (our_chunk(act, other), act_chunk and act_chunk(other), 4 * times)
+    return {name: task for name, task in made.items() if args.only in name}
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Print the most memory that each training step needed, in MB, each in a process of its own."""
+    options = [
+        f"--{name}={path}"
+        for name, path in (("diffusion-policy", args.diffusion_policy), ("lerobot", args.lerobot))
+        if path
+    ]
+    for name in ("U-Net step", "ACT step"):
+        for whose in ("ours", "peer"):
+            words = [sys.executable, __file__, *options, "--only", name, "--hold", whose]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            print(f"{name:22} {whose:5} {done.stdout.strip() or 'none'} MB at most")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--diffusion-policy", type=Path, help="checkout of real-stanford/diffusion_policy")
+    parser.add_argument("--lerobot", type=Path, help="checkout of huggingface/lerobot")
+    parser.add_argument("--json", type=Path, help="file for the comparisons")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also the compiled U-Net; compiling takes minutes")
+    parser.add_argument("--memory", action="store_true", help="the most memory of each training step instead")
+    parser.add_argument("--only", default="", help="part of the names of what is measured")
+    parser.add_argument("--hold", choices=("ours", "peer"), help=argparse.SUPPRESS)  # three steps for --memory
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.memory:
+        return memory(args)
+    if args.hold:
+        (ours, peer, _), *_ = tasks(args).values()
+        step = ours if args.hold == "ours" else peer
+        for _ in range(3 if step else 0):
+            step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 if step else "")
+        return None
+
+    describe_machine("cpu")
+    figures: dict[str, Figure] = {}
+    chosen = tasks(args)
+    for name, (ours, peer, times) in chosen.items():
+        for switch in ("highest", "medium"):
+            figures[f"{name}, ours, {switch}"] = repeated(ours, times, switch)
+            if peer and (not name.endswith("compiled") or f"{name[:10]}, peer, {switch}" not in figures):
+                figures[f"{name}, peer, {switch}"] = repeated(peer, times, switch)
+    rates = measure(figures, args.rounds)
+    print(f"\nmilliseconds: median [min..max] of {args.rounds} rounds")
+    for name, values in rates.items():
+        times_ms = sorted(1000 / value for value in values)
+        print(f"{name:42} {statistics.median(times_ms):9.1f} [{times_ms[0]:.1f}..{times_ms[-1]:.1f}]")
+    print("\nours / peer: median [min..max] of the rounds' ratios")
+    rows = []
+    for name, (_, peer, _) in chosen.items():
+        if peer:
+            with contextlib.suppress(KeyError):
+                for ours, theirs in (("medium", "highest"), ("medium", "medium"), ("highest", "highest")):
+                    rows.append(compare(rates, f"{name}, ours, {ours}", f"{name}, peer, {theirs}", GOALS[name]))
+        if name in BEYOND:
+            print(f"  beyond: {BEYOND[name]}x")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return None
+
+
+if __name__ == "__main__":
+    main()
