@@ -257,7 +257,7 @@ def acting_policy(
 
     Args:
         settings: How it acts.
-        given: Whether the command line itself sets an option; a default that goes beyond the data's chunk shrinks to it.
+        given: Whether the command line itself sets an option; a default that is longer than the chunk shrinks to it.
 
     Raises:
         UserError: it fails on an observation, gives actions of another shape than the data's, or settings do not fit.

@@ -27,6 +27,7 @@ from components.report import own_evaluations, result_row  # noqa: E402
 
 TRAINERS = ("bc", "act", "diffusion", "flow")
 SEEDS = {"push-v3": 3, "pick-place-v3": 3, "peg-insert-side-v3": 1}
+PUSHT = ["--steps", "5000", "--batch-size", "128", "--dataset.obs-steps", "2", "--dataset.action-steps", "16", "--policy.action-steps", "8"]
 IMAGES = ("--dataset.cameras", "behindGripper", "--batch-size", "64")
 
 
@@ -49,17 +50,15 @@ class Args:
 def wanted(args: Args) -> dict[str, tuple[str, list[str]]]:
     """Run name -> suite and command line; first the first seed of everything."""
     runs: dict[str, tuple[str, list[str]]] = {}
-    for seed, task, trainer in itertools.product(range(3), SEEDS, TRAINERS):
-        if seed < SEEDS[task]:
+    for seed in range(3):
+        for task, trainer in itertools.product((task for task in SEEDS if seed < SEEDS[task]), TRAINERS):
             line = ["--trainer", trainer, "--dataset.task", task, "--seed", str(seed)]
             runs[f"{task}-{trainer}-{seed}"] = ("metaworld-state", line)
-    for seed in range(3):
         line = ["--trainer", "bc", "--dataset.task", "push-v3", "--seed", str(seed), *IMAGES]
         runs[f"push-v3-images-bc-{seed}"] = ("metaworld-images", line)
-    for seed, trainer in itertools.product(range(3 if args.pusht else 0), ("bc", "diffusion", "flow")):
-        line = ["--trainer", trainer, "--dataset", "pusht", "--dataset.path", args.pusht, "--seed", str(seed)]
-        line += ["--steps", "10000", "--batch-size", "128", "--dataset.obs-steps", "2", "--dataset.action-steps", "16"]
-        runs[f"pusht-{trainer}-{seed}"] = ("pusht", [*line, "--policy.action-steps", "8"])
+        for trainer in ("bc", "diffusion", "flow") if args.pusht else ():
+            line = ["--trainer", trainer, "--dataset", "pusht", "--dataset.path", args.pusht, "--seed", str(seed)]
+            runs[f"pusht-{trainer}-{seed}"] = ("pusht", [*line, *PUSHT])
     return {name: run for name, run in runs.items() if args.only in name}
 
 

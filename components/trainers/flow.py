@@ -41,7 +41,7 @@ class Flow:
         "optimizer.schedule": "cosine",
         "optimizer.warmup-steps": 300,
         "ema-decay": 0.9999,
-        "policy.action-steps": 8,
+        "policy.action-steps": 4,
         "policy.sampler": "euler",
         "policy.sampling-steps": 10,
         "steps": 3000,
