@@ -27,7 +27,8 @@ from components.report import own_evaluations, result_row  # noqa: E402
 
 TRAINERS = ("bc", "act", "diffusion", "flow")
 SEEDS = {"push-v3": 3, "pick-place-v3": 3, "peg-insert-side-v3": 1}
-PUSHT = ["--steps", "5000", "--batch-size", "128", "--dataset.obs-steps", "2", "--dataset.action-steps", "16", "--policy.action-steps", "8"]
+PUSHT = ["--steps", "5000", "--batch-size", "128", "--dataset.obs-steps", "2"]
+PUSHT += ["--dataset.action-steps", "16", "--policy.action-steps", "8"]
 IMAGES = ("--dataset.cameras", "behindGripper", "--batch-size", "64")
 
 
