@@ -24,6 +24,7 @@ from components.ema import averages, decay_at
 from components.errors import UserError
 from components.features import build_models
 from components.losses import sinkhorn, zero_padding
+from components.models.attention import Dropout
 from components.models.encoder import ObservationEncoder
 from components.models.resnet18 import spatial_softmax
 from components.models.unet1d import Conv, Double, Halve
@@ -406,6 +407,20 @@ def test_act_in_its_last_layer_only_computes_the_class_token_and_ignores_padding
     assert torch.allclose(layer(x, position, queries=1), layer(x, position)[:, :1], atol=1e-6)
     assert network(observation).shape == (3, 8, 2) and mean.shape == log_variance.shape == (3, 32)
     assert not torch.allclose(network(observation), network(observation, torch.ones(3, 32)))
+
+
+def test_dropout_keeps_each_entry_with_its_probability_and_the_mean() -> None:
+    torch.manual_seed(0)
+    layer, x = Dropout(0.1), torch.ones(1001, 999, requires_grad=True)
+    y = layer(x)
+    kept = (y > 0).float()
+    assert torch.allclose(y[y > 0], torch.tensor(1 / 0.9), rtol=1e-4)
+    for lane in range(4):  # four entries come from one word of 64 bits
+        assert float(kept.flatten()[lane::4].mean()) == pytest.approx(0.9, abs=0.002)
+    assert float((kept[:, :-1] * kept[:, 1:]).mean()) == pytest.approx(0.81, abs=0.003)  # neighbours are independent
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+    assert layer.eval()(x) is x and torch.equal(Dropout(0.0)(x), x)
 
 
 @pytest.mark.parametrize("name", ["gru", "transformer"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..features import vector_observations
-from .attention import Attention, sinusoid
+from .attention import Attention, Dropout, sinusoid
 from .mlp import flat_sizes
 from .sequence import check_attention
 
@@ -130,7 +130,7 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, sizes: Sizes, dropout: float) -> None:
         wide, dim = sizes.feed_forward, sizes.width
-        super().__init__(nn.Linear(dim, wide), nn.ReLU(), nn.Dropout(dropout), nn.Linear(wide, dim))
+        super().__init__(nn.Linear(dim, wide), nn.ReLU(), Dropout(dropout), nn.Linear(wide, dim))
 
 
 class EncoderLayer(nn.Module):
@@ -141,7 +141,7 @@ class EncoderLayer(nn.Module):
         self.attention = Attention(sizes.width, sizes.heads, dropout)
         self.feed_forward = FeedForward(sizes, dropout)
         self.norm1, self.norm2 = nn.LayerNorm(sizes.width), nn.LayerNorm(sizes.width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor | None = None, queries: int | None = None) -> Tensor:
         """`[B, N, W]` -> the first `queries` tokens, or all `[B, N, W]`; `position` `[N, W]`."""
@@ -159,7 +159,7 @@ class DecoderLayer(nn.Module):
         self.attention, self.cross = (Attention(sizes.width, sizes.heads, dropout) for _ in range(2))
         self.feed_forward = FeedForward(sizes, dropout)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(sizes.width) for _ in range(3))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor) -> Tensor:
         placed = x + position

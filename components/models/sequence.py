@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..features import vector_observations, width
-from .attention import Attention
+from .attention import Attention, Dropout
 from .heads import HeadOptions, Mixture
 
 
@@ -83,7 +83,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads, dropout)
         layers = [nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)]
-        self.feed_forward, self.dropout = nn.Sequential(*layers), nn.Dropout(dropout)
+        self.feed_forward, self.dropout = nn.Sequential(*layers), Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(x)
