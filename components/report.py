@@ -61,6 +61,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+# What a row of a results file may tell besides, and how the table calls it.
+FURTHER = {"plan_ms": "plan ms", "coverage_final": "final coverage", "coverage_max": "largest coverage"}
+
+
 def runs_table(runs: list[Path]) -> str:
     """A row for each group of runs that differ in the seed alone: the last evaluation's mean and 95 % interval."""
     groups: dict[str, list[Path]] = {}
@@ -174,6 +178,7 @@ def results_table(path: Path) -> str:
             groups.setdefault((row["suite"], row["task"], row["trainer"], str(row["steps"]), row["metric"]), []).append(
                 row
             )
+        more = [name for name in FURTHER if any(name in row for row in rows)]
         table = [
             [
                 *key,
@@ -181,13 +186,20 @@ def results_table(path: Path) -> str:
                 with_interval([row["value"] for row in members], key[-1], members[0]["episodes"]),
                 str(members[0]["episodes"]),
                 f"{sum(row['train_seconds'] for row in members) / len(members):.0f}",
+                *(mean_of(members, name) for name in more),
             ]
             for key, members in groups.items()
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no results file ({type(error).__name__}: {error})") from error
     head = ["suite", "task", "trainer", "steps", "metric", "seeds", "mean [95 %]", "episodes", "train s"]
-    return markdown(head, table)
+    return markdown([*head, *(FURTHER[name] for name in more)], table)
+
+
+def mean_of(rows: list[dict[str, Any]], name: str) -> str:
+    """Mean of a number that not every row needs to have."""
+    values = [row[name] for row in rows if name in row]
+    return f"{sum(values) / len(values):.3g}" if values else "-"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -1,5 +1,6 @@
 """Which of the formats a file or folder is in."""
 
+import zipfile
 from pathlib import Path
 
 from ..errors import UserError
@@ -18,7 +19,8 @@ def recognise(path: str) -> str:
             if (found / mark).exists():
                 return name
     elif found.suffix == ".npz":
-        return "ogbench"
+        names = zipfile.ZipFile(found).namelist() if zipfile.is_zipfile(found) else []
+        return "pusht" if "episode_ends.npy" in names else "ogbench"
     elif found.suffix == ".zip":
         return "zarr"
     elif found.suffix in (".hdf5", ".h5"):
@@ -29,5 +31,5 @@ def recognise(path: str) -> str:
                 return "robomimic"
     raise UserError(
         f"{path}: not recognised as lerobot (meta/info.json), minari (data/metadata.json), robomimic or d4rl (.hdf5),"
-        " ogbench (.npz) or zarr (meta/episode_ends); name the format"
+        " ogbench or pusht (.npz) or zarr (meta/episode_ends); name the format"
     )
