@@ -49,7 +49,7 @@ class Diffusion:
         "policy.sampler": "ddim",
         "policy.sampling-steps": 10,
         "steps": 3000,
-        "batch-size": 128,
+        "batch-size": 64,
         "eval-every": 1000,
     }
     accumulates = True

@@ -45,7 +45,7 @@ class Flow:
         "policy.sampler": "euler",
         "policy.sampling-steps": 10,
         "steps": 3000,
-        "batch-size": 128,
+        "batch-size": 64,
         "eval-every": 1000,
     }
     accumulates = True
