@@ -29,6 +29,7 @@ TRAINERS = ("bc", "act", "diffusion", "flow")
 SEEDS = {"push-v3": 3, "pick-place-v3": 3, "peg-insert-side-v3": 1}
 PUSHT = ["--steps", "6000", "--batch-size", "128", "--dataset.obs-steps", "2"]
 PUSHT += ["--dataset.action-steps", "16", "--policy.action-steps", "8"]
+ONCE = ("--eval-every", "0")  # evaluated at the end
 IMAGES = ("--dataset.cameras", "behindGripper", "--batch-size", "64")
 
 
@@ -75,7 +76,7 @@ def make(folder: Path, line: list[str]) -> bool:
     if run_record.read_status(folder)["state"] == "finished":
         return True
     begun = (folder / "args.json").exists()
-    options = ["--resume", str(folder)] if begun else [*line, "--eval-every", "0", "--run-dir", str(folder)]
+    options = ["--resume", str(folder)] if begun else [*line, *ONCE, "--run-dir", str(folder)]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".log"), "a") as log:
         words = [sys.executable, "offline_trainer.py", *options]
@@ -84,11 +85,14 @@ def make(folder: Path, line: list[str]) -> bool:
     return done.returncode == 0
 
 
-def row(folder: Path, suite: str) -> dict[str, Any]:
+def row(folder: Path, suite: str, line: list[str]) -> dict[str, Any]:
     """A row of the results, with the latency of an action that is planned, and what the environment tracks."""
+    words = [Path(word).name if word.endswith(".npz") else word for word in line]
+    command = " ".join(["offline_trainer.py", *words, *ONCE])
     result = own_evaluations(folder)[-1]
     more = {key: round(result[key], 4) for key in result if key.startswith("coverage")}
-    return {"run": folder.name} | result_row(folder) | {"suite": suite, "plan_ms": plan_ms(folder)} | more
+    own = {"suite": suite, "command": command, "plan_ms": plan_ms(folder)}
+    return {"run": folder.name} | result_row(folder) | own | more
 
 
 def plan_ms(folder: Path, times: int = 20) -> float:
@@ -115,9 +119,9 @@ def main(args: Args) -> None:
     runs = {name: run for name, run in runs.items() if (args.runs / name).exists() or name not in rows}
     with ThreadPoolExecutor(args.jobs) as pool:
         made = pool.map(lambda name: make(args.runs.resolve() / name, runs[name][1]), runs)
-        for (name, (suite, _)), finished in zip(runs.items(), made, strict=True):
+        for (name, (suite, line)), finished in zip(runs.items(), made, strict=True):
             if finished:
-                rows[name] = row(args.runs.resolve() / name, suite)
+                rows[name] = row(args.runs.resolve() / name, suite, line)
                 args.out.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
 
 
