@@ -39,6 +39,7 @@ from components import (
     policy,
     process,
     run_record,
+    saved_policy,
 )
 from components import command_line as cli
 from components.environments import Environments
@@ -440,7 +441,7 @@ def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, devic
     """Construct the trainer with what its signature names; returns it, and what its `train_step` is passed."""
     cls = REGISTRIES["trainer"][args.trainer]
     with cli.one_line(f"trainer {args.trainer!r}"):
-        extras = policy.trainer_extras(cls, args.trainer_options, spec, device)
+        extras = saved_policy.trainer_extras(cls, args.trainer_options, spec, device)
         if problem := protocols.unbindable(cls, "__init__", (), ("models", "optimizers", "loss", *extras)):
             raise UserError(problem)
         trainer = cls(models=models, optimizers=opts, loss=loss, **extras)
@@ -451,6 +452,9 @@ def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, devic
         if args.compile:
             if not callable(getattr(trainer, "losses", None)):
                 raise UserError("--compile needs a trainer with losses(data)")
+            import torch._inductor.config as inductor  # which takes its time to import
+
+            inductor.fallback_random = True  # what is drawn is what would be drawn without --compile
             trainer.losses = torch.compile(trainer.losses)
     return trainer, protocols.accepted(trainer.train_step, protocols.LOOP_PASSES)
 
@@ -511,7 +515,7 @@ def finish(args: Args, learner: Learner, run: Run, actor: Any, evaluator: Any, e
                 (args.loss, args.loss_options),
                 args.plugins,
             )
-            policy.save_policy(run.path / "policy", actor, *origin)
+            saved_policy.save_policy(run.path / "policy", actor, *origin)
         if run.first and evaluator is not None and not args.debug:
             film = run.path / "videos" / f"step-{run.step:09d}.mp4"
             if problem := evaluator.film(film, env):

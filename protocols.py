@@ -33,7 +33,8 @@ class Trainer(Protocol):
     The constructor may also name any of `device`, `norm_stats`, `spec` and `config` (the instance of its own `Config`
     dataclass). Every tensor with state lives in `models`: the trainer adds target networks there.
 
-    Optional: `needs` (model name -> default model), `defaults` (option -> value that suits it), `accumulates = True`
+    Optional: `needs` (model name -> default model; one named `encoder` is built first, and the others are built for
+    what it makes of the observations), `defaults` (option -> value that suits it), `accumulates = True`
     (one step of every optimizer per call, so that gradients may be accumulated), `losses(data) -> (loss, metrics)`
     (what `--compile` compiles, and what the held-out loss is computed with), `policy() -> nn.Module` (normalised
     observations in, normalised action or chunk out; otherwise `models["policy"]` acts), `explorer() -> nn.Module` (the
@@ -60,7 +61,8 @@ class DatasetFactory(Protocol):
         Optional entries: "validation" (another Dataset), "env" ({"name": environment, its options}) and
         "reference_scores" (the random and the expert return, by which D4RL normalises). A dataset may offer
         `get_batch(indices [B], seed) -> dict of batched tensors`, which resident data should have; one that decodes
-        says `resident = False` and gets worker processes. More of what it may say is in `components/sampling.py`.
+        says `resident = False` and gets worker processes; one whose items have a `task` lists the texts in `tasks`.
+        More of what it may say is in `components/sampling.py`.
         """
         ...
 
@@ -83,7 +85,9 @@ class OptimizerFactory(Protocol):
 class ModelFactory(Protocol):
     """Makes one network from `spec`: {key: {"shape": of one item, "dtype": str, "stats": its statistics, if any}}.
 
-    The acting policy maps a batch of observations (the dict, or the bare `observation.state` tensor) to `action`.
+    The acting policy maps a batch of observations (the dict, or the bare `observation.state` tensor) to `action`. An
+    encoder maps a batch to a batch and describes it in `spec`; a denoiser (`denoises = True`) has
+    `condition(observation)` and maps (noisy action, time in [0, 1], that condition) to a tensor of the action's shape.
     """
 
     def build(self, spec: dict[str, Any]) -> nn.Module: ...

@@ -31,7 +31,7 @@ from .models.sequence import GRU, Transformer
 from .models.tanh_gaussian import TanhGaussian
 from .models.temperature import Temperature
 from .models.unet1d import UNet1d
-from .policy import load_policy
+from .saved_policy import load_policy
 from .trainers.act import ACT
 from .trainers.bc import BC
 from .trainers.diffusion import Diffusion

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from . import checkpoint
-from .policy import load_policy
+from .saved_policy import load_policy
 
 # Defaults under --debug, of the scripts that have them; what the command line gives stays. A component may add its own
 # in `debug_options`.

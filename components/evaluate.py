@@ -17,7 +17,8 @@ from .command_line import at_least, import_plugins, instantiate, one_line, optio
 from .environments import Environments
 from .errors import UserError
 from .evaluation import Evaluator, headline
-from .policy import Inference, saved_settings
+from .policy import Inference
+from .saved_policy import saved_settings
 
 
 @dataclass(kw_only=True)

@@ -30,7 +30,8 @@ from . import load_policy, process, run_record
 from .command_line import import_plugins, parse, parse_names
 from .errors import UserError
 from .normalisation import centre
-from .policy import Inference, Policy, saved_settings
+from .policy import Inference, Policy
+from .saved_policy import saved_settings
 
 TOLERANCE = 1e-5  # largest difference from the eager policy, relative to the largest action
 

@@ -1,26 +1,19 @@
-"""A policy that acts in the environment's own units, saved in a folder that loads alone."""
+"""A policy that acts in the environment's own units, step by step, from an observation history and action chunks."""
 
-import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .command_line import instantiate, options_of
 from .errors import UserError, nearest
-from .features import build_models
 from .normalisation import Normaliser
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -273,147 +266,3 @@ def acting_policy(
     if chunk == 1 and not given("policy.ensemble"):
         settings = replace(settings, ensemble=None)
     return Policy(module, normaliser, spec, settings)
-
-
-def save_policy(
-    folder: Path,
-    policy: Policy,
-    trainer: tuple[str, Any],
-    models: dict[str, tuple[str, Any]],
-    loss: tuple[str, Any],
-    plugins: Sequence[str],
-) -> None:
-    """Write `model.safetensors` and `policy.json`, replacing the folder at once.
-
-    Args:
-        trainer, models, loss: (registry name, options) of the components from which the acting module is built again.
-        plugins: Modules that register some of them.
-    """
-    from safetensors.torch import save_file
-
-    from . import TRAINER_REGISTRY
-
-    def entry(name: str, options: Any) -> dict[str, Any]:
-        return {"name": name, "options": asdict(options)}
-
-    description = {
-        "format": FORMAT,
-        "trainer": entry(*trainer),
-        "models": {name: entry(*model) for name, model in models.items()},
-        "loss": entry(*loss),
-        "plugins": list(plugins),
-        "own_policy": callable(getattr(TRAINER_REGISTRY[trainer[0]], "policy", None)),
-        "spec": policy.spec,
-        "normalisation": policy.normaliser.modes,
-        "inference": asdict(policy.settings),
-    }
-    temporary = folder.with_name(f".{folder.name}-new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {key: value.detach().cpu().clone().contiguous() for key, value in policy.module.state_dict().items()}
-    save_file(weights, temporary / "model.safetensors")
-    (temporary / "policy.json").write_text(json.dumps(description, indent=1) + "\n")
-    old = folder.with_name(f".{folder.name}-old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load_policy(folder: str | Path, **settings: Any) -> Policy:
-    """Load a policy from a run folder, or from its `policy/` folder alone.
-
-        policy = load_policy("runs/x"); policy.reset(); action = policy.act({"observation.state": array})
-        policy = load_policy("runs/x", action_steps=4, sampling_steps=20)  # otherwise as it acted in its run
-
-    Args:
-        settings: Fields of `Inference`, in the place of those that it was saved with.
-
-    Raises:
-        UserError: no policy there, a plugin to import first, weights that do not fit, a statistic that is missing or
-            has the wrong width, or settings that do not fit; each by name.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path, description = _describe(folder)
-    try:
-        weights = load_file(path.with_name("model.safetensors"))
-        spec, modes = description["spec"], description["normalisation"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{path.parent}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
-    module = _build_module(description, spec, path)
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in weights.items()}
-    if expected != found:
-        key = next(key for key in {**expected, **found} if expected.get(key) != found.get(key))
-        raise UserError(f"{path.parent}: weights {key!r} have shape {found.get(key)}, the model {expected.get(key)}")
-    module.load_state_dict(weights)
-    known = saved_settings(folder)
-    complete = {key: modes.get(key, "none") for key in spec}
-    return Policy(module.eval(), Normaliser(spec, complete), spec, known).configure(**settings)
-
-
-def _describe(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The file `policy.json` of a run or policy folder, and what it says. Raises UserError: none there, or damaged."""
-    folder = Path(folder)
-    path = (folder / "policy" if (folder / "policy" / "policy.json").exists() else folder) / "policy.json"
-    if not path.exists():
-        raise UserError(f"{folder}: no policy here (policy/policy.json); a run writes it when it ends")
-    try:
-        return path, json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
-
-
-def saved_settings(folder: str | Path) -> Inference:
-    """How the policy of a run acts unless it is told otherwise. Raises UserError: no policy there, or damaged."""
-    path, description = _describe(folder)
-    try:
-        return Inference(**description["inference"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
-
-
-def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path) -> nn.Module:
-    """Build the acting module as the script did: one model, or the trainer's own `policy()`."""
-    from . import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY
-
-    def component(registry: dict[str, type], entry: dict[str, Any]) -> tuple[type, Any]:
-        if entry["name"] not in registry:
-            plugins = ", ".join(description["plugins"]) or "a plugin"
-            raise UserError(f"{path}: {entry['name']!r} is not registered; import {plugins} before load_policy")
-        cls = registry[entry["name"]]
-        return cls, options_of(cls, entry["options"])
-
-    wanted = description["models"]
-    if not description["own_policy"]:
-        wanted = {"policy": wanted["policy"]}
-    factories = {name: instantiate(*component(MODEL_BUILDER_REGISTRY, entry)) for name, entry in wanted.items()}
-    models = build_models(list(factories), lambda name, seen: factories[name].build(seen), spec)
-    if not description["own_policy"]:
-        return models["policy"]
-    cls, config = component(TRAINER_REGISTRY, description["trainer"])
-    loss = instantiate(*component(LOSS_BUILDER_REGISTRY, description["loss"])).build()
-    extras = trainer_extras(cls, config, spec, torch.device("cpu"))
-    return cls(models=models, optimizers=idle_optimizers(models), loss=loss, **extras).policy()
-
-
-def idle_optimizers(models: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
-    """Optimizers that never step, for a trainer that is built only to act."""
-    named = ((name, [p for p in model.parameters() if p.requires_grad]) for name, model in models.items())
-    return {name: torch.optim.SGD(params, lr=0.0) for name, params in named if params}
-
-
-def trainer_extras(cls: type, config: Any, spec: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Those of `device`, `norm_stats`, `spec` and `config` that a trainer's constructor asks for."""
-    import inspect
-
-    norm_stats = {key: feature["stats"] for key, feature in spec.items() if "stats" in feature}
-    extras = {"device": device, "norm_stats": norm_stats, "spec": spec, "config": config}
-    parameters = inspect.signature(cls).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return extras
-    names = {p.name for p in parameters}
-    return {name: value for name, value in extras.items() if name in names}

@@ -52,22 +52,16 @@ class Args:
 def wanted(args: Args) -> dict[str, tuple[str, list[str]]]:
     """Run name -> suite and command line; first the first seed of everything, last Push-T, which takes longest."""
     runs: dict[str, tuple[str, list[str]]] = {}
-
-    def push_t(seed: int) -> None:
-        for trainer in ("bc", "diffusion", "flow") if args.pusht else ():
-            line = ["--trainer", trainer, "--dataset", "pusht", "--dataset.path", args.pusht, "--seed", str(seed)]
-            runs[f"pusht-{trainer}-{seed}"] = ("pusht", [*line, *PUSHT])
-
     for seed in range(3):
         for task, trainer in itertools.product((task for task in SEEDS if seed < SEEDS[task]), TRAINERS):
             line = ["--trainer", trainer, "--dataset.task", task, "--seed", str(seed)]
             runs[f"{task}-{trainer}-{seed}"] = ("metaworld-state", line)
         line = ["--trainer", "bc", "--dataset.task", "push-v3", "--seed", str(seed), *IMAGES]
         runs[f"push-v3-images-bc-{seed}"] = ("metaworld-images", line)
-        if seed == 0:
-            push_t(seed)
-    push_t(1)
-    push_t(2)
+    for seed in range(3):
+        for trainer in ("bc", "diffusion", "flow") if args.pusht else ():
+            line = ["--trainer", trainer, "--dataset", "pusht", "--dataset.path", args.pusht, "--seed", str(seed)]
+            runs[f"pusht-{trainer}-{seed}"] = ("pusht", [*line, *PUSHT])
     return {name: run for name, run in runs.items() if args.only in name}
 
 

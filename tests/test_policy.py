@@ -340,44 +340,61 @@ def test_the_settings_travel_with_the_weights(script: Callable[..., Path], tmp_p
 
 WITH_TORCH_ALONE = """
 import json, sys, torch
-extra = {"policy.json": ""}
-program = torch.export.load(sys.argv[1], extra_files=extra).module()
-inputs = json.loads(extra["policy.json"])["inputs"]
-torch.manual_seed(0)
-batch = {k: torch.randn(5, *v["shape"]) for k, v in inputs.items()}
-whole = {k: v for k, v in inputs.items() if "int" in v["dtype"]}
-batch |= {k: torch.randint(2, (5, *v["shape"])).to(getattr(torch, v["dtype"])) for k, v in whole.items()}
+for path in sys.argv[1:]:
+    extra = {"policy.json": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    inputs = json.loads(extra["policy.json"])["inputs"]
+    torch.manual_seed(0)
+    batch = {k: torch.randn(5, *v["shape"]) for k, v in inputs.items()}
+    whole = {k: v for k, v in inputs.items() if "int" in v["dtype"]}
+    batch |= {k: torch.randint(2, (5, *v["shape"])).to(getattr(torch, v["dtype"])) for k, v in whole.items()}
+    torch.save({"batch": batch, "action": program(batch)}, path + ".out")
 assert not any(name.startswith(("components", "accelerate", "safetensors")) for name in sys.modules)
-torch.save({"batch": batch, "action": program(batch)}, sys.argv[2])
 """
+MIXTURE = ("--trainer", "bc", "--model.head", "mixture", "--loss", "nll", "--dataset.action-steps", 4)
+DENOISER = ("--model.channels", 16, "--policy.sampling-steps", 2)
+EXPORTED: dict[str, tuple[object, ...]] = {
+    "bc": (*toy.TRAINERS["bc"],),
+    "mixture": MIXTURE,
+    "pictures": toy.PICTURES,  # cut to their centre, and with two tasks
+    "act": toy.TRAINERS["act"],
+    "diffusion": (*toy.TRAINERS["diffusion"], *DENOISER, "--policy.sampler", "ddpm"),
+    "flow": (*toy.TRAINERS["flow"], *DENOISER, "--policy.sampler", "midpoint"),
+}
 
 
-@pytest.mark.parametrize("name", ["bc", "mixture", "pictures", "act", "diffusion", "flow"])
-def test_an_exported_policy_is_equal_and_needs_torch_alone(
-    name: str, script: Callable[..., Path], tmp_path: Path
-) -> None:
-    options: tuple[object, ...] = toy.TRAINERS.get(name, ())
-    if name == "mixture":
-        options = ("--trainer", "bc", "--model.head", "mixture", "--loss", "nll", "--dataset.action-steps", 4)
-    if name == "pictures":  # cut to their centre, and with two tasks
-        options = toy.PICTURES
-    one_level = ("--model.channels", 16)
-    run = script(
-        *options, "--steps", 2, *((*one_level, "--policy.sampling-steps", 2) if name in ("diffusion", "flow") else ())
-    )
-    assert export.main([str(run), "--plugins", "toy"]) == 0
+def test_exported_policies_are_equal_and_need_torch_alone(script: Callable[..., Path], tmp_path: Path) -> None:
+    """Every imitation trainer; batches of another size than the one that was traced."""
+    assert set(EXPORTED) >= set(toy.TRAINERS) - {"sac"}
+    runs = {name: script(*options, "--steps", 2, folder=name) for name, options in EXPORTED.items()}
+    files = {name: run / "policy" / "policy.pt2" for name, run in runs.items()}
+    assert all(export.main([str(run), "--plugins", "toy"]) == 0 for run in runs.values())
     (tmp_path / "only_torch.py").write_text(WITH_TORCH_ALONE)
-    words = (sys.executable, "-P", tmp_path / "only_torch.py", run / "policy" / "policy.pt2", tmp_path / "out.pt")
-    done = command(*words, cwd=tmp_path)
+    done = command(sys.executable, "-P", tmp_path / "only_torch.py", *files.values(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "out.pt")
-    batch, policy = dict(found["batch"]), load_policy(run)
-    if "task_index" in batch:
-        batch["task"] = [policy.spec["task"]["values"][i] for i in batch.pop("task_index").tolist()]
-    with torch.no_grad():
-        module = policy.module
-        normalised = policy.normaliser(batch)
-        action = module(normalised["observation.state"] if policy.takes_tensor else normalised)
+    for name, run in runs.items():
+        found = torch.load(f"{files[name]}.out")
+        batch, policy = dict(found["batch"]), load_policy(run)
+        if "task_index" in batch:
+            batch["task"] = [policy.spec["task"]["values"][i] for i in batch.pop("task_index").tolist()]
+        with torch.no_grad():
+            normalised = policy.normaliser(batch)
+            action = policy.module(normalised["observation.state"] if policy.takes_tensor else normalised)
         eager = policy.normaliser.undo("action", action)
-    assert found["action"].shape == (5, *policy.spec["action"]["shape"])
-    assert (found["action"] - eager).abs().max() <= 1e-5 * max(1.0, float(eager.abs().max()))
+        assert found["action"].shape == (5, *policy.spec["action"]["shape"]), name
+        assert (found["action"] - eager).abs().max() <= 1e-5 * max(1.0, float(eager.abs().max())), name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "which run? python -m components.export RUN"),
+        (("absent",), "absent: no policy here"),
+        (("RUN", "--policy.action-steps", "9"), "--policy.action-steps 9 must be 1 to 1"),
+        (("RUN", "--out", "absent/policy.pt2"), "--out absent/policy.pt2: no such folder absent"),
+    ],
+)
+def test_bad_input_of_export(script: Callable[..., Path], words: tuple[str, ...], message: str) -> None:
+    run = str(script("--trainer", "bc", "--steps", 1)) if "RUN" in words else ""
+    with pytest.raises(UserError, match=re.escape(message)):
+        export.main([run if word == "RUN" else word for word in words])

@@ -1,5 +1,6 @@
 """Demonstrations by Meta-World's scripted experts, made on the spot and cached on disk."""
 
+import atexit
 import hashlib
 import json
 import logging
@@ -208,4 +209,6 @@ def _simulator(*options: Any) -> Any:
     from ..envs.metaworld_simulator import MetaWorld
 
     task, max_episode_steps, cameras, image_size = options
-    return MetaWorld(task, max_episode_steps, cameras=cameras, image_size=image_size)
+    simulator = MetaWorld(task, max_episode_steps, cameras=cameras, image_size=image_size)
+    atexit.register(simulator.close)  # while what it draws with is still there
+    return simulator

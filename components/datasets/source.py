@@ -47,6 +47,8 @@ def parse(options: type, argv: Sequence[str], positional: int, wants: dict[str, 
     component = cli.pick(DATASET_BUILDER_REGISTRY, "dataset", name)
     known = {field.name for field in fields(component)} if is_dataclass(component) else set()
     values = {key: value for key, value in wants.items() if key in known}
+    if "image_size" in known:  # it draws its pictures, and only those that are asked for
+        values.pop("cameras", None)
     if len(words) == positional:
         if "path" not in known:
             raise UserError(f"--dataset {name} takes no path, found {words[0]}")

@@ -16,8 +16,8 @@ from ..errors import UserError
 from .attention import sinusoid
 from .mlp import concatenated, flat_sizes
 
-# The published network, and one that 50 demonstrations of a state-based task train in minutes.
-CHANNELS = {"small": (64, 128), "paper": (256, 512, 1024)}
+# Channels and observation features: the published network, and one that 50 demonstrations train in minutes.
+SIZES = {"small": ((64, 128), 128), "paper": ((256, 512, 1024), 0)}
 TIME_SCALE = 100.0  # the embedding sees times in [0, 1] as the paper's 100 steps of diffusion
 
 
@@ -35,17 +35,23 @@ class UNet1d:
     """Groups of GroupNorm."""
     time_features: int = 256
     """Width of the embedding of the diffusion time."""
+    observation_features: int | None = None
+    """Outputs of two layers over the observation before FiLM; 0 for none, as published; None takes --model.size's."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for `spec`. Raises UserError: no vector observation or action, bad options."""
-        channels = self.channels or CHANNELS[self.size]
+        channels, features = SIZES[self.size]
+        channels = self.channels or channels
+        features = features if self.observation_features is None else self.observation_features
         if any(c < 1 or c % self.groups for c in channels) or self.groups < 1:
             raise UserError(f"--model.channels {channels} must be positive multiples of --model.groups {self.groups}")
         if self.kernel < 1 or self.kernel % 2 == 0 or self.time_features < 4:
             options = f"--model.kernel {self.kernel} must be odd, --model.time-features {self.time_features} 4 or more"
             raise UserError(options)
+        if features < 0:
+            raise UserError(f"--model.observation-features {features} must be 0 or more")
         keys, observed, shape = flat_sizes(spec, "unet1d")
-        return ConditionalUNet(keys, observed, shape, channels, self.kernel, self.groups, self.time_features)
+        return ConditionalUNet(keys, observed, shape, channels, self.kernel, self.groups, self.time_features, features)
 
 
 class ConditionalUNet(nn.Module):
@@ -62,6 +68,7 @@ class ConditionalUNet(nn.Module):
         kernel: int,
         groups: int,
         time_features: int,
+        observation_features: int,
     ) -> None:
         super().__init__()
         self.keys, self.time_features, self.multiple = keys, time_features, 2 ** (len(channels) - 1)
@@ -84,6 +91,13 @@ class ConditionalUNet(nn.Module):
             self.up.append(nn.ModuleList([block(2 * outputs, inputs), block(inputs, inputs), Double(inputs)]))
         self.final = ConvBlock(channels[0], channels[0], kernel, groups)
         self.out = nn.Linear(channels[0], shape[-1])
+        # What FiLM does with a state is linear in mish(state). That is little: without the two layers, pick-place from 50
+        # demonstrations succeeds less often than with plain regression.
+        self.observation_net: nn.Module = nn.Identity()
+        if observation_features:
+            layers = [nn.Linear(observed, 2 * observation_features), nn.Mish()]
+            self.observation_net = nn.Sequential(*layers, nn.Linear(2 * observation_features, observation_features))
+            observed = observation_features
         # FiLM of all blocks from one product each: W [time, observation] + b falls apart into W_t time + b and
         # W_o observation, of which the second is the same at every step of sampling.
         self.sizes = [2 * m.channels for m in self.modules() if isinstance(m, ResidualBlock)]
@@ -92,7 +106,8 @@ class ConditionalUNet(nn.Module):
 
     def condition(self, observation: dict[str, Tensor]) -> Tensor:
         """The observation's part of FiLM `[B, F]`, computed once a chunk."""
-        return self.film_observation(functional.mish(concatenated(observation, self.keys)))
+        observed = self.observation_net(concatenated(observation, self.keys))
+        return self.film_observation(functional.mish(observed))
 
     def forward(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """Noisy chunk `[B, Ta, Da]` or action `[B, Da]` at times `[B]`, or `[1]` for all, in [0, 1]."""
