@@ -31,7 +31,7 @@ from .command_line import import_plugins, parse, parse_names
 from .errors import UserError
 from .normalisation import centre
 from .policy import Inference, Policy
-from .saved_policy import saved_settings
+from .saved_policy import describe, saved_settings
 
 TOLERANCE = 1e-5  # largest difference from the eager policy, relative to the largest action
 
@@ -51,7 +51,7 @@ class Args(Names):
     run: Annotated[str, tyro.conf.Positional] = ""
     """Run folder, or its policy folder."""
     plugins: tuple[str, ...] = ()
-    """Modules to import first, so that the components they register can be loaded."""
+    """Modules to import first, besides those of the run."""
     out: str = ""
     """File to write; by default policy.pt2 beside policy.json."""
     policy: Inference = Inference()
@@ -150,7 +150,7 @@ def main(argv: list[str]) -> int:
     if not names.run:
         parse(Args, argv, Args())
         raise UserError("which run? python -m components.export RUN")
-    import_plugins(names.plugins)
+    import_plugins([*dict.fromkeys([*describe(names.run)[1].get("plugins", ()), *names.plugins])])
     args = parse(Args, argv, Args(run=names.run, policy=saved_settings(names.run)))
     policy = load_policy(args.run, **vars(args.policy))
     folder = Path(args.run)

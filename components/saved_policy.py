@@ -82,7 +82,7 @@ def load_policy(folder: str | Path, **settings: Any) -> Policy:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path, description = _describe(folder)
+    path, description = describe(folder)
     try:
         weights = load_file(path.with_name("model.safetensors"))
         spec, modes = description["spec"], description["normalisation"]
@@ -100,7 +100,7 @@ def load_policy(folder: str | Path, **settings: Any) -> Policy:
     return Policy(module.eval(), Normaliser(spec, complete), spec, known).configure(**settings)
 
 
-def _describe(folder: str | Path) -> tuple[Path, dict[str, Any]]:
+def describe(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     """The file `policy.json` of a run or policy folder, and what it says. Raises UserError: none there, or damaged."""
     folder = Path(folder)
     path = (folder / "policy" if (folder / "policy" / "policy.json").exists() else folder) / "policy.json"
@@ -114,7 +114,7 @@ def _describe(folder: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def saved_settings(folder: str | Path) -> Inference:
     """How the policy of a run acts unless it is told otherwise. Raises UserError: no policy there, or damaged."""
-    path, description = _describe(folder)
+    path, description = describe(folder)
     try:
         return Inference(**description["inference"])
     except (KeyError, TypeError) as error:

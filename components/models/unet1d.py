@@ -91,7 +91,7 @@ class ConditionalUNet(nn.Module):
             self.up.append(nn.ModuleList([block(2 * outputs, inputs), block(inputs, inputs), Double(inputs)]))
         self.final = ConvBlock(channels[0], channels[0], kernel, groups)
         self.out = nn.Linear(channels[0], shape[-1])
-        # What FiLM does with a state is linear in mish(state). That is little: without the two layers, pick-place from 50
+        # FiLM is linear in mish(state), which is little: without the two layers, pick-place from 50
         # demonstrations succeeds less often than with plain regression.
         self.observation_net: nn.Module = nn.Identity()
         if observation_features:
