@@ -27,7 +27,7 @@ class Inference:
     sampler: str | None = None
     """How noise becomes a chunk: ddim or ddpm (diffusion), euler or midpoint (flow)."""
     sampling_steps: int | None = None
-    """Network evaluations of the sampler (midpoint: half of them)."""
+    """Steps of the sampler; midpoint evaluates the network twice in each."""
     task: str | None = None
     """Text of the task, where the data has several and the environment names none."""
 
@@ -250,7 +250,7 @@ def acting_policy(
 
     Args:
         settings: How it acts.
-        given: Whether the command line itself sets an option; a default that is longer than the chunk shrinks to it.
+        given: Whether the command line itself sets an option; a default that goes beyond what there is shrinks to it.
 
     Raises:
         UserError: it fails on an observation, gives actions of another shape than the data's, or settings do not fit.
@@ -265,4 +265,7 @@ def acting_policy(
         settings = replace(settings, action_steps=min(settings.action_steps, chunk))
     if chunk == 1 and not given("policy.ensemble"):
         settings = replace(settings, ensemble=None)
+    if settings.sampling_steps is not None and not given("policy.sampling-steps"):
+        most = getattr(module, "most_steps", settings.sampling_steps)
+        settings = replace(settings, sampling_steps=min(settings.sampling_steps, most))
     return Policy(module, normaliser, spec, settings)

@@ -669,8 +669,11 @@ def test_bad_input(script: Script, options: tuple[object, ...], message: str) ->
         script(*options, "--steps", 2)
 
 
-def test_a_default_window_goes_with_any_dataset(script: Script) -> None:
-    """Data without chunks, or with shorter ones than the default executes."""
+def test_defaults_shrink_to_what_there_is(script: Script) -> None:
+    """Data without chunks, or with shorter ones than the default executes; fewer steps than it samples in."""
+    small = ("--model.channels", 16, "--trainer.diffusion-steps", 5, "--steps", 2)
+    run = script("--trainer", "diffusion", *small, folder="few")
+    assert load_policy(run).inference["sampling_steps"] == 5
     run = script("--trainer", "diffusion", "--model.channels", 16, "--dataset", "minimal_data", "--steps", 2)
     assert load_policy(run).inference["chunk"] == 1
     run = script("--trainer", "flow", "--model.channels", 16, "--dataset.action-steps", 2, "--steps", 2, folder="short")
