@@ -9,7 +9,7 @@ from ..errors import UserError
 
 
 def draw_off_screen() -> None:
-    """Let MuJoCo draw without a display, which its default on Linux needs; to be called before it is imported."""
+    """Let MuJoCo draw without a display, which its default on Linux needs."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
 

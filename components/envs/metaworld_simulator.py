@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import UserError, nearest, require
 
 require("metaworld", "metaworld")
-import mujoco  # noqa: E402
+from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer  # noqa: E402
 from metaworld import MT1  # noqa: E402
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # noqa: E402
 from metaworld.policies import ENV_POLICY_MAP  # noqa: E402
@@ -45,7 +45,7 @@ def expert(task: str) -> Any:
 
 def upright(camera: str, frame: np.ndarray) -> np.ndarray:
     """A picture `[H, W, 3]`, turned if it is the camera `corner2`'s, which sees the scene upside down."""
-    return np.ascontiguousarray(frame[::-1, ::-1]) if camera == "corner2" else frame
+    return np.ascontiguousarray(frame[::-1, ::-1] if camera == "corner2" else frame)
 
 
 PROPRIOCEPTION = 4  # the observation's first entries: the hand's position and how far the gripper is open
@@ -58,7 +58,7 @@ class MetaWorld(gym.Env):
     goal are has to be seen. `terminated` is set at the first success, `truncated` after `max_episode_steps`.
 
     Raises:
-        UserError: an unknown task or camera.
+        UserError: an unknown task or camera, or pictures cannot be drawn here.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 80}
@@ -88,13 +88,19 @@ class MetaWorld(gym.Env):
             model.mat_reflectance[:] = 0
         self.action_space = self.simulator.action_space
         self.observation_space: gym.Space[Any] = gym.spaces.Box(-np.inf, np.inf, (39,), np.float32)
-        self.cameras, self.renderer = tuple(cameras), None
+        self.cameras: dict[str, int] = {}
+        self.viewer: Any = None
         known = [model.camera(i).name for i in range(model.ncam)]
         for name in cameras:
             if name not in known:
                 raise UserError(f"Meta-World has no camera {name!r}; {nearest(name, known)}")
+            self.cameras[name] = known.index(name)
         if cameras:
-            self.renderer = mujoco.Renderer(model, image_size, image_size)
+            try:
+                self.viewer = OffScreenViewer(model, self.simulator.data, image_size, image_size)
+            except Exception as error:
+                needs = "it needs EGL (Debian: apt-get install libegl1 libgl1-mesa-dri)"
+                raise UserError(f"pictures cannot be drawn here: {' '.join(str(error).split())}; {needs}") from error
             picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
             proprioception = gym.spaces.Box(-np.inf, np.inf, (PROPRIOCEPTION,), np.float32)
             pixels = gym.spaces.Dict({name: picture for name in cameras})
@@ -115,12 +121,12 @@ class MetaWorld(gym.Env):
     def _observed(self, observation: np.ndarray) -> Any:
         """What is observed; the whole state stays at hand for the expert, as `state`."""
         self.state = observation.astype(np.float32)
-        if self.renderer is None:
+        if self.viewer is None:
             return self.state
         pixels = {}
-        for camera in self.cameras:
-            self.renderer.update_scene(self.simulator.data, camera)
-            pixels[camera] = upright(camera, self.renderer.render())
+        for camera, number in self.cameras.items():
+            self.viewer.make_context_current()  # other environments have one, too
+            pixels[camera] = upright(camera, self.viewer.render("rgb_array", camera_id=number))
         return {"agent_pos": self.state[:PROPRIOCEPTION], "pixels": pixels}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -135,6 +141,6 @@ class MetaWorld(gym.Env):
         return None if frame is None else upright(self.camera, frame)
 
     def close(self) -> None:
-        if self.renderer is not None:
-            self.renderer.close()
+        if self.viewer is not None:
+            self.viewer.free()
         self.simulator.close()
