@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from ..errors import UserError
+from ..optimizers import update
 
 
 class SAC:
@@ -108,11 +109,7 @@ class SAC:
 
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
         loss, metrics = self.losses(data)
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        update(self.optimizers, loss)
         with torch.no_grad():
             targets: list[Any] = list(self.models["target_critic"].parameters())
             torch._foreach_lerp_(targets, list(self.models["critic"].parameters()), self.config.target_rate)

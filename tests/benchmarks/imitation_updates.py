@@ -213,7 +213,7 @@ def lerobot(checkout: Path) -> tuple[Callable[[], Any], Callable[[dict[str, torc
 
     def step() -> None:
         policy.model.train()
-        loss, _ = act.ACTPolicy.forward(policy, renamed(batch))
+        loss, _ = act.ACTPolicy.forward(policy, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(policy.model.parameters(), 10.0)
         optimizer.step()
@@ -224,16 +224,11 @@ def lerobot(checkout: Path) -> tuple[Callable[[], Any], Callable[[dict[str, torc
         def plan() -> Any:
             policy.model.eval()
             with torch.no_grad():
-                return policy.model(renamed(observation))[0]
+                return policy.model(observation)[0]
 
         return plan
 
     return step, chunk
-
-
-def renamed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """LeRobot's name for the second observation."""
-    return {k: v for k, v in batch.items()} | {"observation.environment_state": batch["observation.environment_state"]}
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
