@@ -373,14 +373,11 @@ def restore(
     if manifest["format"] != FORMAT or manifest["trainer"] != name:
         found = f"format {manifest['format']}, trainer {manifest['trainer']!r}"
         raise UserError(f"{folder}: {found}; expected format {FORMAT}, trainer {name!r}")
-    odd = []
-    for key, state in {f"model-{n}": model.state_dict() for n, model in models.items()}.items():
-        if key not in manifest["shapes"]:
-            odd.append(f"{key}: absent there")
-        found = manifest["shapes"].get(key, {})
-        odd += [f"{key.removeprefix('model-')}.{line}" for line in differences(found, _shapes(state))]
-    known = {f"model-{n}" for n in models}
-    odd += [f"{key}: absent here" for key in manifest["shapes"] if key.startswith("model-") and key not in known]
+    there = {key.removeprefix("model-"): s for key, s in manifest["shapes"].items() if key.startswith("model-")}
+    odd = [f"model {n}: absent there" for n in models if n not in there]
+    odd += [f"model {n}: absent here" for n in there if n not in models]
+    for n in filter(there.__contains__, models):
+        odd += [f"{n}.{line}" for line in differences(there[n], _shapes(models[n].state_dict()))]
     if odd:
         raise UserError(f"{folder} does not fit: {'; '.join(odd[:5])}")
     for n, model in models.items():

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from . import load_policy, process, run_record
 from .command_line import import_plugins, parse, parse_names
 from .errors import UserError
-from .normalisation import centre
 from .policy import Inference, Policy
 from .saved_policy import describe, saved_settings
 
@@ -63,25 +62,13 @@ class Whole(nn.Module):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
-        self.module, self.takes_tensor, self.crops = policy.module, policy.takes_tensor, policy.normaliser.crops
-        self.keys = list(policy.normaliser.modes)
-        for i, key in enumerate(self.keys):
-            self.register_buffer(f"offset_{i}", policy.normaliser.offset[key])
-            self.register_buffer(f"scale_{i}", policy.normaliser.scale[key])
+        self.module, self.takes_tensor = policy.module, policy.takes_tensor
+        self.normaliser = policy.normaliser.to(torch.device("cpu"))
 
     def forward(self, observation: dict[str, Tensor]) -> Tensor:
-        batch = dict(observation)
-        for key, value in observation.items():
-            if key in self.keys:
-                i = self.keys.index(key)
-                batch[key] = (value - getattr(self, f"offset_{i}")) / getattr(self, f"scale_{i}")
-            elif key in self.crops:
-                batch[key] = centre(value, *self.crops[key])
-        action = self.module(batch["observation.state"] if self.takes_tensor else batch).float()
-        if "action" not in self.keys:
-            return action
-        i = self.keys.index("action")
-        return action * getattr(self, f"scale_{i}") + getattr(self, f"offset_{i}")
+        batch = self.normaliser(observation)
+        action = self.module(batch["observation.state"] if self.takes_tensor else batch)
+        return self.normaliser.undo("action", action.float())
 
 
 def example(policy: Policy, rows: int) -> dict[str, Tensor]:

@@ -38,6 +38,13 @@ def describe(item: Any, norm_stats: dict[str, Any], tasks: Sequence[str] = ()) -
     return spec
 
 
+def history_of(spec: dict[str, Any]) -> tuple[int, ...]:
+    """`(To,)`, the leading axis of what is observed over a history of To steps, or `()` for the last step alone."""
+    shapes = [feature["shape"] for key, feature in spec.items() if key.startswith("observation.")]
+    leading = [tuple(shape[:-3] if len(shape) > 2 else shape[:-1]) for shape in shapes]  # pictures or vectors
+    return leading[0] if leading else ()
+
+
 def check_widths(key: str, feature: dict[str, Any]) -> None:
     """Refuse statistics that do not fit their key: a scalar, [D], or [T, D] per time step of a chunk or history."""
     shape = tuple(feature["shape"])

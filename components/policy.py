@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError, nearest
+from .features import history_of
 from .normalisation import Normaliser
 
 logger = logging.getLogger(__name__)
@@ -56,11 +57,7 @@ class Policy:
         self.chunked = "action_is_pad" in spec
         self.chunk = int(spec["action"]["shape"][0]) if self.chunked else 1
         self.observation_keys = [key for key in spec if key.startswith("observation.")]
-        state = next((key for key in self.observation_keys if "images" not in key), None)
-        self.obs_steps = int(spec[state]["shape"][0]) if state and len(spec[state]["shape"]) == 2 else 1
-        if state is None and self.observation_keys:
-            shape = spec[self.observation_keys[0]]["shape"]
-            self.obs_steps = int(shape[0]) if len(shape) == 4 else 1
+        self.obs_steps = math.prod(history_of(spec))
         self.settings = Inference()
         self.configure(**asdict(settings or Inference()))
         self.takes_tensor = self._takes_tensor()

@@ -537,11 +537,14 @@ def test_imagenet_weights_by_torchvisions_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trainer", ["bc", "act", "diffusion", "flow"])
-def test_every_imitation_trainer_takes_pictures_and_tasks(script: Script, trainer: str) -> None:
+@pytest.mark.parametrize("dataset", ["lerobot", "pictures-alone"])
+def test_every_imitation_trainer_takes_pictures_and_tasks(script: Script, trainer: str, dataset: str) -> None:
     """Its file knows nothing of them; the acting policy tells the tasks apart."""
     options = [word for word in toy.PICTURES if word not in ("--trainer", "bc", "--augment.hue", 0.1)]
     small = [word for word in toy.TRAINERS[trainer] if word not in ("--trainer", trainer)]
-    run = script("--trainer", trainer, *small, *options, "--steps", 3)
+    history = () if trainer in ("diffusion", "flow") else ("--dataset.obs-steps", 2)  # which they have anyway
+    run = script("--trainer", trainer, *small, *options, "--dataset", dataset, *history, "--steps", 3)
+    assert ("observation.state" in load_policy(run).spec) == (dataset == "lerobot")
     assert {key.split(".")[0] for key in weights(run, "encoder")} == {"networks", "task"}
     policy = load_policy(run)
     observation = {

@@ -20,7 +20,7 @@ from components import (
     MODEL_BUILDER_REGISTRY,
     TRAINER_REGISTRY,
 )
-from components.datasets.episodes import build_episodes
+from components.datasets.episodes import Episodes, build_episodes
 
 STATE, ACTION, LENGTH = 5, 2, 10
 SAC = ("--trainer", "sac", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16)
@@ -38,6 +38,18 @@ TRAINERS: dict[str, tuple[object, ...]] = {
 }
 DRAWS_NOISE = ("act", "diffusion", "flow", "sac")
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
+
+
+@dataclass(frozen=True)
+class PicturesAlone(DATASET_BUILDER_REGISTRY["lerobot"]):  # type: ignore[misc]
+    """A recording whose state is left out."""
+
+    def finish(self, episodes: Episodes, held_out: Any = None) -> dict[str, Any]:
+        episodes.observations = dict(episodes.cameras)
+        return super().finish(episodes, held_out)
+
+
+DATASET_BUILDER_REGISTRY["pictures-alone"] = PicturesAlone
 
 
 class ToyEnv(gym.Env):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..features import history_of
 
 IMAGES = "observation.images."
 FEATURES = "observation.features"
@@ -58,9 +59,7 @@ class ObservationEncoder(nn.Module):
         tasks = len(spec.get("task", {}).get("values", ()))
         self.task = nn.Embedding(tasks, options.task_features) if tasks > 1 and options.task_features else None
         width = len(self.cameras) * options.features + (options.task_features if self.task is not None else 0)
-        observed = [f["shape"] for key, f in spec.items() if key.startswith("observation.")]
-        frames = [shape[:-3] if len(shape) > 2 else shape[:-1] for shape in observed]
-        self.history = tuple(frames[0]) if frames else ()  # (To,), or () for the last frame alone
+        self.history = history_of(spec)
         gone = {*self.cameras, "task"} if width else set()
         self.spec = {key: feature for key, feature in spec.items() if key not in gone}
         if width:
