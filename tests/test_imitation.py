@@ -335,14 +335,14 @@ def test_where_the_mean_of_two_routes_crosses_an_obstacle(name: str, loss: str, 
 
 
 def test_a_tap_convolution_is_conv1d() -> None:
-    """Forward and all gradients; also where the chunk is shorter than the kernel."""
-    for steps, kernel in ((16, 5), (4, 5), (2, 5), (1, 3), (7, 1)):
+    """Forward and all gradients; also where the chunk is shorter than the kernel, or all there is is one row."""
+    for steps, rows, kernel in ((16, 2, 5), (4, 2, 5), (2, 2, 5), (1, 2, 3), (7, 2, 1), (1, 1, 5)):
         conv = Conv(3, 6, kernel).double()
-        x = torch.randn(steps, 2, 3, dtype=torch.float64, requires_grad=True)
-        weight, bias = conv.weight.permute(2, 1, 0), conv.bias
+        x = torch.randn(steps, rows, 3, dtype=torch.float64, requires_grad=True)
+        weight, bias, before = conv.weight.permute(2, 1, 0), conv.bias, conv.bias.detach().clone()
         reference = nn.functional.conv1d(x.permute(1, 2, 0), weight, bias, padding=kernel // 2).permute(2, 0, 1)
-        found, direction = conv(x), torch.randn(steps, 2, 6, dtype=torch.float64)
-        assert torch.allclose(found, reference)
+        found, direction = conv(x), torch.randn(steps, rows, 6, dtype=torch.float64)
+        assert torch.allclose(found, reference) and torch.equal(conv.bias, before)
         leaves = [x, conv.weight, conv.bias]
         for a, b in zip(
             torch.autograd.grad(found, leaves, direction),

@@ -164,9 +164,8 @@ class ConvBlock(nn.Module):
 
     def mean(self, y: Tensor) -> Tensor:
         """Mean over all steps and over the channels of each group, for every channel: `[T, B, C] -> [B, C]`."""
-        grouped = y.mean(0).unflatten(
-            1, (self.groups, -1)
-        )  # [B, G, C / G]; over time first, where memory is contiguous
+        # [B, G, C / G]; over time first, where memory is contiguous.
+        grouped = y.mean(0).unflatten(1, (self.groups, -1))
         return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)
 
 
@@ -206,7 +205,7 @@ class Taps(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
-        y = bias.expand(*x.shape[:2], -1).contiguous()
+        y = bias.repeat(*x.shape[:2], 1)  # a copy, also of one row
         for j, out, into in Taps.slices(len(x), len(weight)):
             y[out].flatten(0, 1).addmm_(x[into].flatten(0, 1), weight[j])
         return y
