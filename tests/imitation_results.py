@@ -28,7 +28,7 @@ from components.report import own_evaluations, result_row  # noqa: E402
 TRAINERS = ("bc", "act", "diffusion", "flow")
 SEEDS = {"push-v3": 3, "pick-place-v3": 3, "peg-insert-side-v3": 1}
 PUSHT = ["--steps", "6000", "--batch-size", "128", "--dataset.obs-steps", "2"]
-PUSHT += ["--dataset.action-steps", "16", "--policy.action-steps", "8"]
+REPLANS = ["--policy.action-steps", "2"]  # of the chunks of diffusion and flow; bc is best with single actions
 ONCE = ("--eval-every", "0")  # evaluated at the end
 IMAGES = ("--dataset.cameras", "behindGripper", "--batch-size", "64")
 
@@ -61,7 +61,7 @@ def wanted(args: Args) -> dict[str, tuple[str, list[str]]]:
     for seed in range(3):
         for trainer in ("bc", "diffusion", "flow") if args.pusht else ():
             line = ["--trainer", trainer, "--dataset", "pusht", "--dataset.path", args.pusht, "--seed", str(seed)]
-            runs[f"pusht-{trainer}-{seed}"] = ("pusht", [*line, *PUSHT])
+            runs[f"pusht-{trainer}-{seed}"] = ("pusht", [*line, *PUSHT, *(REPLANS if trainer != "bc" else ())])
     return {name: run for name, run in runs.items() if args.only in name}
 
 
