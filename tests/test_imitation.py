@@ -310,8 +310,8 @@ ROUTES = {
         ("bc", "mse", MODEL_BUILDER_REGISTRY["mlp"](hidden_dims=(64, 64)), False),
         ("bc", "nll", MODEL_BUILDER_REGISTRY["mlp"](hidden_dims=(64, 64), head="mixture"), True),
         ("bc", "nll", MODEL_BUILDER_REGISTRY["mlp"](hidden_dims=(64, 64), head="gaussian"), False),
-        ("diffusion", "mse", None, True),
-        ("flow", "mse", None, True),
+        ("diffusion", "mse", MODEL_BUILDER_REGISTRY["unet1d"](channels=(32, 64)), True),
+        ("flow", "mse", MODEL_BUILDER_REGISTRY["unet1d"](channels=(32, 64)), True),
         ("flow", "mse", MODEL_BUILDER_REGISTRY["dit"](width=32, layers=2), True),
     ],
 )

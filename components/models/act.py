@@ -41,6 +41,8 @@ class ACTransformer:
     """Width of a token; 0 takes that of --model.size."""
     layers: int = 0
     """Layers of either encoder; 0 takes those of --model.size."""
+    heads: int = 0
+    """Attention heads; 0 takes those of --model.size."""
     latent: int = 32
     """Width of the latent z."""
     dropout: float = 0.1
@@ -50,7 +52,8 @@ class ACTransformer:
         """Size the network for `spec`. Raises UserError: no vector observation or chunk of actions, bad options."""
         sizes = SIZES[self.size]
         layers = self.layers or sizes.encoder_layers
-        sizes = sizes._replace(width=self.width or sizes.width, vae_layers=layers, encoder_layers=layers)
+        width, heads = self.width or sizes.width, self.heads or sizes.heads
+        sizes = sizes._replace(width=width, heads=heads, vae_layers=layers, encoder_layers=layers)
         check_attention(sizes.width, sizes.heads, layers, self.dropout)
         if self.latent < 1:
             raise UserError(f"--model.latent {self.latent} must be 1 or more")
