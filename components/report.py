@@ -186,7 +186,7 @@ def results_table(path: Path) -> str:
                 with_interval([row["value"] for row in members], key[-1], members[0]["episodes"]),
                 str(members[0]["episodes"]),
                 f"{sum(row['train_seconds'] for row in members) / len(members):.0f}",
-                *(mean_of(members, name) for name in more),
+                *(with_interval([row[name] for row in members if name in row], name, 0) for name in more),
             ]
             for key, members in groups.items()
         ]
@@ -194,12 +194,6 @@ def results_table(path: Path) -> str:
         raise UserError(f"{path}: no results file ({type(error).__name__}: {error})") from error
     head = ["suite", "task", "trainer", "steps", "metric", "seeds", "mean [95 %]", "episodes", "train s"]
     return markdown([*head, *(FURTHER[name] for name in more)], table)
-
-
-def mean_of(rows: list[dict[str, Any]], name: str) -> str:
-    """Mean of a number that not every row needs to have."""
-    values = [row[name] for row in rows if name in row]
-    return f"{sum(values) / len(values):.3g}" if values else "-"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -70,6 +70,13 @@ def test_report_groups_seeds_and_writes_results(
     assert wanted | {"commit"} == set(rows[0])
     assert report.main(["--results", str(save)]) == 0
     assert "| toy " in capsys.readouterr().out
+    for row in rows[:3]:
+        row["coverage_final"] = 0.5 + 0.1 * row["seed"]
+    save.write_text(json.dumps(rows))
+    assert report.main(["--results", str(save)]) == 0
+    head, _, first, second = capsys.readouterr().out.strip().splitlines()
+    assert head.rstrip(" |").endswith("final coverage") and second.rstrip(" |").endswith("-")
+    assert first.rstrip(" |").endswith(with_interval([0.5, 0.6, 0.7], "coverage_final", 0))
 
 
 def test_intervals_over_seeds() -> None:
