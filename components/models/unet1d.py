@@ -179,10 +179,13 @@ class Conv(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or torch.compiler.is_exporting():  # elsewhere the library's convolution is faster
-            y = functional.conv1d(
-                x.permute(1, 2, 0), self.weight.permute(2, 1, 0), self.bias, padding=len(self.weight) // 2
-            )
+        kernel, steps = len(self.weight), len(x)
+        if torch.compiler.is_exporting():  # few operations, since every sampling step is traced
+            padded = functional.pad(x, (0, 0, 0, 0, kernel // 2, kernel // 2))
+            windows = torch.cat([padded[j : j + steps] for j in range(kernel)], 2)  # [T, B, K Ci]
+            return functional.linear(windows, self.weight.flatten(0, 1).T, self.bias)
+        if x.device.type != "cpu":  # elsewhere the library's convolution is faster
+            y = functional.conv1d(x.permute(1, 2, 0), self.weight.permute(2, 1, 0), self.bias, padding=kernel // 2)
             return y.permute(2, 0, 1)
         weight: Tensor = self.weight
         bias: Tensor = self.bias
