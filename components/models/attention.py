@@ -38,7 +38,7 @@ class Dropout(nn.Dropout):
         words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),))  # of 64 bits, all of them random
         bits = words.view(torch.int16)[: x.numel()].view(x.shape)
         dropped = round(self.p * 2**16)
-        return torch.where(bits >= dropped - 2**15, x * (2**16 / (2**16 - dropped)), 0)
+        return x * (bits >= dropped - 2**15).to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 def sinusoid(position: Tensor, dim: int, longest: float = 10_000.0) -> Tensor:
