@@ -280,16 +280,26 @@ def tasks(args: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], Callab
 
 def memory(args: argparse.Namespace) -> None:
     """Print the most memory that each training step needed, in MB, each in a process of its own."""
-    options = [
-        f"--{name}={path}"
-        for name, path in (("diffusion-policy", args.diffusion_policy), ("lerobot", args.lerobot))
-        if path
-    ]
-    for name in ("U-Net step", "ACT step"):
-        for whose in ("ours", "peer"):
-            words = [sys.executable, __file__, *options, "--only", name, "--hold", whose]
-            done = subprocess.run(words, capture_output=True, text=True, check=False)
-            print(f"{name:22} {whose:5} {done.stdout.strip() or 'none'} MB at most")
+    paths = {"U-Net step": args.diffusion_policy, "ACT step": args.lerobot}
+    for name, option in (("U-Net step", "--diffusion-policy"), ("ACT step", "--lerobot")):
+        for whose in ("ours", "peer") if paths[name] else ("ours",):
+            words = [sys.executable, __file__, f"{option}={paths[name]}", "--only", name, "--hold", whose]
+            done = subprocess.run(words, capture_output=True, text=True, check=True)
+            print(f"{name:22} {whose:5} {done.stdout.strip()} MB at most")
+
+
+def hold(args: argparse.Namespace) -> None:
+    """Three training steps of one side alone, and the most memory of this process in MB."""
+    make: dict[tuple[str, str], Callable[[], Callable[[], Any]]] = {
+        ("U-Net step", "ours"): lambda: training(our_trainer("diffusion", UNET), batch_of(UNET, 256)),
+        ("U-Net step", "peer"): lambda: diffusion_policy(args.diffusion_policy)[0],
+        ("ACT step", "ours"): lambda: training(our_trainer("act", ACT), batch_of(ACT, 8)),
+        ("ACT step", "peer"): lambda: lerobot(args.lerobot)[0],
+    }
+    step = make[args.only, args.hold]()
+    for _ in range(3):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 def main() -> None:
@@ -307,12 +317,7 @@ def main() -> None:
     if args.memory:
         return memory(args)
     if args.hold:
-        (ours, peer, _), *_ = tasks(args).values()
-        step = ours if args.hold == "ours" else peer
-        for _ in range(3 if step else 0):
-            step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 if step else "")
-        return None
+        return hold(args)
 
     describe_machine("cpu")
     figures: dict[str, Figure] = {}
