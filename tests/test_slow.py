@@ -47,9 +47,8 @@ def test_the_default_command_reaches_095_on_goals_it_has_not_seen(tmp_path: Path
     assert "success_rate" in report.stdout and (tmp_path / "report.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_other_seeds_do_as_well(tmp_path: Path, seed: int) -> None:
-    options = ("--trainer", "bc", "--seed", seed, "--eval-every", 0, "--run-dir", "run")
+def test_another_seed_does_as_well(tmp_path: Path) -> None:
+    options = ("--trainer", "bc", "--seed", 1, "--eval-every", 0, "--run-dir", "run")
     done = command(*LAUNCH, ROOT / "offline_trainer.py", *options, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
     check_default_run(tmp_path / "run")
