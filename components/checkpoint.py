@@ -376,7 +376,7 @@ def restore(
     there = {key.removeprefix("model-"): s for key, s in manifest["shapes"].items() if key.startswith("model-")}
     odd = [f"model {n}: absent there" for n in models if n not in there]
     odd += [f"model {n}: absent here" for n in there if n not in models]
-    for n in filter(there.__contains__, models):
+    for n in [n for n in models if n in there]:
         odd += [f"{n}.{line}" for line in differences(there[n], _shapes(models[n].state_dict()))]
     if odd:
         raise UserError(f"{folder} does not fit: {'; '.join(odd[:5])}")

@@ -137,13 +137,11 @@ def main(argv: list[str]) -> int:
     if not names.run:
         parse(Args, argv, Args())
         raise UserError("which run? python -m components.export RUN")
-    import_plugins([*dict.fromkeys([*describe(names.run)[1].get("plugins", ()), *names.plugins])])
+    saved, recorded = describe(names.run)
+    import_plugins([*dict.fromkeys([*recorded.get("plugins", ()), *names.plugins])])
     args = parse(Args, argv, Args(run=names.run, policy=saved_settings(names.run)))
     policy = load_policy(args.run, **vars(args.policy))
-    folder = Path(args.run)
-    path = (
-        Path(args.out) if args.out else (folder / "policy" if (folder / "policy").is_dir() else folder) / "policy.pt2"
-    )
+    path = Path(args.out) if args.out else saved.with_name("policy.pt2")
     if not path.parent.is_dir():
         raise UserError(f"--out {path}: no such folder {path.parent}")
     difference = export(policy, path)

@@ -280,10 +280,10 @@ def tasks(args: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], Callab
 
 def memory(args: argparse.Namespace) -> None:
     """Print the most memory that each training step needed, in MB, each in a process of its own."""
-    paths = {"U-Net step": args.diffusion_policy, "ACT step": args.lerobot}
-    for name, option in (("U-Net step", "--diffusion-policy"), ("ACT step", "--lerobot")):
-        for whose in ("ours", "peer") if paths[name] else ("ours",):
-            words = [sys.executable, __file__, f"{option}={paths[name]}", "--only", name, "--hold", whose]
+    peers = (("U-Net step", "--diffusion-policy", args.diffusion_policy), ("ACT step", "--lerobot", args.lerobot))
+    for name, option, path in peers:
+        for whose in ("ours", "peer") if path else ("ours",):
+            words = [sys.executable, __file__, "--only", name, "--hold", whose, *([option, str(path)] if path else ())]
             done = subprocess.run(words, capture_output=True, text=True, check=True)
             print(f"{name:22} {whose:5} {done.stdout.strip()} MB at most")
 
@@ -306,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--diffusion-policy", type=Path, help="checkout of real-stanford/diffusion_policy")
     parser.add_argument("--lerobot", type=Path, help="checkout of huggingface/lerobot")
-    parser.add_argument("--json", type=Path, help="file for the comparisons")
+    parser.add_argument("--json", type=Path, help="file for the comparisons; those not made now stay in it")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also the compiled U-Net; compiling takes minutes")
     parser.add_argument("--memory", action="store_true", help="the most memory of each training step instead")
@@ -341,7 +341,7 @@ def main() -> None:
         if name in BEYOND:
             print(f"  beyond: {BEYOND[name]}x")
     if args.json:
-        before = json.loads(args.json.read_text()) if args.json.exists() else []  # of what --only leaves out now
+        before = json.loads(args.json.read_text()) if args.json.exists() else []
         measured = {row["name"]: row for row in [*before, *rows]}
         args.json.write_text(json.dumps(list(measured.values()), indent=1) + "\n")
     return None
