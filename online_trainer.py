@@ -170,6 +170,7 @@ LEAST |= {"save_every": 0, "save_minutes": 0, "keep_last": 1, "env_timeout": 0, 
 RESUME_MAY_CHANGE = {"steps", "log_every", "eval_every", "save_every", "eval_episodes", "keep_last", "track", "resume"}
 RESUME_MAY_CHANGE |= {"env_timeout", "env_restarts", "hang_timeout"}
 CHOICES = [option for option in REGISTRIES if hasattr(Args, option)]  # the options that choose a component
+OTHER_SCRIPTS = {"normalise"} - set(Args.__dataclass_fields__)  # what a trainer may suit, but only the other script has
 
 
 def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
@@ -201,22 +202,24 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
     for option in CHOICES:
         setattr(names, option, getattr(names, option) or suits[option])
 
-    def suitable(option: str) -> dict[str, Any]:
-        values = ((k.partition("."), v) for k, v in suits.items())
-        return {name.replace("-", "_"): v for (group, _, name), v in values if group == option and name}
+    def suitable(group: str) -> dict[str, Any]:
+        found = ((key.rpartition("."), value) for key, value in suits.items())
+        return {name.replace("-", "_"): value for (of, _, name), value in found if of == group}
 
-    def options(option: str, name: str) -> Any:
+    def options(option: str, name: str, model: str = "") -> Any:
         component = object if (option, name) == ("env", "none") else cli.pick(REGISTRIES[option], option, name)
-        suiting = suitable(option)
+        first = model == next(iter(needs), "")
+        suiting = suitable(option if first or not model else f"{option}.{model}")
         if option == "dataset":  # the windows that suit the trainer, of whatever dataset has them
             suiting = {k: v for k, v in suiting.items() if hasattr(component, k)}
-        elif name != suits.get(option, name):
+        elif name != (needed_models(trainer, ())[model] if model else suits.get(option, name)):
             suiting = {}
         return cli.options_of(component, suiting | (getattr(component, "debug_options", {}) if names.debug else {}))
 
     simple = {k.replace("-", "_"): v for k, v in suits.items() if "." not in k and k not in REGISTRIES}
+    simple = {name: value for name, value in simple.items() if name not in OTHER_SCRIPTS}
     groups = {f"{option}_options": options(option, getattr(names, option)) for option in CHOICES if option != "model"}
-    models = cli.model_options({model: options("model", name) for model, name in needs.items()})
+    models = cli.model_options({model: options("model", name, model) for model, name in needs.items()})
     with cli.one_line(f"defaults of the trainer {names.trainer!r}"):
         acting = Inference(**suitable("policy"))
         default = Args(**vars(names) | simple, **groups, model_options=models, policy=acting)
@@ -418,7 +421,9 @@ def build_learner(args: Args, accelerator: Accelerator, spec: Any, updates: int)
     """Models and loss, from scratch or from another run's weights; one optimizer per model that learns; the trainer."""
     needs = needed_models(REGISTRIES["trainer"][args.trainer], args.model)
     factories = {name: (entry, getattr(args.model_options, name)) for name, entry in needs.items()}
-    models = features.build_models(list(factories), lambda name, seen: build("model", *factories[name], seen), spec)
+    sees = features.seen_by(REGISTRIES["trainer"][args.trainer], args.trainer_options)
+    build_one: Any = lambda name, seen: build("model", *factories[name], seen)  # noqa: E731
+    models = features.build_models(list(factories), build_one, spec, sees)
     loss = build("loss", args.loss, args.loss_options).to(accelerator.device)
     if any(p.requires_grad for p in loss.parameters()):
         models["loss"] = loss
@@ -460,7 +465,8 @@ def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, devic
             import torch._inductor.config as inductor  # which takes its time to import
 
             inductor.fallback_random = True  # what is drawn is what would be drawn without --compile
-            trainer.losses = torch.compile(trainer.losses)
+            for name in getattr(cls, "compiles", ("losses",)):
+                setattr(trainer, name, torch.compile(getattr(trainer, name)))
     return trainer, protocols.accepted(trainer.train_step, protocols.LOOP_PASSES)
 
 

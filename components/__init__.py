@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from . import losses, optimizers
 from .datasets.d4rl import D4RLDataset
+from .datasets.gymnasium import GymnasiumRollouts
 from .datasets.lerobot import LeRobotDataset
 from .datasets.metaworld import MetaWorldDemonstrations
 from .datasets.minari import MinariDataset
@@ -19,24 +20,38 @@ from .datasets.robomimic import RobomimicDataset
 from .datasets.zarr import ZarrDataset
 from .envs.gymnasium import GymnasiumEnv
 from .envs.metaworld import MetaWorldEnv
+from .envs.ogbench import OGBenchEnv
 from .envs.pusht import PushTEnv
 from .errors import UserError
 from .models.act import ACTransformer
+from .models.actor import Actor
 from .models.cnn import CNN
 from .models.dit import DiT
 from .models.mlp import MLP, ResMLP
-from .models.q_ensemble import QEnsemble
+from .models.q_ensemble import QEnsemble, VEnsemble
 from .models.resnet18 import ResNet18
 from .models.sequence import GRU, Transformer
 from .models.tanh_gaussian import TanhGaussian
 from .models.temperature import Temperature
 from .models.unet1d import UNet1d
+from .models.vector_field import VectorField
 from .saved_policy import load_policy
 from .trainers.act import ACT
+from .trainers.awac import AWAC
 from .trainers.bc import BC
+from .trainers.cql import CQL
 from .trainers.diffusion import Diffusion
 from .trainers.flow import Flow
+from .trainers.fql import FQL
+from .trainers.gcbc import GCBC
+from .trainers.gciql import GCIQL
+from .trainers.hiql import HIQL
+from .trainers.ifql import IFQL
+from .trainers.iql import IQL
+from .trainers.qc import QC
+from .trainers.rebrac import ReBRAC
 from .trainers.sac import SAC
+from .trainers.td3_bc import TD3BC
 
 __all__ = ["REGISTRIES", "UserError", "load_policy", "register"]
 
@@ -45,11 +60,23 @@ TRAINER_REGISTRY: dict[str, type] = {
     "act": ACT,
     "diffusion": Diffusion,
     "flow": Flow,
+    "td3_bc": TD3BC,
+    "iql": IQL,
+    "awac": AWAC,
+    "cql": CQL,
+    "rebrac": ReBRAC,
+    "fql": FQL,
+    "ifql": IFQL,
+    "qc": QC,
+    "gcbc": GCBC,
+    "gciql": GCIQL,
+    "hiql": HIQL,
     "sac": SAC,
 }
 
 DATASET_BUILDER_REGISTRY: dict[str, type] = {
     "d4rl": D4RLDataset,
+    "gymnasium": GymnasiumRollouts,
     "lerobot": LeRobotDataset,
     "metaworld": MetaWorldDemonstrations,
     "minari": MinariDataset,
@@ -70,7 +97,10 @@ MODEL_BUILDER_REGISTRY: dict[str, type] = {
     "act": ACTransformer,
     "cnn": CNN,
     "resnet18": ResNet18,
+    "actor": Actor,
+    "vector_field": VectorField,
     "q_ensemble": QEnsemble,
+    "v_ensemble": VEnsemble,
     "tanh_gaussian": TanhGaussian,
     "temperature": Temperature,
 }
@@ -93,6 +123,7 @@ OPTIMIZER_BUILDER_REGISTRY: dict[str, type] = {
 ENV_BUILDER_REGISTRY: dict[str, type] = {
     "gymnasium": GymnasiumEnv,
     "metaworld": MetaWorldEnv,
+    "ogbench": OGBenchEnv,
     "pusht": PushTEnv,
 }
 

@@ -1,6 +1,7 @@
 """Evaluation in an environment: a fixed list of episodes, each known by its seed, whatever slot or process runs it."""
 
 import contextlib
+import itertools
 import logging
 import math
 import warnings
@@ -116,6 +117,7 @@ def run_episodes(
     seeds: Sequence[int],
     frames: list[Any] | None = None,
     tick: Callable[[], None] = lambda: None,
+    every: int = 1,
 ) -> list[dict[str, Any]]:
     """Play one episode per seed, in rounds of one episode per slot; what a slot does after its episode is ignored.
 
@@ -123,7 +125,7 @@ def run_episodes(
 
     Args:
         envs: A vector environment, or `Environments`.
-        frames: Collects the first slot's pictures, when given.
+        frames: Collects the first slot's pictures, when given, one of so many that there would be (`every`).
         tick: Called at each step; what it raises ends the episodes.
 
     Returns:
@@ -132,6 +134,7 @@ def run_episodes(
     """
     space, slots, names = envs.single_action_space, envs.num_envs, getattr(envs, "tracked", ())
     episodes: list[dict[str, Any]] = []
+    seen = itertools.count()  # steps that could be drawn
     for start in range(0, len(seeds), slots):
         chosen = list(seeds[start : start + slots])
         padded = chosen + [chosen[-1]] * (slots - len(chosen))  # the last round may have slots to spare
@@ -145,7 +148,7 @@ def run_episodes(
         tracked: list[dict[str, float]] = [{} for _ in range(slots)]
         while running.any():
             tick()
-            if frames is not None and running[0]:
+            if frames is not None and running[0] and next(seen) % every == 0:
                 frames.append(envs.render()[0])
             action = np.clip(policy.act(observation_batch(observation)), space.low, space.high).astype(space.dtype)
             try:
@@ -406,7 +409,7 @@ def record_video(
             filming: Any = replace(factory, render_mode="rgb_array")  # type: ignore[type-var]
             envs = Environments(filming.build, 1, seeds[0], timeout)
             try:
-                run_episodes(policy, envs, seeds, frames, tick)
+                run_episodes(policy, envs, seeds, frames, tick, every)
                 fps = max(1, round(envs.metadata.get("render_fps", 30) / every))
             finally:
                 envs.close()
@@ -417,7 +420,7 @@ def record_video(
         with av.open(str(path), "w") as container:
             stream: Any = container.add_stream("libx264", rate=fps)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            for frame in frames[::every]:
+            for frame in frames:
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
                 container.mux(stream.encode(picture))
             container.mux(stream.encode())

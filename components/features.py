@@ -33,6 +33,9 @@ def describe(item: Any, norm_stats: dict[str, Any], tasks: Sequence[str] = ()) -
     for key, stats in norm_stats.items():
         if key not in spec:
             raise UserError(f"norm_stats has {key!r}, which the data lacks; keys of the data: {', '.join(spec)}")
+        if "like" in stats:  # another key's statistics hold for this one, too
+            spec[key]["like"] = stats["like"]
+            continue
         spec[key]["stats"] = {name: as_list(value) for name, value in stats.items()}
         check_widths(key, spec[key])
     return spec
@@ -117,14 +120,26 @@ def vector_observations(spec: dict[str, Any]) -> list[str]:
     return keys
 
 
-def build_models(names: Sequence[str], build: Callable[[str, dict[str, Any]], nn.Module], spec: dict[str, Any]) -> Any:
+def seen_by(trainer: type, config: Any) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
+    """(model, spec of the data) -> spec that the model is built for, as the trainer says by `sees`."""
+    sees = getattr(trainer, "sees", None)
+    return (lambda model, spec: sees(model, spec, config)) if sees else (lambda model, spec: spec)
+
+
+def build_models(
+    names: Sequence[str],
+    build: Callable[[str, dict[str, Any]], nn.Module],
+    spec: dict[str, Any],
+    sees: Callable[[str, dict[str, Any]], dict[str, Any]] = lambda name, spec: spec,
+) -> Any:
     """Models by name; an encoder comes first, and the others are built for what it gives (its `spec`).
 
     Args:
         build: (name, what the model will see of the data) -> the model.
+        sees: (name, `spec`) -> what that model of the trainer sees in its place.
     """
     models: dict[str, nn.Module] = {}
     if "encoder" in names:
         models["encoder"] = build("encoder", spec)
         spec = getattr(models["encoder"], "spec", spec)
-    return nn.ModuleDict({name: models.get(name) or build(name, spec) for name in names})
+    return nn.ModuleDict({name: models.get(name) or build(name, sees(name, spec)) for name in names})

@@ -9,8 +9,11 @@ from torch import Tensor
 from .errors import UserError, nearest
 from .features import check_widths
 
-# Mode -> the statistics it needs; "auto" takes the first mode whose statistics are there.
+# Mode -> the statistics it needs; "auto" takes the first of those in AUTO whose statistics are there.
 MODES = {"mean_std": ("mean", "std"), "min_max": ("min", "max"), "quantile": ("q01", "q99"), "none": ()}
+MODES |= {"scale": ("scale",), "return_range": ("return_min", "return_max")}
+AUTO = ("mean_std", "min_max", "quantile")
+RETURN_SPAN = 1000.0  # that the returns of the data have after `return_range` (Kostrikov et al., 2022, appendix)
 
 
 def statistics(values: Tensor) -> dict[str, list[float]]:
@@ -34,13 +37,14 @@ def quantile(values: np.ndarray, weights: np.ndarray, q: float) -> np.ndarray:
 class Normaliser:
     """Maps each key that has statistics to (x - offset) / scale and back; other keys pass unchanged.
 
-    `mean_std` gives mean 0 and deviation 1; `min_max` and `quantile` map [min, max] and [q01, q99] to [-1, 1].
-    A constant feature gets scale 1. `next.<key>` shares the statistics of `<key>`. Pictures that are larger than the
-    models see them (`stored_shape` in `spec`) are cut to their centre.
+    `mean_std` gives mean 0 and deviation 1; `min_max` and `quantile` map [min, max] and [q01, q99] to [-1, 1]; `scale`
+    divides by the statistic of that name, where there is one; `return_range` divides rewards so that the returns of the
+    data's episodes span 1000. A constant feature gets scale 1. `next.<key>` shares the statistics of `<key>`. Pictures
+    that are larger than the models see them (`stored_shape` in `spec`) are cut to their centre.
 
     Args:
         spec: {key: {"shape", "dtype", "stats"}}.
-        modes: {key: mode}; keys without an entry are "auto".
+        modes: {key: mode}, where `observation` stands for all observations; keys without an entry are "auto".
 
     Raises:
         UserError: an unknown key or mode, a missing statistic or one of the wrong width.
@@ -53,26 +57,27 @@ class Normaliser:
         self.crops = {key: tuple(f["shape"][-2:]) for key, f in spec.items() if "stored_shape" in f}
         self.offset: dict[str, Tensor] = {}
         self.scale: dict[str, Tensor] = {}
-        modes = dict(modes or {})
-        for key, mode in modes.items():
-            if key not in spec:
-                raise UserError(f"normalisation of {key!r}: the data has no such key; {nearest(key, spec)}")
-            if mode not in MODES:
-                raise UserError(f"normalisation of {key!r}: unknown mode {mode!r}; {nearest(mode, MODES)}")
-        for key, feature in spec.items():
-            stats = feature.get("stats")
-            mode = modes.get(key, "auto" if stats else "none")
-            if mode == "none" or (mode == "auto" and feature["dtype"] == "uint8"):
-                continue
-            stats = stats or {}
+        self.like = {key: f["like"] for key, f in spec.items() if "like" in f}  # keys with another one's statistics
+        for key, mode in expanded(modes or {}, spec).items():
+            feature = spec[key]
+            stats = feature.get("stats") or {}
             if mode == "auto":
-                mode = next((m for m, need in MODES.items() if need and all(n in stats for n in need)), "mean_std")
+                mode = next((m for m in AUTO if all(name in stats for name in MODES[m])), "mean_std")
+            if mode == "none" or (mode == "scale" and "scale" not in stats):
+                continue
             if missing := [name for name in MODES[mode] if name not in stats]:
                 have = ", ".join(stats) or "none"
                 raise UserError(f"normalisation {mode} of {key!r} needs the statistic {missing[0]!r}; found: {have}")
             check_widths(key, {**feature, "stats": stats})
-            a, b = (np.asarray(stats[name], dtype=np.float64) for name in MODES[mode])
-            offset, scale = (a, b) if mode == "mean_std" else ((a + b) / 2, (b - a) / 2)
+            a, *b = (np.asarray(stats[name], dtype=np.float64) for name in MODES[mode])
+            if mode == "mean_std":
+                offset, scale = a, b[0]
+            elif mode == "scale":
+                offset, scale = np.zeros_like(a), a
+            elif mode == "return_range":
+                offset, scale = np.zeros_like(a), (b[0] - a) / RETURN_SPAN
+            else:
+                offset, scale = (a + b[0]) / 2, (b[0] - a) / 2
             constant = scale < 1e-6 * np.maximum(1, np.abs(offset))
             self.modes[key] = mode
             self.offset[key] = torch.tensor(offset, dtype=torch.float32)
@@ -98,6 +103,7 @@ class Normaliser:
             out["task_index"] = torch.tensor([self.tasks[text] for text in batch["task"]], device=device)
         for key, value in batch.items():
             base = key.removeprefix("next.")
+            base = self.like.get(base, base)
             if base in self.modes:
                 out[key] = (value - self.offset[base]).div_(self.scale[base])
             elif base in self.crops:
@@ -108,14 +114,37 @@ class Normaliser:
         """`spec` with the `range` of each key whose least and greatest values are known: both, normalised."""
         described = dict(spec)
         for key, feature in spec.items():
-            if key in self.modes and {"min", "max"} <= set(feature["stats"]):
-                bounds = torch.tensor([feature["stats"]["min"], feature["stats"]["max"]], device=self.scale[key].device)
-                described[key] = feature | {"range": ((bounds - self.offset[key]) / self.scale[key]).tolist()}
+            if {"min", "max"} <= set(feature.get("stats", ())) and "images" not in key:
+                bounds = torch.tensor([feature["stats"]["min"], feature["stats"]["max"]])
+                if key in self.modes:
+                    bounds = (bounds - self.offset[key].cpu()) / self.scale[key].cpu()
+                described[key] = feature | {"range": bounds.tolist()}
         return described
 
     def undo(self, key: str, value: Tensor) -> Tensor:
         """Map a normalised tensor of `key` back to its own units."""
         return value * self.scale[key] + self.offset[key] if key in self.modes else value
+
+
+def expanded(modes: dict[str, str], spec: dict[str, Any]) -> dict[str, str]:
+    """The mode of every key of `spec`, "auto" where there are statistics for it and `modes` says nothing.
+
+    Raises UserError: an unknown key or mode.
+    """
+    groups = {"observation": [key for key in spec if key.startswith("observation.") and "like" not in spec[key]]}
+    for key, mode in modes.items():
+        if key not in spec and key not in groups:
+            raise UserError(f"normalisation of {key!r}: the data has no such key; {nearest(key, spec)}")
+        if mode not in MODES:
+            raise UserError(f"normalisation of {key!r}: unknown mode {mode!r}; {nearest(mode, MODES)}")
+    complete = {key: "auto" if can_be_auto(feature) else "none" for key, feature in spec.items()}
+    of_groups = {key: modes[group] for group, keys in groups.items() if group in modes for key in keys}
+    return complete | of_groups | {key: mode for key, mode in modes.items() if key in spec}
+
+
+def can_be_auto(feature: dict[str, Any]) -> bool:
+    """Whether a key is normalised unless it is told otherwise: numbers with statistics of their values."""
+    return feature["dtype"] != "uint8" and bool(set(feature.get("stats") or ()) - {"scale", *MODES["return_range"]})
 
 
 def centre(pictures: Tensor, height: int, width: int) -> Tensor:

@@ -177,12 +177,15 @@ class ScheduleFree(_Options):
         return optimizer
 
 
-def update(optimizers: dict[str, torch.optim.Optimizer], loss: torch.Tensor) -> None:
-    """One step of every optimizer down the gradient of one loss."""
-    for optimizer in optimizers.values():
+def update(optimizers: dict[str, torch.optim.Optimizer], loss: torch.Tensor, *models: str) -> None:
+    """One step down the gradient of one loss, of every optimizer or of those of `models` that are not frozen."""
+    chosen = [optimizers[name] for name in models if name in optimizers] if models else list(optimizers.values())
+    if not chosen:
+        return
+    for optimizer in chosen:
         optimizer.zero_grad()
     loss.backward()
-    for optimizer in optimizers.values():
+    for optimizer in chosen:
         optimizer.step()
 
 

@@ -22,3 +22,19 @@ def n_step_return(reward: Tensor, ended: Tensor, discount: float) -> tuple[Tenso
     powers = discount ** torch.arange(reward.shape[1], dtype=reward.dtype, device=reward.device)
     last = counts.sum(1).long() - 1
     return (counts * powers * reward).sum(1), last, powers[last] * discount
+
+
+def returns_to_go(reward: Tensor, terminated: Tensor, ends: Tensor, discount: float) -> Tensor:
+    """Discounted sum of the rewards `[N]` from each step to the first that terminates, or the last of its episode.
+
+    Args:
+        reward, terminated: `[N]`, episodes one after the other.
+        ends: `[E]` int64, the step after each episode's last one.
+        discount: Factor per environment step.
+    """
+    lengths = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int64))
+    returns, factor = reward.double(), discount * (~terminated).double()
+    for back in range(1, int(lengths.max())):  # all episodes together, from their ends
+        row = ends[lengths > back] - 1 - back
+        returns[row] += factor[row] * returns[row + 1]
+    return returns.to(reward.dtype)

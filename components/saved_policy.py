@@ -13,7 +13,7 @@ from torch import nn
 
 from .command_line import instantiate, options_of
 from .errors import UserError
-from .features import build_models
+from .features import build_models, seen_by
 from .normalisation import Normaliser
 from .policy import Inference, Policy
 
@@ -136,10 +136,14 @@ def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path)
     if not description["own_policy"]:
         wanted = {"policy": wanted["policy"]}
     factories = {name: instantiate(*component(MODEL_BUILDER_REGISTRY, entry)) for name, entry in wanted.items()}
-    models = build_models(list(factories), lambda name, seen: factories[name].build(seen), spec)
+    cls: Any = object
+    config = None
+    if description["own_policy"] or description["trainer"]["name"] in TRAINER_REGISTRY:
+        cls, config = component(TRAINER_REGISTRY, description["trainer"])
+    build_one: Any = lambda name, seen: factories[name].build(seen)  # noqa: E731
+    models = build_models(list(factories), build_one, spec, seen_by(cls, config))
     if not description["own_policy"]:
         return models["policy"]
-    cls, config = component(TRAINER_REGISTRY, description["trainer"])
     loss = instantiate(*component(LOSS_BUILDER_REGISTRY, description["loss"])).build()
     extras = trainer_extras(cls, config, spec, torch.device("cpu"))
     return cls(models=models, optimizers=idle_optimizers(models), loss=loss, **extras).policy()

@@ -5,12 +5,8 @@ python tests/imitation_results.py --runs runs/imitation --pusht pusht_planner.np
 """
 
 import itertools
-import json
-import os
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +15,12 @@ import numpy as np
 import torch
 import tyro
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(Path(__file__).parent)]
 
-from components import load_policy, run_record  # noqa: E402
-from components.report import own_evaluations, result_row  # noqa: E402
+import making  # noqa: E402
+from components import load_policy  # noqa: E402
+from components.report import own_evaluations  # noqa: E402
+from making import ROOT  # noqa: E402
 
 TRAINERS = ("bc", "act", "diffusion", "flow")
 SEEDS = {"push-v3": 3, "pick-place-v3": 3, "peg-insert-side-v3": 1}
@@ -49,9 +46,9 @@ class Args:
     """Part of the names of the runs to make."""
 
 
-def wanted(args: Args) -> dict[str, tuple[str, list[str]]]:
+def wanted(args: Args) -> making.Runs:
     """Run name -> suite and command line; first the first seed of everything, last Push-T, which takes longest."""
-    runs: dict[str, tuple[str, list[str]]] = {}
+    runs: making.Runs = {}
     for seed in range(3):
         for task, trainer in itertools.product((task for task in SEEDS if seed < SEEDS[task]), TRAINERS):
             line = ["--trainer", trainer, "--dataset.task", task, "--seed", str(seed)]
@@ -62,31 +59,14 @@ def wanted(args: Args) -> dict[str, tuple[str, list[str]]]:
         for trainer in ("bc", "diffusion", "flow") if args.pusht else ():
             line = ["--trainer", trainer, "--dataset", "pusht", "--dataset.path", args.pusht, "--seed", str(seed)]
             runs[f"pusht-{trainer}-{seed}"] = ("pusht", [*line, *PUSHT, *(REPLANS if trainer != "bc" else ())])
-    return {name: run for name, run in runs.items() if args.only in name}
-
-
-def make(folder: Path, line: list[str]) -> bool:
-    """Run, or go on with, one training; says whether it is finished."""
-    if run_record.read_status(folder)["state"] == "finished":
-        return True
-    begun = (folder / "args.json").exists()
-    options = ["--resume", str(folder)] if begun else [*line, *ONCE, "--run-dir", str(folder)]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".log"), "a") as log:
-        words = [sys.executable, "offline_trainer.py", *options]
-        done = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
-    print(f"{folder.name}: {'finished' if done.returncode == 0 else f'FAILED, see {log.name}'}", flush=True)
-    return done.returncode == 0
+    return {name: (suite, [*line, *ONCE]) for name, (suite, line) in runs.items() if args.only in name}
 
 
 def row(folder: Path, suite: str, line: list[str]) -> dict[str, Any]:
     """A row of the results, with the latency of an action that is planned, and what the environment tracks."""
-    words = [Path(word).name if word.endswith(".npz") else word for word in line]
-    command = " ".join(["offline_trainer.py", *words, *ONCE])
     result = own_evaluations(folder)[-1]
     more = {key: round(result[key], 4) for key in result if key.startswith("coverage")}
-    own = {"suite": suite, "command": command, "plan_ms": plan_ms(folder)}
-    return {"run": folder.name} | result_row(folder) | own | more
+    return making.row(folder, suite, line) | {"plan_ms": plan_ms(folder)} | more
 
 
 def plan_ms(folder: Path, times: int = 20) -> float:
@@ -105,19 +85,6 @@ def plan_ms(folder: Path, times: int = 20) -> float:
     return round(1000 * float(np.median(seconds)), 2)
 
 
-def main(args: Args) -> None:
-    """Make the runs and write the file after each of them."""
-    runs = wanted(args)
-    before = json.loads(args.out.read_text()) if args.out.exists() else []
-    rows = {row["run"]: row for row in before}
-    runs = {name: run for name, run in runs.items() if (args.runs / name).exists() or name not in rows}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        made = pool.map(lambda name: make(args.runs.resolve() / name, runs[name][1]), runs)
-        for (name, (suite, line)), finished in zip(runs.items(), made, strict=True):
-            if finished:
-                rows[name] = row(args.runs.resolve() / name, suite, line)
-                args.out.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    args = tyro.cli(Args)
+    making.collect(wanted(args), args.runs, args.out, args.jobs, row)

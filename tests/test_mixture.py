@@ -146,7 +146,7 @@ def test_bad_input_sources_that_make_no_sense(sources: tuple[str, ...], message:
 
 def test_transitions_of_a_mixture_are_those_of_its_sources() -> None:
     sources = (f"{FIXTURES}/lerobot_v30_image:0.5", f"{FIXTURES}/d4rl/push.hdf5:0.5")
-    dataset = MixtureDataset(sources, validation=0).build()["dataset"].transitions()
+    dataset = MixtureDataset(sources, validation=0).build()["dataset"].mapped(lambda source: source.transitions())
     assert dataset.sizes == [214, 215]
     batch = dataset.get_batch(torch.arange(len(dataset)))
     assert {"reward", "terminated", "truncated", "next.observation.state", "action"} <= set(batch)

@@ -20,9 +20,14 @@ from components import (
     MODEL_BUILDER_REGISTRY,
     TRAINER_REGISTRY,
 )
-from components.datasets.episodes import Episodes, build_episodes
+from components.datasets.episodes import Episodes, Scales, build, from_columns
 
 STATE, ACTION, LENGTH = 5, 2, 10
+UNIT = ("--dataset.action-scale", 4)  # brings the expert's actions into [-1, 1]
+SMALL = ("--model.hidden-dims", 16, "--model.critic.hidden-dims", 16, *UNIT)
+SMALL_VALUE = ("--model.value.hidden-dims", 16)
+GOALS = ("--env", "gymnasium", "--env.id", "TendonGoal-v0")
+PLAIN = ("action=scale", "observation=none")
 SAC = ("--trainer", "sac", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16)
 PUSH = Path(__file__).parent / "fixtures" / "lerobot_v30_image"
 PICTURES = ("--trainer", "bc", "--model", "cnn", "--dataset", "lerobot", "--dataset.path", PUSH, "--workers", 1)
@@ -34,9 +39,21 @@ TRAINERS: dict[str, tuple[object, ...]] = {
     + ("--trainer.kl-weight", 0.1),
     "diffusion": ("--trainer", "diffusion", "--model.channels", 16, 32, "--dataset.action-steps", 8),
     "flow": ("--trainer", "flow", "--model.channels", 16, 32, "--dataset.action-steps", 8),
+    "td3_bc": ("--trainer", "td3_bc", *SMALL, "--normalise", *PLAIN),
+    "iql": ("--trainer", "iql", *SMALL, *SMALL_VALUE),
+    "awac": ("--trainer", "awac", *SMALL),
+    "cql": ("--trainer", "cql", *SMALL, "--trainer.calibrated"),
+    "rebrac": ("--trainer", "rebrac", *SMALL),
+    "fql": ("--trainer", "fql", *SMALL, "--model.flow.hidden-dims", 16),
+    "ifql": ("--trainer", "ifql", *SMALL, *SMALL_VALUE),
+    "qc": ("--trainer", "qc", *SMALL, "--model.flow.hidden-dims", 16),
+    "gcbc": ("--trainer", "gcbc", "--model.hidden-dims", 16, *GOALS),
+    "gciql": ("--trainer", "gciql", *SMALL, *SMALL_VALUE, *GOALS),
+    "hiql": ("--trainer", "hiql", "--model.hidden-dims", 16, *SMALL_VALUE, *GOALS, "--trainer.subgoal-steps", 3)
+    + ("--model.high.hidden-dims", 16, "--model.representation.hidden-dims", 16),
     "sac": SAC,
 }
-DRAWS_NOISE = ("act", "diffusion", "flow", "sac")
+DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
 
 
@@ -82,7 +99,23 @@ class PairEnv(ToyEnv):
         return (state, 0), info
 
 
+class GoalEnv(ToyEnv):
+    """Observes a goal, too."""
+
+    observation_space = gym.spaces.Dict({"observation": ToyEnv.observation_space, "goal": ToyEnv.observation_space})
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        state, info = super().reset(seed=seed)
+        self.goal = self.np_random.normal(size=STATE).astype(np.float32)
+        return {"observation": state, "goal": self.goal}, info
+
+    def step(self, action: np.ndarray) -> Any:
+        state, *rest = super().step(action)
+        return {"observation": state, "goal": self.goal}, *rest
+
+
 gym.register("TendonToy-v0", entry_point=ToyEnv)
+gym.register("TendonGoal-v0", entry_point=GoalEnv)
 gym.register("TendonPair-v0", entry_point=PairEnv)
 
 
@@ -185,8 +218,8 @@ class Faulty:
 ENV_BUILDER_REGISTRY["faulty"] = Faulty
 
 
-@dataclass(frozen=True)
-class ToyData:
+@dataclass(frozen=True, kw_only=True)
+class ToyData(Scales):
     """Episodes of the linear expert."""
 
     episodes: int = 20
@@ -199,6 +232,10 @@ class ToyData:
     """Width of the action."""
     nan: bool = False
     """Put a NaN into the fourth episode's third step."""
+    validation: float = 0.1
+    """Fraction of the episodes to hold out."""
+    terminates: bool = True
+    """Whether episodes end by themselves."""
 
     def build(self, **kwargs: Any) -> dict[str, Any]:
         """Resident episodes with rewards and successors."""
@@ -211,11 +248,12 @@ class ToyData:
             "observation.state": state,
             "action": action,
             "reward": -state[:, 0].abs(),
-            "terminated": torch.arange(len(state)) % LENGTH == LENGTH - 1,
+            "terminated": (torch.arange(len(state)) % LENGTH == LENGTH - 1) & self.terminates,
             "next.observation.state": torch.randn(len(state), STATE, generator=generator),
         }
         ends = torch.arange(1, self.episodes + 1) * LENGTH
-        built = build_episodes(columns, ends, "toy", self.obs_steps, self.action_steps)
+        episodes = self.scaled(from_columns(columns, ends, "toy"))
+        built = self.with_scale(build(episodes, self.obs_steps, self.action_steps, self.validation))
         return built | {"env": {"name": "gymnasium", "id": "TendonToy-v0"}}
 
 

@@ -180,24 +180,31 @@ class EpisodeDataset(Dataset):
                 batch["action_is_pad"] = chunk > last
             else:
                 batch[key] = column.index_select(0, rows)
-        at = rows
-        if self.obs_steps > 1:
-            history = rows[:, None] + torch.arange(1 - self.obs_steps, 1)  # [B, To]
-            at = torch.maximum(history, self.first[rows, None])
-        at = data.at[at]
         for key, store in data.observations.items():
-            batch[key] = take(store, at)
+            batch[key] = take(store, self.before(rows))
         if "reward" in data.columns:
-            then = data.after[rows]
             if self.gaps:
-                batch["next.is_pad"] = then < 0
-                then = torch.where(then < 0, data.at[rows], then)
-            if self.obs_steps > 1:  # the history of the successor ends in it and begins one step later
-                then = torch.cat([at[:, 1:], then[:, None]], 1)
+                batch["next.is_pad"] = data.after[rows] < 0
             for key, store in data.observations.items():
                 if self.next_images or not key.startswith(IMAGES):
-                    batch[f"next.{key}"] = take(store, then)
+                    batch[f"next.{key}"] = take(store, self.after(rows))
         return batch
+
+    def before(self, rows: Tensor) -> Tensor:
+        """Places of what is observed at steps `rows` `[B]`: `[B]`, or `[B, To]` with the history."""
+        if self.obs_steps == 1:
+            return self.episodes.at[rows]
+        history = rows[:, None] + torch.arange(1 - self.obs_steps, 1)  # [B, To]
+        return self.episodes.at[torch.maximum(history, self.first[rows, None])]
+
+    def after(self, rows: Tensor) -> Tensor:
+        """Places of what is observed after steps `rows` `[B]`; their own where that is not known."""
+        then = self.episodes.after[rows]
+        if self.gaps:
+            then = torch.where(then < 0, self.episodes.at[rows], then)
+        if self.obs_steps == 1:
+            return then
+        return torch.cat([self.before(rows)[:, 1:], then[:, None]], 1)  # [B, To]
 
     def values(self, key: str) -> Tensor:
         """A vector of all items, `[n, D]`, without history or chunks."""
@@ -224,8 +231,37 @@ def take(store: Any, rows: Tensor) -> Tensor:
     return taken.view(*rows.shape, *taken.shape[1:])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scales:
+    """The options of every dataset whose rewards and actions may have another scale."""
+
+    action_scale: float = 1.0
+    """Largest size of an action: algorithms with actions in [-1, 1] learn from actions divided by it, and their policy
+    acts with its multiple."""
+    reward_shift: float = 0.0
+    """Added to every reward."""
+    reward_scale: float = 1.0
+    """Factor on every reward, after the shift."""
+
+    def scaled(self, episodes: "Episodes") -> "Episodes":
+        """Give the rewards their scale; returns `episodes`. Raises UserError: a scale that is not above 0."""
+        if not self.action_scale > 0 or not self.reward_scale > 0:
+            scales = f"--dataset.action-scale {self.action_scale} and --dataset.reward-scale {self.reward_scale}"
+            raise UserError(f"{scales} must be above 0")
+        columns = episodes.columns
+        if "reward" in columns:
+            columns["reward"] = (columns["reward"] + self.reward_shift) * self.reward_scale
+        return episodes
+
+    def with_scale(self, built: dict[str, Any]) -> dict[str, Any]:
+        """What `build` made, with the statistic `scale` of the actions."""
+        if self.action_scale != 1.0:
+            built["norm_stats"]["action"]["scale"] = self.action_scale
+        return built
+
+
 @dataclass(frozen=True)
-class Reader:
+class Reader(Scales):
     """The options that every dataset of files has."""
 
     path: str = ""
@@ -249,7 +285,8 @@ class Reader:
         """What `build` returns of `episodes`; `held_out` `[E]` are a split of the data's own."""
         lazy = {key: store for key, store in episodes.observations.items() if isinstance(store, Frames)}
         episodes.observations |= stored(lazy, self.cache, self.cache_dir, episodes.name)
-        return build(episodes, self.obs_steps, self.action_steps, self.validation, self.seed, held_out)
+        window = (self.obs_steps, self.action_steps)
+        return self.with_scale(build(self.scaled(episodes), *window, self.validation, self.seed, held_out))
 
 
 def chosen_cameras(asked: Sequence[str], found: Sequence[str], name: str) -> list[str]:

@@ -1,9 +1,11 @@
-"""Demonstrations by Meta-World's scripted experts, made on the spot and cached on disk."""
+"""Demonstrations by Meta-World's scripted experts, or worse data by them, made on the spot and cached on disk."""
 
 import atexit
 import hashlib
+import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -19,21 +21,30 @@ from torch import Tensor
 from ..envs.metaworld import draw_off_screen
 from ..errors import UserError, require
 from ..sampling import derive_seed
-from .episodes import build_episodes
+from .episodes import Scales, build, from_columns
 
 logger = logging.getLogger(__name__)
 RECIPE = 1  # part of the cache's name: count up when the demonstrations of the same options change
 LARGE = 200  # from this many demonstrations on, starting processes (about 4 s) pays
 
 
-@dataclass(frozen=True)
-class MetaWorldDemonstrations:
+@dataclass(frozen=True, kw_only=True)
+class MetaWorldDemonstrations(Scales):
     """Scripted-expert demonstrations of a Meta-World task; each ends at its first success."""
 
     task: str = "push-v3"
     """One of the 50 tasks, such as push-v3, pick-place-v3, drawer-open-v3."""
     demos: int = 50
-    """Successful demonstrations to make; attempts that fail are dropped."""
+    """Episodes to make: successful demonstrations; with noise or random actions, whatever comes of it."""
+    noise: float = 0.0
+    """Deviation of Gaussian noise on the expert's actions, which then are no demonstrations but data for offline RL."""
+    random: float = 0.0
+    """Fraction of the episodes in which all actions are random."""
+    reward_shift: float = -10.0
+    """Added to every reward. Meta-World's lie in 0 to 10, the latter at success, which ends an episode: without it,
+    to go on without success would be worth more."""
+    reward_scale: float = 0.1
+    """Factor on every reward, after the shift."""
     seed: int = 0
     """Seed of the goals; evaluation uses others."""
     max_episode_steps: int = 200
@@ -70,6 +81,10 @@ class MetaWorldDemonstrations:
             raise UserError(
                 f"--dataset.demos {self.demos} must be 1 or more, --dataset.workers {self.workers} 0 or more"
             )
+        if not 0 <= self.noise < math.inf or not 0 <= self.random <= 1:
+            raise UserError(
+                f"--dataset.noise {self.noise} must be 0 or more, --dataset.random {self.random} a fraction from 0 to 1"
+            )
         if not 1 <= self.max_episode_steps <= 500:
             raise UserError(
                 f"--dataset.max-episode-steps {self.max_episode_steps} must be 1 to 500, Meta-World's limit"
@@ -82,10 +97,9 @@ class MetaWorldDemonstrations:
         from ..envs.metaworld_simulator import check_task
 
         check_task(self.task)
-        columns, ends = self._load_or_make()
-        built = build_episodes(
-            columns, ends, f"metaworld {self.task}", self.obs_steps, self.action_steps, self.validation, self.seed
-        )
+        episodes = self.scaled(from_columns(*self._load_or_make(), f"metaworld {self.task}"))
+        window = (self.obs_steps, self.action_steps)
+        built = self.with_scale(build(episodes, *window, self.validation, self.seed))
         env = {"name": "metaworld", "task": self.task, "max_episode_steps": self.max_episode_steps}
         env |= {"cameras": self.cameras, "image_size": self.image_size} if self.cameras else {}
         return built | {"env": env}
@@ -99,6 +113,7 @@ class MetaWorldDemonstrations:
 
         recipe = [RECIPE, self.task, self.demos, self.seed, self.max_episode_steps, version("metaworld")]
         recipe += [*self.cameras, self.image_size] if self.cameras else []
+        recipe += [self.noise, self.random] if self.noise or self.random else []
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
         path = Path(self.cache).expanduser() / f"metaworld-{self.task}-{self.demos}-{digest}.safetensors"
         if self.cache and path.exists():
@@ -126,7 +141,8 @@ class MetaWorldDemonstrations:
         # Which list of 50 goals comes k-th; far from the lists of the evaluation's seeds by sheer size.
         numbers = (50 * (derive_seed(self.seed, k // 50) % 10**8 + 10**8) + k % 50 for k in range(20 + 5 * self.demos))
         simulation = (self.task, self.max_episode_steps, self.cameras, self.image_size)
-        tasks = ((number, *simulation) for number in numbers)
+        noises = (self._noise(k) for k in itertools.count())
+        tasks = ((number, *simulation, noise) for number, noise in zip(numbers, noises, strict=False))
         workers = self.workers or (min(os.cpu_count() or 1, 8) if self.demos >= LARGE else 1)
         logger.info("making %d demonstrations of %s", self.demos, self.task)
         episodes: list[dict[str, np.ndarray]] = []
@@ -153,6 +169,12 @@ class MetaWorldDemonstrations:
         columns = {key: torch.from_numpy(np.concatenate([e[key] for e in episodes])) for key in episodes[0]}
         return columns, ends
 
+    def _noise(self, k: int) -> float | None:
+        """Deviation of the noise of attempt k; infinite for random actions, None for a demonstration."""
+        if not self.noise and not self.random:
+            return None
+        return math.inf if math.floor((k + 1) * self.random) > math.floor(k * self.random) else self.noise
+
 
 def _in_order(pool: ProcessPoolExecutor | None, tasks: Any, ahead: int) -> Any:
     """Results of `demonstrate` in the order of `tasks`, at most `ahead` of them under way."""
@@ -168,24 +190,37 @@ def _in_order(pool: ProcessPoolExecutor | None, tasks: Any, ahead: int) -> Any:
 
 
 def demonstrate(
-    seed: int, task: str, max_episode_steps: int, cameras: tuple[str, ...] = (), image_size: int = 64
+    seed: int,
+    task: str,
+    max_episode_steps: int,
+    cameras: tuple[str, ...] = (),
+    image_size: int = 64,
+    noise: float | None = None,
 ) -> dict[str, np.ndarray] | None:
-    """One attempt of the expert: columns of `[T, ...]`, or None when it did not succeed in time."""
+    """One attempt of the expert: columns of `[T, ...]`, or None when it did not succeed in time.
+
+    Args:
+        noise: Deviation of the noise on its actions, infinite for random actions; then every attempt counts.
+    """
     from ..envs.metaworld_simulator import expert
 
     env = _simulator(task, max_episode_steps, cameras, image_size)
-    policy = expert(task)
+    policy, generator = expert(task), np.random.default_rng(seed)
     observation, _ = env.reset(seed=seed)
     rows: list[dict[str, Any]] = []
     done = False
     while not done:
         row: dict[str, Any] = _named(observation, "")
-        row["action"] = np.clip(policy.get_action(env.state.astype(np.float64)), -1, 1).astype(np.float32)
+        action = np.clip(policy.get_action(env.state.astype(np.float64)), -1, 1)
+        if noise is not None:
+            uniform, normal = generator.uniform(-1, 1, action.shape), generator.standard_normal(action.shape)
+            action = uniform if noise == math.inf else np.clip(action + noise * normal, -1, 1)
+        row["action"] = action.astype(np.float32)
         observation, reward, terminated, truncated, _ = env.step(row["action"])
         row |= {"reward": np.float32(reward), "terminated": terminated, "truncated": truncated and not terminated}
         rows.append(row | _named(observation, "next."))
         done = terminated or truncated
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]} if terminated else None
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]} if terminated or noise is not None else None
 
 
 def _named(observation: Any, prefix: str) -> dict[str, np.ndarray]:

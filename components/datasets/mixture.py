@@ -9,6 +9,7 @@ want of a full batch.
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -83,6 +84,8 @@ class MixtureDataset:
                 if key in keys and all(key in part["norm_stats"] for part in parts)
             },
         }
+        for key, scale in common_scale(parts).items():
+            built["norm_stats"][key] |= scale
         held_out = [(part["validation"], i) for i, part in enumerate(parts) if "validation" in part]
         if held_out:
             some = [i for _, i in held_out]
@@ -203,9 +206,9 @@ class Mixture(Dataset):
                         texts[place] = text
         return batch | {"source": [self.names[i] for i in source.tolist()]}
 
-    def transitions(self) -> "Mixture":
-        """The same sources, those of their items that offline RL can learn from."""
-        datasets = [dataset.transitions() for dataset in self.datasets]
+    def mapped(self, view: Callable[[Any], Any]) -> "Mixture":
+        """The same sources and shares, each source seen through `view`."""
+        datasets = [view(dataset) for dataset in self.datasets]
         return Mixture(datasets, self.names, self.shares, common_keys(dict(zip(self.names, datasets, strict=True))))
 
 
@@ -258,6 +261,15 @@ def weighted_statistics(datasets: list[Any], shares: list[float], key: str) -> d
     weight = np.concatenate([np.full(len(v), share / len(v)) for v, share in zip(values, shares, strict=True)])
     stats |= {"q01": quantile(rows, weight, 0.01), "q99": quantile(rows, weight, 0.99)}
     return {name: value.tolist() for name, value in stats.items()}
+
+
+def common_scale(parts: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The statistic `scale` of the actions, where the sources have one. Raises UserError: not the same in all."""
+    scales = {part["norm_stats"].get("action", {}).get("scale") for part in parts}
+    if len(scales) > 1:
+        raise UserError("--dataset.sources: the option action_scale must be the same for all sources")
+    scale = scales.pop()
+    return {} if scale is None else {"action": {"scale": scale}}
 
 
 def _all(dataset: Any, key: str) -> Tensor:

@@ -5,10 +5,11 @@ action means nothing. So 1001 rows are 1000 transitions. `terminals` is the end 
 episodes are truncated. The single-task variants relabel the same rows with rewards and terminate on success.
 """
 
-import json
+import logging
 import re
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from ..errors import UserError, nearest, require
 from .episodes import IMAGES, Episodes, Reader, as_tensor, chosen_cameras, with_final
 from .untrusted import existing, read_npz
 
+logger = logging.getLogger(__name__)
 WHAT = "a npz file of OGBench (observations, actions, terminals)"
 STATE = ("qpos", "button_states")  # what single-task rewards are computed from
 KINDS = ("play", "noisy", "navigate", "stitch", "explore")  # of data, the word after the environment in a file's name
@@ -36,10 +38,10 @@ class OGBenchDataset(Reader):
     val_file: bool = True
     """Hold out the file <name>-val.npz beside, where there is one, instead of a part of the episodes."""
 
-    env_name = "gymnasium"
+    env_name = "ogbench"
 
     def build(self, **kwargs: Any) -> dict[str, Any]:
-        """Return {"dataset", "validation", "norm_stats"}, and the task's environment as "env".
+        """Return {"dataset", "validation", "norm_stats"}, and as "env" the task's environment, or the one with goals.
 
         Items: observation.state `[Ds]` (or observation.images.camera `[C, H, W]` of the visual sets), action `[Da]`;
         with a task reward, terminated, truncated and next.observation.state. The reward is minus the number of parts of
@@ -85,8 +87,12 @@ class OGBenchDataset(Reader):
             held_out = torch.arange(len(ends)) >= int(parts[0]["terminals"].astype(bool).sum())
         built = self.finish(episodes, held_out)
         if name:
-            timing = json.dumps({"success_timing": self.success_timing})
-            built["env"] = {"name": "gymnasium", "id": f"ogbench:{name}", "kwargs": timing}
+            built["env"] = {"name": "ogbench", "id": name, "success_timing": self.success_timing}
+        elif (stem := self._stem(path)) and not episodes.cameras:
+            if find_spec("ogbench"):
+                built["env"] = {"name": "ogbench", "id": f"{stem}-v0"}
+            else:
+                logger.info("%s: no evaluation; for that, pip install ogbench", path)
         return built
 
     def _rows(self, file: Path) -> dict[str, np.ndarray]:
@@ -114,20 +120,24 @@ class OGBenchDataset(Reader):
             raise UserError(f"{file}: the last row is not marked in 'terminals'; the file is incomplete")
         return rows
 
+    def _stem(self, path: Path) -> str:
+        """What the file's name says of the environment, such as cube-single; "" where it says nothing."""
+        words = path.stem.split("-")
+        kind = next((word for word in words if word in KINDS), "")
+        return "-".join(words[: words.index(kind)]) if kind else ""
+
     def _environment(self, path: Path) -> str:
         """Id of the single-task environment, "" without a task."""
         if not self.task:
             return ""
         if self.task.isdigit() or self.task == "default":
-            words = path.stem.split("-")
-            kind = next((word for word in words if word in KINDS), "")
-            if not kind:
+            if not (stem := self._stem(path)):
                 raise UserError(
                     f"--dataset.task {self.task}: the name of {path} does not tell the environment; give the task as"
                     " cube-single-singletask-task2-v0"
                 )
             number = f"-task{self.task}" if self.task.isdigit() else ""
-            return f"{'-'.join(words[: words.index(kind)])}-singletask{number}-v0"
+            return f"{stem}-singletask{number}-v0"
         return re.sub(f"-({'|'.join(KINDS)})-singletask", "-singletask", self.task)  # the name of a dataset, too
 
     def _rewards(self, path: Path, name: str, rows: dict[str, np.ndarray], at: Any, after: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Q(s, a) as an ensemble whose members are evaluated together, in one batched matrix product a layer."""
+"""Q(s, a) and V(s) as ensembles whose members are evaluated together, in one batched matrix product a layer."""
 
 import math
 from dataclasses import dataclass
@@ -6,43 +6,65 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..errors import UserError
-from ..features import vector_observations, width
+from ..features import vector_observations
 from .mlp import ACTIVATIONS, concatenated
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QEnsemble:
     """Independent Q-functions of observation and action; two of them are the usual twin critics."""
 
     members: int = 2
-    """Number of Q-functions."""
+    """Number of functions."""
     hidden_dims: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""
     activation: Literal["relu", "gelu", "silu", "tanh", "elu"] = "relu"
     """Nonlinearity of the hidden layers."""
+    layer_norm: bool = False
+    """LayerNorm after the nonlinearity of each hidden layer, as in ReBRAC and FQL."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
-        """Size the networks for the keys and shapes of `spec`.
+        """Size the networks for the keys and shapes of `spec`; an action may be a chunk.
 
         Raises:
             UserError: no action or vector observation in the data, or options that make no sense.
         """
+        if "action" not in spec:
+            raise UserError(f"the data has no 'action'; found: {', '.join(spec)}")
+        return self._build(spec, math.prod(spec["action"]["shape"]), "critic")
+
+    def _build(self, spec: dict[str, Any], more: int, name: str) -> nn.Module:
+        """Functions of the vector observations and of `more` numbers beside them."""
         if self.members < 1 or not self.hidden_dims or any(dim < 1 for dim in self.hidden_dims):
-            sizes = f"--model.critic.members {self.members} and --model.critic.hidden-dims {self.hidden_dims}"
+            sizes = f"--model.{name}.members {self.members} and --model.{name}.hidden-dims {self.hidden_dims}"
             raise UserError(f"{sizes} must be positive")
         keys = vector_observations(spec)
-        inputs = sum(math.prod(spec[key]["shape"]) for key in keys) + width(spec, "action")
+        inputs = sum(math.prod(spec[key]["shape"]) for key in keys) + more
         layers: list[nn.Module] = []
         for hidden in self.hidden_dims:
             layers += [BatchedLinear(self.members, inputs, hidden), ACTIVATIONS[self.activation]()]
+            layers += [BatchedLayerNorm(self.members, hidden)] if self.layer_norm else []
             inputs = hidden
-        return QFunctions(nn.Sequential(*layers, BatchedLinear(self.members, inputs, 1)), keys, self.members)
+        return Functions(nn.Sequential(*layers, BatchedLinear(self.members, inputs, 1)), keys, self.members)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VEnsemble(QEnsemble):
+    """Independent value functions of the observation; one of them by default."""
+
+    members: int = 1
+    """Number of functions."""
+
+    def build(self, spec: dict[str, Any]) -> nn.Module:
+        """Size the networks for `spec`. Raises UserError as `QEnsemble.build` does."""
+        return self._build(spec, 0, "value")
 
 
 class BatchedLinear(nn.Module):
-    """A linear layer of each member, `[E, B, inputs] -> [E, B, outputs]`, initialised as `nn.Linear`."""
+    """A linear layer of each of the first E members, `[E, B, inputs] -> [E, B, outputs]`; begins as `nn.Linear`."""
 
     def __init__(self, members: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -52,16 +74,46 @@ class BatchedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members * outputs).uniform_(-bound, bound))  # flat: no weight decay
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias.view(self.members, 1, -1), x, self.weight)
+        return torch.baddbmm(self.bias.view(self.members, 1, -1)[: len(x)], x, self.weight[: len(x)])
 
 
-class QFunctions(nn.Module):
-    """Values `[E, B]` of actions `[B, Da]` at the observations of a batch; `prefix` "next." takes the successors'."""
+class BatchedLayerNorm(nn.Module):
+    """A LayerNorm of each of the first E members, `[E, B, D] -> [E, B, D]`."""
+
+    def __init__(self, members: int, width: int) -> None:
+        super().__init__()
+        self.members, self.width = members, width
+        self.weight = nn.Parameter(torch.ones(members * width))
+        self.bias = nn.Parameter(torch.zeros(members * width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = (p.view(self.members, 1, self.width)[: len(x)] for p in (self.weight, self.bias))
+        return torch.addcmul(shift, functional.layer_norm(x, (self.width,)), scale)
+
+
+class Functions(nn.Module):
+    """Values `[E, B]` at the observations of a batch: Q of `action` `[B, (Ta,) Da]`, or V without one.
+
+    `prefix` "next." takes the successors' observations; `first` evaluates so many members, not all. With `several`,
+    each observation has n actions `[B, n, Da]`, and the values are `[E, B, n]`.
+    """
 
     def __init__(self, net: nn.Sequential, keys: list[str], members: int) -> None:
         super().__init__()
         self.net, self.keys, self.members = net, keys, members
 
-    def forward(self, observation: dict[str, Tensor] | Tensor, action: Tensor, prefix: str = "") -> Tensor:
-        x = torch.cat([concatenated(observation, self.keys, prefix), action], dim=1)  # [B, Ds + Da]
-        return self.net(x.expand(self.members, *x.shape)).squeeze(2)
+    def forward(
+        self,
+        observation: dict[str, Tensor] | Tensor,
+        action: Tensor | None = None,
+        prefix: str = "",
+        first: int | None = None,
+        several: bool = False,
+    ) -> Tensor:
+        x = concatenated(observation, self.keys, prefix)  # [B, Ds]
+        if action is not None and several:
+            x = torch.cat([x[:, None].expand(-1, action.shape[1], -1), action.flatten(2)], dim=2)  # [B, n, Ds + Da]
+        elif action is not None:
+            x = torch.cat([x, action.flatten(1)], dim=1)  # [B, Ds + Da]
+        rows, members = x.flatten(0, -2), first or self.members
+        return self.net(rows.expand(members, *rows.shape)).view(members, *x.shape[:-1])

@@ -62,25 +62,30 @@ class TanhGaussianPolicy(nn.Module):
         return mean, log_std.clamp(*LOG_STD)
 
     def sample(
-        self, observation: dict[str, Tensor] | Tensor, noise: Tensor | None = None, prefix: str = ""
+        self, observation: dict[str, Tensor] | Tensor, noise: Tensor | None = None, prefix: str = "", several: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """A reparametrised action `[B, Da]` and its log-probability `[B]`; `noise` `[B, Da]` is drawn unless given."""
+        """A reparametrised action `[B, Da]` and its log-probability `[B]`; `noise` `[B, Da]` is drawn unless given.
+
+        With `several`, so many for each observation: `[B, n, Da]` and `[B, n]`.
+        """
         mean, log_std = self.gaussian(observation, prefix)
+        if several:
+            mean, log_std = (x[:, None].expand(-1, several, -1) for x in (mean, log_std))  # [B, n, Da]
         noise = torch.randn_like(mean) if noise is None else noise
         before = mean + log_std.exp() * noise  # u = mu + sigma * eps
         return before.tanh(), tanh_gaussian_log_prob(before, noise, log_std)
 
 
 def tanh_gaussian_log_prob(before: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
-    """Log-probability `[B]` of a = tanh(u), eq. 21: log N(u; mu, sigma) - sum log(1 - tanh(u)^2).
+    """Log-probability `[...]` of a = tanh(u), eq. 21: log N(u; mu, sigma) - sum log(1 - tanh(u)^2).
 
     Args:
-        before: u `[B, Da]`.
-        noise: (u - mu) / sigma `[B, Da]`.
-        log_std: log sigma `[B, Da]`.
+        before: u `[..., Da]`.
+        noise: (u - mu) / sigma `[..., Da]`.
+        log_std: log sigma `[..., Da]`.
 
     log(1 - tanh(u)^2) is written as 2 (log 2 - u - softplus(-2 u)), the same number, which does not overflow.
     """
     gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     squash = 2 * (math.log(2) - before - functional.softplus(-2 * before))
-    return (gaussian - squash).sum(1)
+    return (gaussian - squash).sum(-1)

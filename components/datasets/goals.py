@@ -1,0 +1,138 @@
+"""Transitions towards goals that are drawn among the states of the data, as OGBench does (Park et al., 2025).
+
+The reward is -1 a step and 0 where the state is the goal, which ends the task there (arXiv:2410.20092).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import UserError
+from .episodes import EpisodeDataset
+from .transitions import through
+
+STATE, GOAL = "observation.state", "observation.goal"
+OTHER_GOALS = ("value_goal", "subgoal", "high_target")  # states, too, with the statistics of states
+
+
+@dataclass(frozen=True)
+class GoalSampling:
+    """Where the goal of a step comes from. Raises UserError unless the three shares sum to 1."""
+
+    shares: tuple[float, float, float]
+    """Of goals that are the state itself, a later one of the same episode, one of any episode."""
+    geometric: bool
+    """Distance of a later state: geometric with parameter 1 - discount, or else uniform up to the episode's end."""
+
+    def __post_init__(self) -> None:
+        if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise UserError(f"the shares of current, later and random goals must sum to 1, found {self.shares}")
+
+
+def goal_transitions(data: dict[str, Any], trainer: str, **options: Any) -> dict[str, Any]:
+    """`data`, what a dataset's factory returned, for goal-conditioned trainers; `options` are `GoalTransitions`'.
+
+    Raises:
+        UserError: no `observation.state` alone, a history or chunks, data that is no episodes or has pictures.
+    """
+    data = through(data, lambda dataset: GoalTransitions(dataset, trainer, **options), trainer)
+    item, stats = data["dataset"][0], data["norm_stats"]
+    stats |= {key: {"like": STATE} for key in (GOAL, *OTHER_GOALS) if key in item}
+    return data | {"norm_stats": {key: value for key, value in stats.items() if key in item}}
+
+
+class GoalTransitions(Dataset):
+    """Steps of episodes with goals that are drawn anew for each batch.
+
+    Items: observation.state `[Ds]`, next.observation.state, action `[Da]`, and observation.goal `[Ds]`, where the actor
+    shall go. With `value`, also value_goal `[Ds]`, and reward and terminated on the way there. With `subgoal_steps`,
+    also subgoal, the state so many steps later, and high_target, the same but not beyond the actor's goal.
+
+    Args:
+        source: The episodes.
+        trainer: Name of the algorithm, for messages.
+        actor, value: How the goals of actor and value functions are drawn.
+        discount: Factor per environment step, for geometric distances.
+        subgoal_steps: Steps to the subgoals of a hierarchy; 0 for none.
+
+    Raises:
+        UserError: as `goal_transitions`.
+    """
+
+    deterministic = False
+    checked = True  # the episodes were
+
+    def __init__(
+        self,
+        source: EpisodeDataset,
+        trainer: str,
+        actor: GoalSampling,
+        value: GoalSampling | None = None,
+        discount: float = 0.99,
+        subgoal_steps: int = 0,
+    ) -> None:
+        data = source.episodes
+        if set(data.observations) != {STATE}:
+            found = ", ".join(data.observations)
+            raise UserError(f"{trainer} draws goals among the states, {STATE!r} alone; {data.name} has {found}")
+        if source.obs_steps > 1 or source.action_steps > 1:
+            raise UserError(f"{trainer} takes single steps; leave out --dataset.obs-steps and --dataset.action-steps")
+        # All states in their order, the last one of each episode included where it is known.
+        ends, states, steps = data.ends, data.observations[STATE], torch.arange(len(data.at))
+        more = (data.after[ends - 1] >= 0).long()  # [E], states beyond the steps
+        episode = torch.searchsorted(ends, steps, right=True)
+        self.place = steps + (more.cumsum(0) - more)[episode]  # [N], where the state of each step stands
+        self.final = (self.place[ends - 1] + more)[episode]  # [N], where its episode's last state stands
+        order = torch.empty(len(steps) + int(more.sum()), dtype=torch.int64)
+        order[self.place] = data.at
+        order[self.final[ends - 1]] = torch.where(more > 0, data.after[ends - 1], data.at[ends - 1])
+        self.states, self.actions, self.successors = states[order], data.columns["action"], (states, data.after)
+        self.rows = source.rows[data.after[source.rows] >= 0]
+        self.actor, self.value, self.discount, self.subgoal_steps = actor, value, discount, subgoal_steps
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return {key: value[0] for key, value in self.get_batch(torch.tensor([index % len(self)])).items()}
+
+    def get_batch(self, indices: Tensor, seed: int = 0) -> dict[str, Any]:
+        """Steps `indices` `[B]` with goals drawn by `seed`."""
+        generator = torch.Generator().manual_seed(seed)
+        step = self.rows[indices]
+        here, final = self.place[step], self.final[step]
+        states, after = self.successors
+        batch = {STATE: self.states[here], "action": self.actions[step], f"next.{STATE}": states[after[step]]}
+        if self.value is not None:
+            goal = self.draw(self.value, here, final, generator)
+            reached = goal == here
+            batch |= {"value_goal": self.states[goal], "terminated": reached, "reward": reached.float() - 1}
+        goal = self.draw(self.actor, here, final, generator)
+        batch[GOAL] = self.states[goal]
+        if self.subgoal_steps:
+            ahead = torch.minimum(here + self.subgoal_steps, final)
+            on_the_way = (here < goal) & (goal <= final)  # a goal of this episode, which may be nearer
+            target = torch.where(on_the_way, torch.minimum(ahead, goal), ahead)
+            batch |= {"subgoal": self.states[ahead], "high_target": self.states[target]}
+        return batch
+
+    def draw(self, sampling: GoalSampling, here: Tensor, final: Tensor, generator: torch.Generator) -> Tensor:
+        """Places of goals `[B]` of the steps at places `here`, whose episodes' last states stand at `final`."""
+        count = len(here)
+        anywhere = self.place[self.rows[torch.randint(len(self.rows), (count,), generator=generator)]]
+        u = torch.rand(count, generator=generator).double()
+        if sampling.geometric:
+            distance = (torch.log1p(-u) / math.log(self.discount)).floor().long() + 1  # 1, 2, ...
+            later = torch.minimum(here + distance, final)
+        else:
+            nearest = torch.minimum(here + 1, final)
+            later = (nearest * u + final * (1 - u)).round().long()
+        current, future, _ = sampling.shares
+        choice = torch.rand(count, generator=generator)
+        return torch.where(choice < current, here, torch.where(choice < current + future, later, anywhere))

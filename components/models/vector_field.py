@@ -1,0 +1,58 @@
+"""Multi-layer perceptron as the velocity field of a flow over actions, or as a policy that takes noise."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .mlp import ACTIVATIONS, concatenated, flat_sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorField:
+    """Multi-layer perceptron over observation, noisy action and time (FQL, arXiv:2502.02538, appendix C)."""
+
+    hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
+    """Widths of the hidden layers."""
+    activation: Literal["relu", "gelu", "silu", "tanh", "elu"] = "gelu"
+    """Nonlinearity of the hidden layers."""
+    layer_norm: bool = False
+    """LayerNorm after the nonlinearity of each hidden layer."""
+    time: bool = True
+    """See the time; without it, it maps noise to an action in one step."""
+
+    def build(self, spec: dict[str, Any]) -> nn.Module:
+        """Size the network for `spec`. Raises UserError: no vector observation or action, bad options."""
+        if any(dim < 1 for dim in self.hidden_dims):
+            raise UserError(f"--model.hidden-dims {self.hidden_dims} must be positive")
+        keys, observed, shape = flat_sizes(spec, "vector_field")
+        inputs, outputs = observed + math.prod(shape) + self.time, math.prod(shape)
+        layers: list[nn.Module] = []
+        for hidden in self.hidden_dims:
+            layers += [nn.Linear(inputs, hidden), ACTIVATIONS[self.activation]()]
+            layers += [nn.LayerNorm(hidden)] if self.layer_norm else []
+            inputs = hidden
+        return FlatField(nn.Sequential(*layers, nn.Linear(inputs, outputs)), keys, self.time)
+
+
+class FlatField(nn.Module):
+    """`(x [B, (Ta,) Da], time [B] or [1], condition(observation))` -> a tensor of the shape of x."""
+
+    denoises = True
+
+    def __init__(self, net: nn.Sequential, keys: list[str], takes_time: bool) -> None:
+        super().__init__()
+        self.net, self.keys, self.takes_time = net, keys, takes_time
+
+    def condition(self, observation: dict[str, Tensor] | Tensor) -> Tensor:
+        """What the network sees of the observation, `[B, Ds]`."""
+        return concatenated(observation, self.keys)
+
+    def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        parts = [condition, x.flatten(1)]
+        if self.takes_time:
+            parts.append(time.expand(len(x))[:, None])
+        return self.net(torch.cat(parts, dim=1)).view_as(x)

@@ -1,0 +1,128 @@
+"""Advantage-weighted actor-critic (Nair et al., 2020, arXiv:2006.09359).
+
+The equation number is the paper's; primes mark targets and successors, a' and a~ are drawn from the policy:
+
+    y    = r + gamma (1 - terminated) min_i Q'_i(s', a')
+    J_Q  = sum_i E (Q_i(s, a) - y)^2
+    A    = min_i Q_i(s, a) - min_i Q_i(s, a~)
+    J_pi = -E exp(A / lambda) log pi(a|s)                       eq. 13
+
+The critics step first; the advantage is theirs after it (algorithm 1).
+
+Deviations: the normalising constant of eq. 13 is left out, as the paper does in practice, and the weight is cut at 100;
+actions that the policy draws are cut to [-1, 1].
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..datasets.transitions import transitions
+from ..optimizers import update
+from ..value_learning import (
+    advantage_weight,
+    check_actions,
+    check_rates,
+    check_transitions,
+    data_summary,
+    follow,
+    summary,
+)
+
+
+class AWAC:
+    """Advantage-weighted actor-critic on single transitions or n-step returns."""
+
+    needs = {"policy": "actor", "critic": "q_ensemble"}
+    defaults = {
+        "loss": "mse",
+        "optimizer": "adam",
+        "optimizer.lr": 3e-4,
+        "model.std": "learned",
+        "model.squash": "none",
+        "model.hidden-dims": (256, 256, 256),
+        "model.critic.hidden-dims": (256, 256, 256),
+        "normalise": ("action=scale", "observation=none"),
+        "dataset.validation": 0.0,
+        "steps": 100_000,
+        "batch-size": 256,
+        "eval-every": 10_000,
+        "save-every": 10_000,
+    }
+    compiles = ("critic_loss", "actor_loss")
+
+    @dataclass(frozen=True)
+    class Config:
+        """Advantage-weighted actor-critic; the paper's values, the networks CORL's."""
+
+        temperature: float = 1.0
+        """Temperature lambda of the policy's weights; small ones trust the advantage."""
+        discount: float = 0.99
+        """Discount factor gamma per environment step."""
+        n_step: int = 1
+        """Rewards that are summed before bootstrapping."""
+        target_rate: float = 0.005
+        """Fraction of the critics mixed into their targets after each update (tau)."""
+
+    def __init__(
+        self,
+        models: nn.ModuleDict,
+        optimizers: dict[str, Optimizer],
+        loss: nn.Module,
+        spec: dict[str, Any] | None = None,
+        config: Any = None,
+    ) -> None:
+        self.models: Any = models
+        self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
+        check_rates(self.config, temperature=(1e-6, 1e9), n_step=(1, 1e9))
+        if spec is None:  # built without data, to look at
+            return
+        check_transitions(spec, "awac")
+        check_actions(spec, "awac")
+        models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
+
+    @staticmethod
+    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
+        """The data as single transitions."""
+        return transitions(data, "awac", discount=config.discount, n_step=config.n_step)
+
+    def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """J_Q."""
+        with torch.no_grad():
+            action = self.models["policy"].sample(data, prefix="next.")  # [B, Da]
+            following = self.models["target_critic"](data, action, prefix="next.").amin(0)  # [B]
+            discount = data.get("discount", self.config.discount)  # gamma^n where the rewards of n steps are summed
+            y = data["reward"] + discount * (1 - data["terminated"].float()) * following
+        q = self.models["critic"](data, data["action"])  # [E, B]
+        loss = len(q) * self.loss(q, y.expand_as(q))  # the sum over critics
+        return loss, {"critic_loss": loss.detach()} | summary("q", q) | data_summary(data)
+
+    def actor_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """J_pi; the critic gets no gradient."""
+        policy = self.models["policy"]
+        mean = policy(data)  # [B, Da]
+        with torch.no_grad():
+            drawn = (mean + policy.deviation() * torch.randn_like(mean)).clamp(-1, 1)
+            both = torch.stack([data["action"], drawn], dim=1)  # [B, 2, Da]
+            q, v = self.models["critic"](data, both, several=True).amin(0).unbind(1)  # [B] each
+            weight = advantage_weight(q - v, 1 / self.config.temperature)
+        loss = -(weight * policy.log_prob(mean, data["action"])).mean()
+        return loss, {"actor_loss": loss.detach()} | summary("advantage", q - v) | summary("weight", weight)
+
+    def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both losses at the same weights, for held-out data."""
+        critic_loss, metrics = self.critic_loss(data)
+        actor_loss, more = self.actor_loss(data)
+        return critic_loss + actor_loss, metrics | more
+
+    def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
+        loss, metrics = self.critic_loss(data)
+        update(self.optimizers, loss, "critic")
+        loss, more = self.actor_loss(data)
+        update(self.optimizers, loss, "policy")
+        follow(self.models["target_critic"], self.models["critic"], self.config.target_rate)
+        return metrics | more

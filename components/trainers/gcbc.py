@@ -1,0 +1,83 @@
+"""Goal-conditioned behaviour cloning (Lynch et al., 2019; Ghosh et al., 2021), as in OGBench (arXiv:2410.20092).
+
+min_theta  E_(s, a, g)  -log pi_theta(a | s, g),    g a later state of the same episode
+
+pi is a Gaussian of unit variance, so it is regression; its mean acts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..datasets.goals import GoalSampling, goal_transitions
+from ..optimizers import update
+from ..value_learning import check_rates
+
+GOAL_ACTOR: dict[str, Any] = {"model.hidden-dims": (512, 512, 512), "model.activation": "gelu", "model.squash": "none"}
+GOAL_ACTOR |= {"model.final-scale": 1e-2}  # the network of all goal-conditioned policies
+
+
+class GCBC:
+    """Goal-conditioned behaviour cloning."""
+
+    needs = {"policy": "actor"}
+    defaults = {
+        "dataset": "ogbench",
+        "loss": "mse",
+        "optimizer": "adam",
+        "optimizer.lr": 3e-4,
+        **GOAL_ACTOR,
+        "normalise": ("action=scale", "observation=none"),
+        "dataset.validation": 0.0,
+        "steps": 100_000,
+        "batch-size": 1024,
+        "eval-every": 10_000,
+        "save-every": 10_000,
+    }
+
+    @dataclass(frozen=True)
+    class Config:
+        """Goal-conditioned behaviour cloning; OGBench's values (it trains for 1M steps)."""
+
+        actor_goals: tuple[float, float, float] = (0.0, 1.0, 0.0)
+        """Shares of the policy's goals that are the current state, a later one of the episode, any state."""
+        actor_geometric: bool = False
+        """Draw the distance of later states geometrically, not uniformly."""
+        discount: float = 0.99
+        """Parameter of the geometric distance."""
+
+    def __init__(
+        self,
+        models: nn.ModuleDict,
+        optimizers: dict[str, Optimizer],
+        loss: nn.Module,
+        spec: dict[str, Any] | None = None,
+        config: Any = None,
+    ) -> None:
+        self.models: Any = models
+        self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
+        check_rates(self.config)
+
+    @staticmethod
+    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
+        """The data with goals."""
+        return goal_transitions(
+            data,
+            "gcbc",
+            actor=GoalSampling(config.actor_goals, config.actor_geometric),
+            discount=config.discount,
+        )
+
+    def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The negative log-likelihood, and what is logged."""
+        policy = self.models["policy"]
+        action = policy(data)  # [B, Da]
+        loss = -policy.log_prob(action, data["action"]).mean()
+        return loss, {"actor_loss": loss.detach(), "mse": self.loss(action, data["action"]).detach()}
+
+    def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
+        loss, metrics = self.losses(data)
+        update(self.optimizers, loss)
+        return metrics

@@ -1,0 +1,141 @@
+"""ReBRAC: behaviour-regularised actor-critic, revisited (Tarasov et al., 2023, arXiv:2305.09836).
+
+TD3+BC with a penalty for actor and critic each, deeper networks, LayerNorm in the critics and larger batches. Equation
+numbers are the paper's; primes mark targets and successors, a^ is the data's next action:
+
+    a'   = clip(pi'(s') + clip(eps, -c, c), -1, 1)    eps ~ N(0, sigma)
+    y    = r + gamma (1 - terminated) (min_i Q'_i(s', a') - beta_2 |a' - a^|^2)        eq. 4
+    J_Q  = sum_i E (Q_i(s, a) - y)^2
+    J_pi = E [beta_1 |pi(s) - a|^2 - lambda min_i Q_i(s, pi(s))]                        eq. 3
+    lambda = 1 / mean |min_i Q_i(s, pi(s))|
+
+Policy and targets move with every second step of the critics. The penalties sum over the action's dimensions.
+
+Deviations: biases begin as torch's, where the authors' are 0.1, and so does the critics' last layer.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..datasets.transitions import transitions
+from ..optimizers import update
+from ..parallel import global_mean
+from ..value_learning import check_actions, check_rates, check_transitions, data_summary, follow, frozen, summary
+
+
+class ReBRAC:
+    """ReBRAC on single transitions."""
+
+    needs = {"policy": "actor", "critic": "q_ensemble"}
+    defaults = {
+        "loss": "mse",
+        "optimizer": "adam",
+        "optimizer.lr": 1e-3,
+        "model.hidden-dims": (256, 256, 256),
+        "model.final-scale": 1e-2,
+        "model.critic.hidden-dims": (256, 256, 256),
+        "model.critic.layer-norm": True,
+        "normalise": ("action=scale", "observation=none"),
+        "dataset.validation": 0.0,
+        "steps": 100_000,
+        "batch-size": 1024,
+        "eval-every": 10_000,
+        "save-every": 10_000,
+    }
+    compiles = ("critic_loss", "actor_loss")
+
+    @dataclass(frozen=True)
+    class Config:
+        """ReBRAC; the paper's values (it trains for 1M steps and tunes both penalties for each task)."""
+
+        actor_penalty: float = 1.0
+        """Weight beta_1 of behaviour cloning in the policy's loss."""
+        critic_penalty: float = 1.0
+        """Weight beta_2 of the distance to the data's next action in the critics' targets."""
+        discount: float = 0.99
+        """Discount factor gamma per environment step."""
+        target_rate: float = 0.005
+        """Fraction of the networks mixed into their targets (tau)."""
+        policy_noise: float = 0.2
+        """Deviation of the noise on the target policy's actions."""
+        noise_clip: float = 0.5
+        """Largest size of that noise."""
+        policy_every: int = 2
+        """Steps of the critics for each step of policy and targets."""
+
+    def __init__(
+        self,
+        models: nn.ModuleDict,
+        optimizers: dict[str, Optimizer],
+        loss: nn.Module,
+        spec: dict[str, Any] | None = None,
+        config: Any = None,
+    ) -> None:
+        self.models: Any = models
+        self.optimizers, self.loss, self.config, self.updates = optimizers, loss, config or self.Config(), 0
+        bounds = {"actor_penalty": (0, 1e9), "critic_penalty": (0, 1e9), "policy_every": (1, 1e9)}
+        check_rates(self.config, policy_noise=(0, 1e9), noise_clip=(0, 1e9), **bounds)
+        if spec is None:  # built without data, to look at
+            return
+        check_transitions(spec, "rebrac", more=["next.action"])
+        check_actions(spec, "rebrac")
+        for name in ("policy", "critic"):
+            models[f"target_{name}"] = copy.deepcopy(models[name]).requires_grad_(False)
+
+    @staticmethod
+    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
+        """The data as single transitions that know the next action."""
+        return transitions(data, "rebrac", discount=config.discount, next_action=True)
+
+    def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """J_Q."""
+        with torch.no_grad():
+            noise = self.config.policy_noise * torch.randn_like(data["action"])
+            noise = noise.clamp(-self.config.noise_clip, self.config.noise_clip)
+            action = (self.models["target_policy"](data, prefix="next.") + noise).clamp(-1, 1)  # [B, Da]
+            penalty = (action - data["next.action"]).square().sum(1)  # [B]
+            following = self.models["target_critic"](data, action, prefix="next.").amin(0)  # [B]
+            following = following - self.config.critic_penalty * penalty
+            y = data["reward"] + self.config.discount * (1 - data["terminated"].float()) * following
+        q = self.models["critic"](data, data["action"])  # [E, B]
+        loss = len(q) * self.loss(q, y.expand_as(q))  # the sum over critics
+        metrics = {"critic_loss": loss.detach(), "critic_penalty": penalty.mean()}
+        return loss, metrics | summary("q", q) | data_summary(data)
+
+    def actor_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """J_pi; the critics get no gradient."""
+        action = self.models["policy"](data)  # [B, Da]
+        q = frozen(self.models["critic"], data, action).amin(0)  # [B]
+        lambda_ = 1 / global_mean(q.abs()).clamp(min=1e-8)
+        bc_loss = (action - data["action"]).square().sum(1).mean()
+        loss = self.config.actor_penalty * bc_loss - lambda_ * q.mean()
+        return loss, {"actor_loss": loss.detach(), "bc_loss": bc_loss.detach(), "lambda": lambda_}
+
+    def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both losses at the same weights, for held-out data."""
+        critic_loss, metrics = self.critic_loss(data)
+        actor_loss, more = self.actor_loss(data)
+        return critic_loss + actor_loss, metrics | more
+
+    def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
+        loss, metrics = self.critic_loss(data)
+        update(self.optimizers, loss, "critic")
+        self.updates += 1
+        if self.updates % self.config.policy_every == 0:
+            loss, more = self.actor_loss(data)
+            update(self.optimizers, loss, "policy")
+            for name in ("policy", "critic"):
+                follow(self.models[f"target_{name}"], self.models[name], self.config.target_rate)
+            metrics |= more
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]

@@ -1,0 +1,104 @@
+"""What the algorithms with value functions share: losses, targets, and the checks of their data."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .errors import UserError
+
+TOLERANCE = 1e-3  # by which an action may leave [-1, 1]: float32, and quantised recordings
+
+
+def expectile_loss(difference: Tensor, expectile: float, advantage: Tensor | None = None) -> Tensor:
+    """Mean of |expectile - 1(u < 0)| u^2 (Kostrikov et al., 2022, eq. 4, 5); the sign may be another number's."""
+    sign = difference if advantage is None else advantage
+    return (torch.where(sign < 0, 1 - expectile, expectile) * difference.square()).mean()
+
+
+def advantage_weight(advantage: Tensor, temperature: float, largest: float = 100.0) -> Tensor:
+    """exp(temperature * A), cut at `largest`, without gradient: the weight of advantage-weighted regression."""
+    return (temperature * advantage.detach()).exp().clamp(max=largest)
+
+
+def frozen(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+    """Call a module through which the gradient flows, but not into its parameters: none of it is computed."""
+    weights = {name: weight.detach() for name, weight in module.named_parameters()}
+    return functional_call(module, weights, arguments, keywords)
+
+
+def successors(data: dict[str, Any]) -> dict[str, Any]:
+    """The observations that follow, under the names of the present ones."""
+    return {key.removeprefix("next."): value for key, value in data.items() if key.startswith("next.observation.")}
+
+
+@torch.no_grad()
+def follow(target: nn.Module, source: nn.Module, rate: float) -> None:
+    """Move a target network's weights towards `source` by the fraction `rate` (Polyak averaging)."""
+    moving: list[Any] = list(target.parameters())
+    torch._foreach_lerp_(moving, list(source.parameters()), rate)
+
+
+def check_rates(config: Any, **bounds: tuple[float, float]) -> None:
+    """Refuse numbers out of range: `discount` and `target_rate`, where there are, in (0, 1], and those of `bounds`.
+
+    Args:
+        bounds: option=(least, largest), both allowed.
+
+    Raises:
+        UserError: naming the option, its value and its range.
+    """
+    for name in ("discount", "target_rate"):
+        value = getattr(config, name, 1.0)
+        if not 0 < value <= 1:
+            raise UserError(f"--trainer.{name.replace('_', '-')} {value} must be in (0, 1]")
+    for name, (least, largest) in bounds.items():
+        value = getattr(config, name)
+        if not least <= value <= largest:
+            option = f"--trainer.{name.replace('_', '-')} {value}"
+            raise UserError(
+                f"{option} must be {f'{least:g} to {largest:g}' if largest < 1e9 else f'{least:g} or more'}"
+            )
+
+
+def check_transitions(spec: dict[str, Any], trainer: str, more: Iterable[str] = ()) -> None:
+    """Refuse data without rewards and successors, or without what this trainer needs besides.
+
+    Raises:
+        UserError: naming the key that is missing.
+    """
+    state = [key for key in spec if key.startswith("observation.")]
+    for key in ("reward", "terminated", *(f"next.{key}" for key in state), *more):
+        if key not in spec:
+            raise UserError(f"{trainer} learns from rewards and successors; the data has no {key!r}")
+
+
+def check_actions(spec: dict[str, Any], trainer: str) -> None:
+    """Refuse actions outside [-1, 1], which the policy of this trainer cannot give.
+
+    Raises:
+        UserError: with the range, and the option that scales them.
+    """
+    low, high = spec["action"].get("range", (None, None))
+    if low is None:
+        return
+    least, largest = float(torch.tensor(low).min()), float(torch.tensor(high).max())
+    if max(-least, largest) > 1 + TOLERANCE:
+        raise UserError(
+            f"{trainer} gives actions in [-1, 1]; the data's lie in [{least:.4g}, {largest:.4g}]: set"
+            f" --dataset.action-scale {max(-least, largest):.4g}, which divides them and undoes it when the policy acts"
+        )
+
+
+def summary(name: str, values: Tensor) -> dict[str, Tensor]:
+    """Mean, least and largest value, for the log."""
+    values = values.detach()
+    return {name: values.mean(), f"{name}_min": values.min(), f"{name}_max": values.max()}
+
+
+def data_summary(data: dict[str, Any]) -> dict[str, Tensor]:
+    """What the batch holds, for the log: the mean reward, the largest one, and how many steps are terminated."""
+    reward, terminated = data["reward"], data["terminated"]
+    return {"reward": reward.mean(), "reward_abs_max": reward.abs().max(), "terminated": terminated.float().mean()}

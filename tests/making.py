@@ -1,0 +1,53 @@
+"""What the scripts that make a results file from runs share: every run but those that are finished, in any session."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from components import run_record  # noqa: E402
+from components.report import result_row  # noqa: E402
+
+Runs = dict[str, tuple[str, list[str]]]  # run name -> suite and command line
+
+
+def make(folder: Path, line: list[str]) -> bool:
+    """Run, or go on with, one training on one thread; says whether it is finished."""
+    if run_record.read_status(folder)["state"] == "finished":
+        return True
+    begun = (folder / "args.json").exists()
+    options = ["--resume", str(folder)] if begun else [*line, "--run-dir", str(folder)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".log"), "a") as log:
+        words = [sys.executable, "offline_trainer.py", *options]
+        done = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    print(f"{folder.name}: {'finished' if done.returncode == 0 else f'FAILED, see {log.name}'}", flush=True)
+    return done.returncode == 0
+
+
+def row(folder: Path, suite: str, line: list[str]) -> dict[str, Any]:
+    """A row of the results; files are named without their folders."""
+    words = [Path(word).name if word.endswith(".npz") else word for word in line]
+    own = {"suite": suite, "command": " ".join(["offline_trainer.py", *words])}
+    return {"run": folder.name} | result_row(folder) | own
+
+
+def collect(runs: Runs, folder: Path, out: Path, jobs: int, tell: Callable[..., dict[str, Any]] = row) -> None:
+    """Make the runs, so many at a time, and write the file after each; rows of runs that are elsewhere stay."""
+    before = json.loads(out.read_text()) if out.exists() else []
+    rows = {row["run"]: row for row in before}
+    runs = {name: run for name, run in runs.items() if (folder / name).exists() or name not in rows}
+    folder = folder.resolve()
+    with ThreadPoolExecutor(jobs) as pool:
+        made = pool.map(lambda name: make(folder / name, runs[name][1]), runs)
+        for (name, (suite, line)), finished in zip(runs.items(), made, strict=True):
+            if finished:
+                rows[name] = tell(folder / name, suite, line)
+                out.write_text(json.dumps(list(rows.values()), indent=1) + "\n")

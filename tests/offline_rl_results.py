@@ -1,0 +1,95 @@
+"""Make tests/results/offline_rl.json: every run of its table but those that are finished, so it can go on over days.
+
+python tests/offline_rl_results.py --cube cube-single-play-v0.npz --maze pointmaze-medium-navigate-v0.npz --jobs 2
+
+The files are OGBench's. Networks, batches and steps are smaller than the published ones, so that a run takes some ten
+minutes of one CPU core; --full takes the published ones.
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+import making  # noqa: E402
+from making import ROOT  # noqa: E402
+
+SMALL, FULL = ("256", "256"), ("512", "512", "512", "512")
+VALUES = {  # the models of each trainer besides its policy
+    "bc": (),
+    "iql": ("critic", "value"),
+    "td3_bc": ("critic",),
+    "rebrac": ("critic",),
+    "fql": ("flow", "critic"),
+    "gcbc": (),
+    "gciql": ("critic", "value"),
+    "hiql": ("high", "value", "representation"),
+}
+CUBE = {  # the published choices of each task: FQL's table 6, and OGBench's list
+    "bc": ("--loss", "mse", "--optimizer.lr", "3e-4"),
+    "iql": ("--trainer.temperature", "1", "--trainer.expectile", "0.9"),
+    "rebrac": ("--trainer.actor-penalty", "1", "--trainer.critic-penalty", "0", "--optimizer.lr", "3e-4"),
+    "fql": ("--trainer.alpha", "300"),
+}
+MAZE = {"gcbc": (), "gciql": ("--trainer.alpha", "0.003"), "hiql": ()}
+NOISY = {"bc": ("--loss", "mse"), "iql": (), "td3_bc": (), "fql": ()}
+SEEDS = {"bc": 3, "iql": 3, "fql": 3, "rebrac": 1, "gcbc": 1, "gciql": 3, "hiql": 3}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train, evaluate and collect."""
+
+    runs: Path = Path("runs/offline_rl")
+    """Folder of the run folders; whose runs are elsewhere, but in the results file, are not made again."""
+    out: Path = ROOT / "tests" / "results" / "offline_rl.json"
+    """Results file."""
+    jobs: int = 1
+    """Runs at a time, each on one thread."""
+    cube: str = ""
+    """OGBench's cube-single-play-v0.npz; empty leaves the cube out."""
+    maze: str = ""
+    """OGBench's pointmaze-medium-navigate-v0.npz; empty leaves the maze out."""
+    only: str = ""
+    """Part of the names of the runs to make."""
+    full: bool = False
+    """Networks, batches and steps as published."""
+
+
+def wanted(args: Args) -> making.Runs:
+    """Run name -> suite and command line, the first seed of everything first."""
+    runs: making.Runs = {}
+    for seed in range(3):
+        for trainer, own in CUBE.items() if args.cube else ():
+            data = ("--dataset", "ogbench", "--dataset.path", args.cube, "--dataset.task", "default")
+            line = [*data, *own, *sizes(trainer, 50_000, 256, args.full)]
+            add(runs, "cube-single-play", trainer, seed, line)
+        for trainer, own in MAZE.items() if args.maze else ():
+            line = ["--dataset", "ogbench", "--dataset.path", args.maze, *own]
+            add(runs, "pointmaze-medium-navigate", trainer, seed, [*line, *sizes(trainer, 50_000, 256, args.full)])
+    suffix = "-full" if args.full else ""
+    return {name + suffix: (suite + suffix, line) for name, (suite, line) in runs.items() if args.only in name}
+
+
+def add(runs: making.Runs, suite: str, trainer: str, seed: int, line: list[str]) -> None:
+    """One run, if this trainer has so many seeds."""
+    if seed < SEEDS[trainer]:
+        runs[f"{suite}-{trainer}-{seed}"] = (suite, ["--trainer", trainer, "--seed", str(seed), *line])
+
+
+def sizes(trainer: str, steps: int, batch: int, full: bool) -> list[str]:
+    """Options for the size of a run, its networks and their evaluation."""
+    if full:
+        return ["--steps", "1000000", "--eval-every", "100000"]
+    widths = [(f"--model.{name}.hidden-dims", *SMALL) for name in VALUES[trainer]]
+    size = ["--steps", str(steps), "--batch-size", str(batch), "--eval-every", str(steps // 2)]
+    return [*size, "--model.hidden-dims", *SMALL, *itertools.chain(*widths)]
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    making.collect(wanted(args), args.runs, args.out, args.jobs)
