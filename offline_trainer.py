@@ -30,10 +30,12 @@ from components import (
     UserError,
     augmentation,
     checkpoint,
+    compiled,
     debug,
     ema,
     evaluation,
     features,
+    matmul,
     optimizers,
     parallel,
     policy,
@@ -112,7 +114,9 @@ class Args(Names):
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Compute precision, no or bf16; None follows `accelerate launch`."""
     compile: bool = False
-    """Compile the trainer's losses; pays for long runs."""
+    """Compile the trainer's losses; pays for long runs, and says from which step on."""
+    matmul: Literal["default", "auto"] = "default"
+    """Matrix products on a CPU: as torch has them, or the fastest that is still float32, which a probe finds."""
     normalise: tuple[str, ...] = ()
     """Modes of single keys, as KEY=mean_std, min_max, quantile or none; otherwise what the statistics allow."""
     workers: int | None = None
@@ -460,9 +464,22 @@ def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, devic
             import torch._inductor.config as inductor  # which takes its time to import
 
             inductor.fallback_random = True  # what is drawn is what would be drawn without --compile
-            for name in getattr(cls, "compiles", ("losses",)):
+            for name in compiles(trainer):
                 setattr(trainer, name, torch.compile(getattr(trainer, name)))
     return trainer, protocols.accepted(trainer.train_step, protocols.LOOP_PASSES)
+
+
+def compiles(trainer: Any) -> tuple[str, ...]:
+    """The methods of a trainer that --compile compiles."""
+    return tuple(getattr(trainer, "compiles", ("losses",)))
+
+
+def tell_break_even(learner: Learner, batch: dict[str, Any], run: Run) -> bool:
+    """Compile, and say from which step on that pays; returns False: there is nothing left to compile."""
+    run.say(compiled.break_even(learner.trainer, compiles(learner.trainer), batch, learner.models))
+    for hook in learner.hooks:
+        hook.loss = 0.0  # those losses were for measuring
+    return False
 
 
 def make_evaluator(args: Args, actor: Any, name: str, env: Any, rank: int, world: int, run: Run) -> Any:
@@ -541,10 +558,13 @@ def main(argv: list[str]) -> int:
     set_seed(args.seed % 2**32)  # the same everywhere until the models exist
     rank = accelerator.process_index
     run_record.start_logging(rank)
+    matmul_note = matmul.choose(args.matmul, stored.get("machine", {}).get("matmul"), accelerator.device)
     subject = cli.subject(args, "dataset" if "dataset" in CHOICES else "env")
     name = f"{args.trainer}-{subject}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = parallel.on_first(rank, lambda: args.resume or run_record.claim(args.run_dir, name))
     with Run(Path(path), rank, args.hang_timeout) as run, torch.autograd.set_detect_anomaly(args.debug):
+        if matmul_note:
+            run.say(matmul_note)
         if args.resume and run.finished_at() >= args.steps:
             run.say(f"{path} is finished at step {run.finished_at()}; give more --steps to go on")
         else:
@@ -612,6 +632,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
     bf16 = accelerator.mixed_precision == "bf16"  # no cache: it would serve weights from before a step in the same call
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
     stopping, failed_saves, next_vote, saved_at = False, 0, step, time.monotonic()
+    to_compile = args.compile
     first, logged_at, data_s, step_s = step, step, 0.0, 0.0
     while not stopping and (step < args.steps or progress["unevaluated"]):
         # Learn; but first a resumed run makes up for the evaluation that a signal had cut short.
@@ -631,6 +652,8 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
                 if args.debug and step == first:
                     debug.show_batch(batch, run.say)
                 with precision:
+                    if to_compile:
+                        to_compile = tell_break_even(learner, batch, run)
                     metrics.add(trainer.train_step(batch, **{name: where[name] for name in passed}), "train/")
                 data_s, step_s = data_s + loaded - drawn, step_s + time.perf_counter() - loaded
             run.step = step = step + 1

@@ -39,7 +39,12 @@ def environment(components: Iterable[type]) -> dict[str, Any]:
         "packages": packages,
         "python": platform.python_version(),
         "git_commit": _git_commit(),
-        "machine": {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "platform": platform.platform()},
+        "machine": {
+            "cpu": _cpu_name(),
+            "threads": torch.get_num_threads(),
+            "matmul": torch.get_float32_matmul_precision(),
+            "platform": platform.platform(),
+        },
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

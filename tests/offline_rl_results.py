@@ -30,7 +30,8 @@ VALUES = {  # the models of each trainer besides its policy
     "hiql": ("high", "value", "representation"),
 }
 CUBE = {  # the published choices of each task: FQL's table 6, and OGBench's list
-    "bc": ("--loss", "mse", "--optimizer.lr", "3e-4"),
+    "bc": ("--loss", "mse", "--optimizer", "adam", "--optimizer.lr", "3e-4", "--model.activation", "gelu")
+    + ("--normalise", "observation=none", "action=none"),
     "iql": ("--trainer.temperature", "1", "--trainer.expectile", "0.9"),
     "rebrac": ("--trainer.actor-penalty", "1", "--trainer.critic-penalty", "0", "--optimizer.lr", "3e-4"),
     "fql": ("--trainer.alpha", "300"),

@@ -1,0 +1,61 @@
+"""What --compile gains, and from which step on a run is faster for it."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .random_state import preserved
+
+TIMES = 5
+
+
+def break_even(trainer: Any, methods: Sequence[str], batch: dict[str, Any], models: nn.Module) -> str:
+    """Compile the losses of a trainer now, and say from which step on that pays.
+
+    Leaves random generators, gradients and buffers as they were.
+
+    Args:
+        methods: Names of the methods that are compiled when they are first called; their class has them as they were.
+        batch: A batch as `train_step` gets it.
+        models: All models of the trainer.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in models.buffers()]
+    eager = compiled = compiling = 0.0  # seconds
+    with preserved():
+        for name in methods:
+            eager += median(partial(getattr(type(trainer), name), trainer), batch)
+            began = time.perf_counter()
+            gradient(getattr(trainer, name), batch)
+            compiling += time.perf_counter() - began
+            compiled += median(getattr(trainer, name), batch)
+    for parameter in models.parameters():
+        parameter.grad = None
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    pays = f"pays from step {compiling / (eager - compiled):.0f} on" if compiled < eager else "gains nothing here"
+    times = f"{1000 * compiled:.2f} ms a step instead of {1000 * eager:.2f}"
+    return f"--compile: {compiling:.0f} s of compiling; losses and gradients take {times}: it {pays}"
+
+
+def median(method: Callable[..., Any], batch: dict[str, Any]) -> float:
+    """Median seconds of a loss and its gradient, after a first time that does not count."""
+    seconds = []
+    for _ in range(1 + TIMES):
+        began = time.perf_counter()
+        gradient(method, batch)
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds[1:])[TIMES // 2]
+
+
+def gradient(method: Callable[..., Any], batch: dict[str, Any]) -> None:
+    """A loss (or what `losses` returns otherwise: the loss alone, or named terms) and its gradient, both finished."""
+    found: Any = method(batch)
+    loss = found[0] if isinstance(found, tuple) else found
+    loss = torch.stack(list(loss.values())).sum() if isinstance(loss, dict) else loss
+    loss.backward()
+    if loss.device.type == "cuda":
+        torch.cuda.synchronize()
