@@ -24,6 +24,27 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if step_of(line) < float("inf")]
 
 
+def diverging(run: Path) -> str:
+    """What shows that a run's values have left what its rewards allow, or "".
+
+    No value can be larger than the largest reward in every step, max |r| / (1 - discount); twice that is too much.
+    """
+    try:
+        options = json.loads((run / "args.json").read_text())["args"]["trainer_options"]
+        discount = float(options["discount"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    lines = [line for line in read_lines(run / "metrics.jsonl") if "train/reward_abs_max" in line]
+    if not lines or discount >= 1:
+        return ""
+    bound = max(line["train/reward_abs_max"] for line in lines) / (1 - discount)
+    for key in ("train/q", "train/v"):
+        values = [line[key] for line in lines[-max(1, len(lines) // 10) :] if key in line]
+        if values and not max(abs(value) for value in values) <= 2 * bound:
+            return f"{key.removeprefix('train/')} reaches {values[-1]:.3g}, rewards allow {bound:.3g}"
+    return ""
+
+
 def draw_curves(runs: list[Path], path: Path) -> None:
     """Draw the losses, the evaluation and the learning rates of runs over each other."""
     import matplotlib
@@ -33,7 +54,8 @@ def draw_curves(runs: list[Path], path: Path) -> None:
 
     metrics = {run: read_lines(run / "metrics.jsonl") for run in runs}
     evaluations = {run: read_lines(run / "eval.jsonl") for run in runs}
-    names = sorted({key for lines in metrics.values() for line in lines for key in line if _is_curve(key)}, key=_place)
+    found = {key for lines in metrics.values() for line in lines for key in line if _is_curve(key)}
+    names = sorted((key for key in found if _mean_of(key) not in found - {key}), key=_place)
     score = (
         "success_rate"
         if any(e["success_rate"] is not None for es in evaluations.values() for e in es)
@@ -55,6 +77,9 @@ def draw_curves(runs: list[Path], path: Path) -> None:
                 continue
             x, y = zip(*points, strict=True)
             axis.plot(x, y, marker="o" if len(x) < 20 else None, markersize=3, linewidth=1.2, label=run.name)
+            if f"{name}_min" in found:  # the band of what the mean is of
+                band = [(line["step"], line[f"{name}_min"], line[f"{name}_max"]) for line in lines if name in line]
+                axis.fill_between(*zip(*band, strict=True), alpha=0.15, color=axis.lines[-1].get_color())
             if name == "success_rate":
                 low, high = zip(*(line["success_ci"] for line in lines if line.get(name) is not None), strict=True)
                 axis.fill_between(x, low, high, alpha=0.2)
@@ -62,7 +87,9 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         shown = [value for line in axis.lines for value in line.get_ydata()]
         if "loss" in name and min(shown, default=0) > 0:
             axis.set_yscale("log")
-        axis.set_title(name.replace("_", " "), fontsize=9)
+        wrong = [run for run in runs if name in ("train/q", "train/v") and diverging(run)]
+        title = name.replace("_", " ") + (" DIVERGING" if wrong else "")
+        axis.set_title(title, fontsize=9, color="red" if wrong else "black")
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(which="both", labelsize=7)
         axis.grid(alpha=0.3)
@@ -85,6 +112,11 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
 
 def _is_curve(key: str) -> bool:
     return key.startswith(("train/", "val/"))
+
+
+def _mean_of(key: str) -> str:
+    """What `key`, a least or largest value, belongs to."""
+    return key.removesuffix("_min").removesuffix("_max")
 
 
 def _place(key: str) -> tuple[int, str]:

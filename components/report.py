@@ -16,7 +16,7 @@ import tyro
 
 from . import process, run_record
 from .command_line import parse
-from .curves import draw_curves, read_lines
+from .curves import diverging, draw_curves, read_lines
 from .errors import UserError
 from .evaluation import wilson_interval
 
@@ -80,6 +80,7 @@ def runs_table(runs: list[Path]) -> str:
         episodes = own_evaluations(members[0])[-1]["episodes"] if scores else 0
         status = [run_record.read_status(run) for run in members]
         seconds = [run_seconds(run) for run in members]
+        wrong = [text for run in members if (text := diverging(run))]
         rows.append(
             [
                 members[0].name if len(members) == 1 else f"{members[0].name} (+{len(members) - 1})",
@@ -90,7 +91,7 @@ def runs_table(runs: list[Path]) -> str:
                 with_interval([value for _, value in scores], metric, episodes),
                 "/".join(sorted({str(s["step"]) for s in status})),
                 f"{sum(seconds) / len(seconds):.0f}",
-                "/".join(sorted({s["state"] for s in status})),
+                "/".join(sorted({s["state"] for s in status})) + "".join(f"; DIVERGING: {text}" for text in wrong[:1]),
             ]
         )
     return markdown(["run", "trainer", "on", "seeds", "metric", "mean [95 %]", "steps", "train s", "state"], rows)

@@ -51,6 +51,7 @@ def test_two_processes_train_what_one_trains(
         keys = [
             key for key in a if "train/" in key or ("val/" in key and name not in toy.DRAWS_NOISE)
         ]  # whose noise is not sliced there
+        keys = [key for key in keys if not key.endswith(("_min", "_max"))]  # extremes are those of a process's part
         assert all(a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5) for key in keys)
 
 

@@ -107,11 +107,11 @@ class GoalEnv(ToyEnv):
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         state, info = super().reset(seed=seed)
         self.goal = self.np_random.normal(size=STATE).astype(np.float32)
-        return {"observation": state, "goal": self.goal}, info
+        return {"observation": state.copy(), "goal": self.goal.copy()}, info
 
     def step(self, action: np.ndarray) -> Any:
         state, *rest = super().step(action)
-        return {"observation": state, "goal": self.goal}, *rest
+        return {"observation": state.copy(), "goal": self.goal.copy()}, *rest
 
 
 gym.register("TendonToy-v0", entry_point=ToyEnv)

@@ -122,7 +122,7 @@ class Transitions(Table):
         to_go: Add `return_to_go`, the discounted rewards until a terminated step, or the episode's end.
 
     Raises:
-        UserError: no rewards, no step with a successor, or a chunk longer than the shortest episode.
+        UserError: chunked data, no rewards, no step with a successor, a chunk longer than the shortest episode.
     """
 
     def __init__(
@@ -135,6 +135,8 @@ class Transitions(Table):
         next_action: bool = False,
         to_go: bool = False,
     ) -> None:
+        if source.action_steps > 1:
+            raise UserError(f"{trainer} makes its own windows of the data; leave out --dataset.action-steps")
         data, rows = source.episodes, source.transitions().rows
         action, terminated = data.columns["action"], data.columns["terminated"]
         if not len(rows):

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..datasets.transitions import transitions
-from ..errors import UserError
 from ..losses import zero_padding
 from ..models.fitting import check_chunks
 from ..optimizers import update
@@ -112,8 +111,6 @@ class QC:
     @staticmethod
     def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
         """The data as chunks with what follows them."""
-        if getattr(data["dataset"], "action_steps", 1) > 1:
-            raise UserError("qc makes its own chunks: set --trainer.chunk, and leave out --dataset.action-steps")
         return transitions(data, "qc", discount=config.discount, chunk=config.chunk)
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
