@@ -34,14 +34,18 @@ class Trainer(Protocol):
     dataclass). Every tensor with state lives in `models`: the trainer adds target networks there.
 
     Optional: `needs` (model name -> default model; one named `encoder` is built first, and the others are built for
-    what it makes of the observations), `defaults` (option -> value that suits it), `accumulates = True`
-    (one step of every optimizer per call, so that gradients may be accumulated), `losses(data) -> (loss, metrics)`
-    (what `--compile` compiles, and what the held-out loss is computed with), `policy() -> nn.Module` (normalised
-    observations in, normalised action or chunk out; otherwise `models["policy"]` acts), `explorer() -> nn.Module` (the
-    same, for what acts while the online script collects; otherwise the policy does), `state_dict()` and
-    `load_state_dict()` (tensors and JSON values). Of the options in `Config`, `n_step` and `discount` also shape the
-    online script's batches: `reward` is the sum over n steps, `next.*` and `terminated` are those of the last of them,
-    and `discount` [B] is the factor of the value that follows.
+    what it makes of the observations), `defaults` (option -> value that suits it), `accumulates = True` (one step of
+    every optimizer per call, so that gradients may be accumulated), `losses(data) -> (loss, metrics)` (what the
+    held-out loss is computed with, and what `--compile` compiles unless `compiles` names other methods of that kind),
+    `policy() -> nn.Module` (normalised observations in, normalised action or chunk out; otherwise `models["policy"]`
+    acts), `explorer() -> nn.Module` (the same, for what acts while the online script collects; otherwise the policy
+    does), `state_dict()` and `load_state_dict()` (tensors and JSON values).
+
+    Optional and static: `prepare(data, config) -> data` (what a dataset's `build` returned, as this trainer learns from
+    it: transitions, goals, ...) and `sees(model, spec, config) -> spec` (what one of its models is built for, where
+    that is not the data's spec). Of the options in `Config`, `n_step` and `discount` also shape the online script's
+    batches: `reward` is the sum over n steps, `next.*` and `terminated` are those of the last of them, and `discount`
+    [B] is the factor of the value that follows.
     """
 
     def __init__(self, models: nn.ModuleDict, optimizers: dict[str, Optimizer], loss: nn.Module) -> None: ...

@@ -74,7 +74,11 @@ class BatchedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(members * outputs).uniform_(-bound, bound))  # flat: no weight decay
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias.view(self.members, 1, -1)[: len(x)], x, self.weight[: len(x)])
+        weight: Tensor = self.weight
+        bias = self.bias.view(self.members, 1, -1)
+        if len(x) < self.members:
+            weight, bias = weight[: len(x)], bias[: len(x)]
+        return torch.baddbmm(bias, x, weight)
 
 
 class BatchedLayerNorm(nn.Module):
@@ -87,7 +91,9 @@ class BatchedLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(members * width))
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, shift = (p.view(self.members, 1, self.width)[: len(x)] for p in (self.weight, self.bias))
+        scale, shift = (p.view(self.members, 1, self.width) for p in (self.weight, self.bias))
+        if len(x) < self.members:
+            scale, shift = scale[: len(x)], shift[: len(x)]
         return torch.addcmul(shift, functional.layer_norm(x, (self.width,)), scale)
 
 

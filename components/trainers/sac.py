@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 
-from ..errors import UserError
+from ..datasets.transitions import transitions
 from ..optimizers import update
+from ..value_learning import check_rates, check_transitions, follow, frozen
 
 
 class SAC:
@@ -60,21 +60,19 @@ class SAC:
     ) -> None:
         self.models: Any = models
         self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
-        if not 0 < self.config.discount <= 1 or not 0 < self.config.target_rate <= 1:
-            rates = f"--trainer.discount {self.config.discount} and --trainer.target-rate {self.config.target_rate}"
-            raise UserError(f"{rates} must be in (0, 1]")
-        if self.config.n_step < 1:
-            raise UserError(f"--trainer.n-step {self.config.n_step} must be 1 or more")
+        check_rates(self.config, n_step=(1, 1e9))
         if spec is None:  # built without data, to look at
             return
-        state = [key for key in spec if key.startswith("observation.")]
-        missing = [key for key in ("reward", "terminated", *(f"next.{k}" for k in state)) if key not in spec]
-        if missing:
-            raise UserError(f"sac learns from rewards and successors; the data has no {missing[0]!r}")
+        check_transitions(spec, "sac")
         entropy = self.config.target_entropy
         self.action_width = int(spec["action"]["shape"][-1])
         self.target_entropy = -float(self.action_width) if entropy is None else entropy
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
+
+    @staticmethod
+    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
+        """A dataset as single transitions, in the place of a replay buffer."""
+        return transitions(data, "sac", discount=config.discount, n_step=config.n_step)
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q, with the targets that need no gradient."""
@@ -92,8 +90,7 @@ class SAC:
     def actor_losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_pi + J_alpha, at actions drawn now; neither moves the critics, nor J_pi the temperature."""
         action, log_prob = self.models["policy"].sample(data)  # [B, Da], [B]
-        weights = {name: weight.detach() for name, weight in self.models["critic"].named_parameters()}
-        q = functional_call(self.models["critic"], weights, (data, action)).amin(0)  # [B]
+        q = frozen(self.models["critic"], data, action).amin(0)  # [B]
         alpha = self.models["temperature"]()
         actor_loss = (alpha.detach() * log_prob - q).mean()
         temperature_loss = -alpha * (log_prob.detach().mean() + self.target_entropy)
@@ -110,9 +107,7 @@ class SAC:
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
         loss, metrics = self.losses(data)
         update(self.optimizers, loss)
-        with torch.no_grad():
-            targets: list[Any] = list(self.models["target_critic"].parameters())
-            torch._foreach_lerp_(targets, list(self.models["critic"].parameters()), self.config.target_rate)
+        follow(self.models["target_critic"], self.models["critic"], self.config.target_rate)
         return metrics
 
     def explorer(self) -> nn.Module:

@@ -1,0 +1,379 @@
+"""How fast offline RL learns, against CORL's code and against the JAX originals of FQL and ReBRAC.
+
+python tests/benchmarks/offline_updates.py --profile
+python tests/benchmarks/offline_updates.py --corl ../CORL --compile --json rows.json    # of tinkoff-ai/CORL
+python tests/benchmarks/offline_updates.py --fql ../fql --only fql rebrac               # of seohongpark/fql
+
+The problem has CORL's published sizes: 1M transitions, observation 17, action 6, batch 256, networks of two or three
+layers of 256. FQL and ReBRAC have those of FQL: observation 28, action 5, four layers of 512. An update is a batch
+(sampled, and normalised where the trainer's defaults do so) and `train_step`, without the script's loop around it; of
+the peer, `sample` and `train`, what it logs thrown away. Learning rates are 3e-4. Everything runs on one CPU thread of
+one process. Figures of a trainer are measured in turns, in reverse order every second round, after a round that does
+not count; a ratio is the median of the rounds' own ratios. The clock is the CPU time of the process, compiling left
+out. "highest" and "medium" are the settings of `torch.set_float32_matmul_precision`, which may choose another GEMM
+library; JAX has no such switch.
+
+The floor is what the matrix products that an update cannot do without would take by themselves, at the rate of one
+product of so many rows with a square matrix as wide as the hidden layers, which is measured in the same rounds.
+`--profile` tells the share of the products in our eager update: torch.profiler's own CPU time.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import io
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+
+from bc_updates import ACTION, BATCH, ROWS, STATE, random_episodes, repeated  # noqa: E402
+from measuring import SWITCHES, Figure, compare, describe_machine, measure  # noqa: E402
+
+from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, features  # noqa: E402
+from components.datasets.episodes import build_episodes  # noqa: E402
+from components.normalisation import Normaliser  # noqa: E402
+from components.optimizers import Adam  # noqa: E402
+from components.sampling import Batches  # noqa: E402
+
+Step = Callable[[], Any]
+SIZES = {"CORL": (17, 6), "JAX": (28, 5)}  # of observation and action
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+PACKAGES = "jax flax optax distrax ml_collections"
+PAIRS = (("medium", "medium"), ("medium", "highest"), ("highest", "highest"))  # switch of ours, and of the peer
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trainer to measure: the options of its models, which have the peer's sizes, and two goals each, one beyond."""
+
+    models: dict[str, dict[str, Any]]
+    same: tuple[float, float]  # both have the same switch
+    alone: tuple[float, float]  # ours alone has it
+    peer: str = "CORL"
+    rows: int = BATCH  # of most matrix products
+    slower: int = 1  # makes so many times fewer updates
+
+
+TWO, THREE = {"hidden_dims": (256, 256)}, {"hidden_dims": (256, 256, 256)}
+FOUR: dict[str, Any] = {"hidden_dims": (512, 512, 512, 512), "activation": "gelu"}
+NORMED, LEARNED = FOUR | {"layer_norm": True}, {"std": "learned"}
+AWAC: dict[str, Any] = {"policy": THREE | LEARNED | {"squash": "none"}, "critic": THREE}
+CQL: dict[str, Any] = {"policy": THREE, "critic": THREE, "temperature": {}}
+FQL: dict[str, Any] = {"policy": FOUR | {"time": False}, "flow": FOUR, "critic": NORMED}
+TASKS = {
+    "bc": Task({"policy": TWO}, (1.5, 2), (2, 3)),
+    "td3_bc": Task({"policy": TWO, "critic": TWO}, (1.6, 2), (2.2, 3)),
+    "iql": Task({"policy": TWO | LEARNED, "critic": TWO, "value": TWO}, (1.4, 2), (2, 3)),
+    "awac": Task(AWAC, (1.4, 2), (1.8, 3)),
+    "cql": Task(CQL, (3, 5), (3, 5), rows=31 * BATCH, slower=10),
+    "fql": Task(FQL, (1, 2), (1, 2), peer="JAX", slower=10),
+    "rebrac": Task({"policy": FOUR | {"final_scale": 1e-2}, "critic": NORMED}, (1, 2), (1, 2), peer="JAX", slower=10),
+}
+
+
+# ---- ours ----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(1)
+def random_data(state: int, action: int) -> dict[str, Any]:
+    """What a dataset's factory returns: random episodes of 500 steps; every tenth terminates, the others are cut."""
+    episodes = random_episodes(ROWS, state, action).episodes
+    columns = episodes.observations | episodes.columns
+    columns[f"next.{STATE}"] = columns[STATE].roll(-1, 0)
+    columns["reward"] = torch.randn(ROWS, generator=torch.Generator().manual_seed(1))
+    columns["terminated"] = torch.zeros(ROWS, dtype=torch.bool)
+    columns["terminated"][episodes.ends[::10] - 1] = True
+    return build_episodes(columns, episodes.ends, "random", validation=0.0)
+
+
+def our_trainer(name: str, task: Task, spec: dict[str, Any], compiled: bool) -> Any:
+    """The trainer as the script builds it, without the script's hooks; `compiled` as by its --compile."""
+    torch.manual_seed(0)
+    cls: Any = TRAINER_REGISTRY[name]
+    factories = {model: MODEL_BUILDER_REGISTRY[cls.needs[model]](**options) for model, options in task.models.items()}
+    models = nn.ModuleDict({model: factory.build(spec) for model, factory in factories.items()})
+    optimizers = {model: Adam(lr=3e-4).build(module.parameters()) for model, module in models.items()}
+    more = {"spec": spec, "config": cls.Config()} if hasattr(cls, "Config") else {}
+    trainer = cls(models, optimizers, LOSS_BUILDER_REGISTRY["mse"]().build(), **more)
+    if compiled:
+        inductor: Any = importlib.import_module("torch._inductor.config")
+        inductor.fallback_random = True
+        for method in getattr(cls, "compiles", ("losses",)):
+            setattr(trainer, method, torch.compile(getattr(trainer, method)))
+    return trainer
+
+
+def our_steps(name: str, task: Task, compiled: bool) -> tuple[dict[str, Step], int]:
+    """Our updates by name, the compiled one ready for every switch; and how many numbers they learn."""
+    cls: Any = TRAINER_REGISTRY[name]
+    data = random_data(*SIZES[task.peer])
+    data = cls.prepare(data, cls.Config()) if hasattr(cls, "prepare") else data
+    spec = features.describe(data["dataset"][0], data["norm_stats"])
+    normaliser = Normaliser(spec, dict(mode.split("=") for mode in cls.defaults.get("normalise", ())))
+    spec = normaliser.with_ranges(spec)
+    stream = Batches(data["dataset"], BATCH, seed=0).stream(0)
+
+    def step_of(trainer: Any) -> Step:
+        return lambda: trainer.train_step(normaliser(next(stream)))
+
+    trainer = our_trainer(name, task, spec, compiled=False)
+    steps = {name: step_of(trainer)}
+    if compiled:
+        steps[f"{name} compiled"] = step_of(our_trainer(name, task, spec, compiled=True))
+        for switch in SWITCHES:
+            torch.set_float32_matmul_precision(switch)
+            began = time.perf_counter()
+            for _ in range(2):  # the second one moves the policy, too
+                steps[f"{name} compiled"]()
+            seconds = time.perf_counter() - began
+            print(f"{name}: compiled for {switch!r} in {seconds:.0f} s, or found in the cache of earlier runs")
+    return steps, learned(dict(trainer.models.items()))
+
+
+def learned(networks: dict[str, nn.Module]) -> int:
+    """How many numbers the networks learn; targets and single numbers, such as temperatures, are left out."""
+    learning = [network for name, network in networks.items() if "target" not in name]
+    return sum(p.numel() for network in learning for p in network.parameters() if p.ndim)
+
+
+# ---- peers ---------------------------------------------------------------------------------------------------------
+
+
+def corl_parts(name: str, corl: Any) -> tuple[Any, dict[str, nn.Module], dict[str, Any]]:
+    """CORL's trainer, networks and settings from its module."""
+    sizes = state, action = SIZES["CORL"]
+    match name:
+        case "bc":
+            return corl.BC, {"actor": corl.Actor(*sizes, 1.0)}, {"max_action": 1.0}
+        case "td3_bc":
+            critics = {"critic_1": corl.Critic(*sizes), "critic_2": corl.Critic(*sizes)}
+            return corl.TD3_BC, {"actor": corl.Actor(*sizes, 1.0)} | critics, {"max_action": 1.0}
+        case "iql":
+            values = {"q_network": corl.TwinQ(*sizes), "v_network": corl.ValueFunction(state)}
+            return corl.ImplicitQLearning, {"actor": corl.GaussianPolicy(*sizes, 1.0)} | values, {"max_action": 1.0}
+        case "awac":
+            critics = {"critic_1": corl.Critic(*sizes, 256), "critic_2": corl.Critic(*sizes, 256)}
+            return corl.AdvantageWeightedActorCritic, {"actor": corl.Actor(*sizes, 256)} | critics, {}
+    critics = {f"critic_{i}": corl.FullyConnectedQFunction(*sizes, True, n_hidden_layers=3) for i in (1, 2)}
+    settings = {"target_entropy": -float(action), "bc_steps": 0, "cql_n_actions": 10, "cql_alpha": 10.0}
+    return corl.ContinuousCQL, {"actor": corl.TanhGaussianPolicy(*sizes, 1.0)} | critics, settings
+
+
+def corl_step(name: str, checkout: Path) -> tuple[Step, int]:
+    """An update of CORL's own classes; what they import for their environments and logs is left out."""
+    file = "any_percent_bc" if name == "bc" else name
+    spec: Any = importlib.util.spec_from_file_location(file, checkout / "algorithms" / "offline" / f"{file}.py")
+    corl: Any = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, dict.fromkeys(("d4rl", "gym", "pyrallis", "tqdm", "wandb"), mock.MagicMock())):
+        spec.loader.exec_module(corl)
+    torch.manual_seed(0)
+    cls, networks, settings = corl_parts(name, corl)
+    optimizers = {key: torch.optim.Adam(network.parameters(), lr=3e-4) for key, network in networks.items()}
+    named = {f"{key.removesuffix('_network')}_optimizer": optimizer for key, optimizer in optimizers.items()}
+    trainer = cls(**networks, **named, **settings)
+    buffer = corl.ReplayBuffer(*SIZES["CORL"], ROWS)
+    with redirect_stdout(io.StringIO()):
+        buffer.load_d4rl_dataset(as_arrays("CORL"))
+    update = trainer.update if name == "awac" else trainer.train
+    return lambda: update(buffer.sample(BATCH)), learned(networks)
+
+
+def jax_step(name: str, checkout: Path) -> tuple[Step, int]:
+    """An update of the JAX agent, waited for. Raises ImportError where a package is missing."""
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+    sys.path.insert(0, str(checkout.resolve()))
+    jax, agents = importlib.import_module("jax"), importlib.import_module("agents")
+    dataset = importlib.import_module("utils.datasets").Dataset.create(**as_arrays("JAX"))
+    dataset.return_next_actions = name == "rebrac"
+    config = importlib.import_module(f"agents.{name}").get_config()
+    first = dataset.sample(1)
+    agent = agents.agents[name].create(0, first["observations"], first["actions"], config)
+    assert config["batch_size"] == BATCH
+    updates = itertools.count(1)
+
+    def step() -> None:
+        nonlocal agent
+        delayed = {"full_update": next(updates) % config["actor_freq"] == 0} if name == "rebrac" else {}
+        agent, info = agent.update(dataset.sample(BATCH), **delayed)
+        jax.block_until_ready(info)
+
+    parameters = {key: value for key, value in agent.network.params.items() if "target" not in key}
+    return step, sum(leaf.size for leaf in jax.tree_util.tree_leaves(parameters))
+
+
+def as_arrays(peer: str) -> dict[str, Any]:
+    """The random data as the peers take it."""
+    episodes = random_data(*SIZES[peer])["dataset"].episodes
+    columns, states, terminated = episodes.columns, episodes.observations[STATE], episodes.columns["terminated"].float()
+    arrays = {"observations": states[episodes.at], "next_observations": states[episodes.after]}
+    arrays |= {
+        "actions": columns[ACTION],
+        "rewards": columns["reward"],
+        "terminals": terminated,
+        "masks": 1 - terminated,
+    }
+    return {key: array.numpy() for key, array in arrays.items()}
+
+
+def peer_step(name: str, task: Task, args: argparse.Namespace) -> tuple[Step, int] | None:
+    """The peer's update and how many numbers it learns; None where there is no checkout, or JAX is not installed."""
+    if task.peer == "CORL":
+        return corl_step(name, args.corl) if args.corl else None
+    try:
+        return jax_step(name, args.fql) if args.fql else None
+    except ImportError as error:
+        print(f"{name}: its peer is left out ({error}); pip install {PACKAGES}")
+        return None
+
+
+# ---- matrix products -----------------------------------------------------------------------------------------------
+
+
+def forward(widths: tuple[int, ...]) -> int:
+    """Multiplications of a network of these widths for one row."""
+    return sum(i * o for i, o in itertools.pairwise(widths))
+
+
+def learning(widths: tuple[int, ...]) -> int:
+    """Forward, backward to the weights, and backward to the inputs of all layers but the first."""
+    return 3 * forward(widths) - widths[0] * widths[1]
+
+
+def through(widths: tuple[int, ...], inputs: int) -> int:
+    """Forward, and backward to so many of the inputs alone."""
+    return 2 * forward(widths) - (widths[0] - inputs) * widths[1]
+
+
+def needed(name: str, task: Task) -> int:
+    """Floating-point operations of the matrix products that an update needs; delayed ones count by their share."""
+    (state, action), hidden = SIZES[task.peer], task.models["policy"]["hidden_dims"]
+    actor, gaussian, value = (state, *hidden, action), (state, *hidden, 2 * action), (state, *hidden, 1)
+    critic, one_step = (state + action, *hidden, 1), (state + action, *hidden, action)
+    flow = (state + action + 1, *hidden, action)
+    targets, critics, followed = 2 * forward(critic), 2 * learning(critic), through(critic, action)
+    multiplications = {
+        "bc": learning(actor),
+        "td3_bc": forward(actor) + targets + critics + (learning(actor) + followed) / 2,
+        "iql": targets + critics + forward(value) + learning(value) + learning(actor),
+        "awac": forward(actor) + targets + critics + 4 * forward(critic) + learning(actor),
+        "cql": forward(gaussian) + targets + 31 * critics + learning(gaussian) + 2 * followed,
+        "fql": forward(one_step) + targets + critics + 10 * forward(flow) + learning(flow),
+        "rebrac": forward(actor) + targets + critics + (learning(actor) + 2 * followed) / 2,
+    }
+    multiplications["fql"] += learning(one_step) + 2 * followed
+    return int(2 * BATCH * multiplications[name])
+
+
+def product(rows: int, width: int) -> Step:
+    """One matrix product."""
+    a, b, out = torch.randn(rows, width), torch.randn(width, width), torch.empty(rows, width)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def product_share(step: Step, times: int, switch: str) -> tuple[float, float]:
+    """The share of matrix products in the CPU time of a step, and how many steps a second they alone would allow."""
+    torch.set_float32_matmul_precision(switch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(times):
+            with torch.profiler.record_function("step"):  # so that the time between the operations counts
+                step()
+    own = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}  # microseconds
+    products = sum(own.get(key, 0.0) for key in PRODUCTS)
+    return products / sum(own.values()), 1e6 * times / products
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def run(name: str, task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure and print a trainer; returns its comparisons."""
+    steps, ours = our_steps(name, task, args.compile)
+    peer, times = peer_step(name, task, args), max(args.updates // task.slower, 2)
+    if peer:
+        assert peer[1] == ours, f"{name} learns {ours} numbers, its peer {peer[1]}"
+        steps[f"{task.peer} {name}"] = peer[0]
+    flop, width = needed(name, task), task.models["policy"]["hidden_dims"][0]
+    figures: dict[str, Figure] = {}
+    for (label, step), switch in itertools.product(steps.items(), SWITCHES):
+        figures[f"{label}, {switch}"] = repeated(step, times, switch)
+    products: dict[str, Figure] = {}
+    for rows, switch in itertools.product(sorted({BATCH, task.rows}), SWITCHES):
+        calls = max(args.updates * BATCH // rows, 2)
+        step = product(rows, width)
+        products[f"product of {rows} rows, {switch}"] = repeated(step, calls, switch, 2 * rows * width**2)
+    rates = measure(figures | products, args.rounds)
+    print(f"\n{name}: {ours} numbers learned; an update needs {flop / 1e6:.0f} MFLOP of matrix products")
+    print(f"updates/s: median [min..max] of {args.rounds} rounds of {times} updates")
+    for figure in figures:
+        print(f"{figure:42} {spread(rates[figure])}")
+    for figure in products:
+        print(f"{'floor: ' + figure:42} {spread([rate / flop for rate in rates[figure]])}", end="")
+        print(f" at {statistics.median(rates[figure]) / 1e9:.0f} GFLOP/s")
+    for switch in SWITCHES if args.profile else ():
+        share, alone = product_share(steps[name], min(times, 100), switch)
+        print(f"{name}, {switch}: {share:.0%} of the time in matrix products; they alone: {alone:.1f} updates/s")
+    return comparisons(name, task, rates, [label for label in steps if label.startswith(name)]) if peer else []
+
+
+def spread(rates: list[float]) -> str:
+    """Median, least and largest."""
+    return f"{statistics.median(rates):10.1f} [{min(rates):.1f}..{max(rates):.1f}]"
+
+
+def comparisons(name: str, task: Task, rates: dict[str, list[float]], ours: list[str]) -> list[dict[str, Any]]:
+    """Print how many times as fast as the peer ours are; returns the rows."""
+    rows = []
+    for label, (mine, theirs) in itertools.product(ours, PAIRS):
+        goal, beyond = task.same if mine == theirs else task.alone
+        rows.append(compare(rates, f"{label}, {mine}", f"{task.peer} {name}, {theirs}", goal))
+        print(f"  beyond: {beyond:g}x: {'met' if rows[-1]['ratio'] >= beyond else 'missed'}")
+    return rows
+
+
+def merge(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put the comparisons into the file, in the place of those of the same names."""
+    before = json.loads(path.read_text()) if path.exists() else []
+    merged = {row["name"]: row for row in [*before, *rows]}
+    path.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--corl", type=Path, help="checkout of tinkoff-ai/CORL to compare with")
+    parser.add_argument("--fql", type=Path, help=f"checkout of seohongpark/fql to compare with; pip install {PACKAGES}")
+    parser.add_argument("--only", nargs="+", choices=TASKS, help="by default those whose peer is given, or all")
+    parser.add_argument("--json", type=Path, help="file for the comparisons; those not made now stay in it")
+    parser.add_argument("--updates", type=int, default=1000, help="of a figure in each round; the slow ones: a tenth")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true", help="also compiled losses; compiling takes minutes")
+    parser.add_argument("--profile", action="store_true", help="also the share of the matrix products")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    describe_machine("cpu")
+    print(f"load average {os.getloadavg()[0]:.1f}")
+    given = {"CORL": args.corl, "JAX": args.fql}
+    wanted = [name for name, task in TASKS.items() if given[task.peer] or not any(given.values())]
+    for name in args.only or wanted:
+        rows = run(name, TASKS[name], args)
+        if args.json:
+            merge(args.json, rows)
+
+
+if __name__ == "__main__":
+    main()
