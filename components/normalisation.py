@@ -123,6 +123,7 @@ class Normaliser:
 
     def undo(self, key: str, value: Tensor) -> Tensor:
         """Map a normalised tensor of `key` back to its own units."""
+        key = self.like.get(key, key)
         return value * self.scale[key] + self.offset[key] if key in self.modes else value
 
 

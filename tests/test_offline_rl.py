@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,14 @@ import torch
 from torch import nn
 
 import toy
-from components import MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, load_policy, report
+from components import MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, compiled, load_policy, matmul, report
 from components.command_line import options_of
 from components.curves import diverging, read_lines
 from components.datasets.episodes import build_episodes
 from components.datasets.gymnasium import GymnasiumRollouts
 from components.datasets.metaworld import MetaWorldDemonstrations
 from components.datasets.transitions import transitions
+from components.envs.ogbench import OGBenchEnv
 from components.features import build_models, describe, seen_by
 from components.normalisation import Normaliser
 from components.optimizers import Adam
@@ -348,3 +350,101 @@ def test_the_report_marks_values_that_rewards_do_not_allow(script: Script, capsy
         file.write(json.dumps(lines[-1] | {"step": 25, "train/q": -2.1 * bound}) + "\n")
     report.main([str(run), "--out", str(run / "report.png")])
     assert "DIVERGING: q reaches -" in capsys.readouterr().out
+
+
+# ---- faster --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("medium", "error", "chosen"),
+    [(200.0, 5e-5, "medium"), (105.0, 5e-5, "highest"), (400.0, 0.2, "highest")],
+    ids=["faster", "not worth it", "no float32"],
+)
+def test_matmul_auto_takes_what_is_faster_and_still_float32(
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    medium: float,
+    error: float,
+    chosen: str,
+) -> None:
+    """What it chooses is said and recorded, and a resumed run keeps it, whatever a probe would say then."""
+    found = {"highest": (100.0, 2e-5), "medium": (medium, error)}
+    monkeypatch.setattr(matmul, "probe", lambda: found[torch.get_float32_matmul_precision()])
+    try:
+        run = script(*toy.TRAINERS["iql"], *TINY, "--matmul", "auto")
+        assert torch.get_float32_matmul_precision() == chosen
+        assert f"matrix products: '{chosen}' (highest 100 GFLOP/s with error 2e-05, medium " in capsys.readouterr().out
+        torch.set_float32_matmul_precision("highest")
+        monkeypatch.setattr(matmul, "probe", None)
+        script("--resume", run, "--steps", 8)
+        assert torch.get_float32_matmul_precision() == chosen
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_probe_measures_a_product_of_this_machine() -> None:
+    rate, error = matmul.probe()
+    assert 0.1 < rate < 1e5 and 1e-7 < error < matmul.WORST
+    before = torch.get_float32_matmul_precision()
+    assert matmul.choose("default", None, torch.device("cpu")) == "" and torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.001, "pays from step"), (0.01, "gains nothing here")])
+def test_compiling_says_from_which_step_on_it_pays(monkeypatch: pytest.MonkeyPatch, seconds: float, said: str) -> None:
+    """With a stand-in for the compiled method, which takes so long; nothing else changes."""
+    trainer, _ = trained("td3_bc", METHODS["td3_bc"], 1, chain())
+    data = TRAINER_REGISTRY["td3_bc"].prepare(chain(), trainer.config)["dataset"].get_batch(torch.arange(8))
+    before = {key: value.clone() for key, value in trainer.models.state_dict().items()}
+    state = torch.get_rng_state()
+
+    def taking(time_taken: float) -> Callable[..., Any]:
+        def loss(*arguments: Any) -> Any:
+            time.sleep(time_taken)
+            torch.randn(3)
+            return sum(p.sum() for p in trainer.models["critic"].parameters()), {}
+
+        return loss
+
+    monkeypatch.setattr(type(trainer), "critic_loss", taking(0.005))
+    trainer.critic_loss = taking(seconds)
+    assert said in compiled.break_even(trainer, ["critic_loss"], data, trainer.models)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in trainer.models.state_dict().items())
+    assert all(parameter.grad is None for parameter in trainer.models.parameters())
+
+
+# ---- OGBench's environments ----------------------------------------------------------------------------------------
+
+
+def test_ogbench_plays_its_tasks_in_turn_and_shows_the_goal() -> None:
+    """Where it is installed: pip install ogbench "mujoco==3.3.0"."""
+    pytest.importorskip("ogbench")
+    envs = OGBenchEnv(id="pointmaze-medium-v0", max_episode_steps=20).build(5, 0)
+    first, _ = envs.reset(seed=[0, 1, 2, 3, 4])
+    torch.manual_seed(3)
+    np.random.seed(3)
+    again, _ = envs.reset(seed=[0, 1, 2, 3, 4])
+    assert all(np.array_equal(first[key], again[key]) for key in ("observation", "goal"))
+    goals = {tuple(goal.round().tolist()) for goal in first["goal"]}
+    assert len(goals) == 5  # a task each
+    for _ in range(20):
+        observation, _, _, truncated, info = envs.step(np.zeros((5, 2), np.float32))
+    assert truncated.all() and set(observation) == {"observation", "goal"} and "success" in info["final_info"]
+    with pytest.raises(UserError, match="--env.id pointmaze-nowhere-v0: no environment of ogbench; nearest"):
+        OGBenchEnv(id="pointmaze-nowhere-v0").build(1, 0)
+
+
+def test_a_hierarchy_is_evaluated_in_ogbench(script: Script) -> None:
+    pytest.importorskip("ogbench")
+    small = [word for word in toy.TRAINERS["hiql"] if word not in toy.GOALS]
+    data = ("--dataset", "ogbench", "--dataset.path", MAZE, "--batch-size", 16, "--env.max-episode-steps", 10)
+    run = script(*small, *data, "--steps", 3, "--eval-episodes", 5)
+    line = read_lines(run / "eval.jsonl")[-1]
+    assert line["env"]["id"] == "pointmaze-medium-v0" and line["success_rate"] is not None
+    policy = load_policy(run)
+    zeros = np.zeros(2, np.float32)
+    action = policy.act({"observation.state": zeros, "observation.goal": zeros})
+    assert action.shape == (2,)
+    with pytest.raises(UserError, match="the policy needs the observation 'observation.goal'"):
+        policy.act({"observation.state": zeros})

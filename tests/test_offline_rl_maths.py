@@ -467,7 +467,7 @@ CASES = {
         (*USUAL, "next.action"),
     ),
     "awac": Case("awac", relu, AWAC),
-    "awac-n_step": Case("awac", relu, AWAC, {"temperature": 0.015}, N_STEP),
+    "awac-n_step": Case("awac", relu, AWAC, {"temperature": 0.008}, N_STEP),
     "iql": Case("iql", relu, IQL),
     "iql-n_step": Case("iql", relu, IQL, {"temperature": 30.0, "expectile": 0.9}, N_STEP),
     "cql": Case("cql", relu, CQL, {"actions": 4}),
@@ -546,18 +546,28 @@ def test_each_loss_moves_its_own_networks_alone(name: str) -> None:
             assert float((mine - theirs).abs().max()) < 1e-5 * max(1.0, float(theirs.abs().max())), key
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.trainer in IN_TURN])
+def test_losses_that_take_turns_move_their_own_network_alone(name: str) -> None:
+    for method, own in (("critic_loss", "critic"), ("actor_loss", "policy")):
+        trainer, data, *_ = CASES[name].build()
+        getattr(trainer, method)(data)[0].backward()
+        for key, model in trainer.models.items():
+            assert all((p.grad is not None) == (key == own) for p in model.parameters()), (method, key)
+
+
 @pytest.mark.parametrize("name", ["awac-n_step", "iql-n_step", "gciql-awr", "hiql"])
 def test_weights_of_the_regression_are_cut_at_100(name: str) -> None:
     trainer, data, *_ = CASES[name].build()
+    torch.manual_seed(7)
     metrics = trainer.losses(data)[1]
-    for key in {"weight", "high_weight"} & {name.removesuffix("_max") for name in metrics}:
+    for key in ("weight", "high_weight") if name == "hiql" else ("weight",):
         assert float(metrics[f"{key}_max"]) == 100 and float(metrics[f"{key}_min"]) < 1
 
 
 @pytest.mark.parametrize("name", ["fql", "ifql", "qc-best_of_n", "hiql"])
 def test_what_acts_against_the_reference(name: str) -> None:
     trainer, data, ref, numbers = CASES[name].build()
-    policy, s, g = trainer.policy(), numbers[STATE], numbers.get(GOAL)
+    policy, s = trainer.policy(), numbers[STATE]
     noise = torch.randn(B, *getattr(policy, "noise_shape", (0,)))
     z = noise.double()
     match name:
@@ -568,7 +578,7 @@ def test_what_acts_against_the_reference(name: str) -> None:
         case "qc-best_of_n":
             expected = best_of(ref, "flow", s, z.flatten(2), "mean").view(B, CHUNK, DA)
         case _:
-            expected = ref.net("policy", of_length(ref.net("high", g, s)), s)
+            expected = ref.net("policy", of_length(ref.net("high", numbers[GOAL], s)), s)
     assert torch.allclose(policy(data | {"noise": noise}).double(), expected, atol=1e-5)
 
 
@@ -661,7 +671,7 @@ def rows(dataset: Any) -> dict[int, dict[str, Any]]:
 @pytest.mark.parametrize("known", [True, False])
 def test_windows_by_hand(known: bool, chunk: int) -> None:
     """Three steps of rewards, or a chunk of three actions: both end with the episode."""
-    options = {"chunk": 3} if chunk > 1 else {"n_step": 3}
+    options: Any = {"chunk": 3} if chunk > 1 else {"n_step": 3}
     found = rows(Transitions(three_episodes(known)["dataset"], "test", discount=0.5, **options))
     wanted = ("reward", "discount", "terminated", THEN)
     assert {t: tuple(row[key] for key in wanted) for t, row in found.items()} == {
@@ -686,8 +696,9 @@ def test_single_transitions_by_hand() -> None:
 
 def test_returns_to_go_by_hand() -> None:
     """A terminated step ends a return, even inside an episode; truncation ends it without more to come."""
-    rewards, terminated = torch.tensor(REWARDS).float(), (torch.arange(12) % 6) == 3
-    assert returns_to_go(rewards, terminated, torch.tensor([4, 8, 12]), 0.5).tolist() == TO_GO
+    terminated = torch.zeros(12, dtype=torch.bool)
+    terminated[[3, 9]] = True
+    assert returns_to_go(torch.tensor(REWARDS).float(), terminated, torch.tensor([4, 8, 12]), 0.5).tolist() == TO_GO
     for known in (True, False):
         data = transitions(three_episodes(known), "test", discount=0.5, to_go=True)
         found = rows(data["dataset"])

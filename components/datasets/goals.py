@@ -50,7 +50,8 @@ class GoalTransitions(Dataset):
 
     Items: observation.state `[Ds]`, next.observation.state, action `[Da]`, and observation.goal `[Ds]`, where the actor
     shall go. With `value`, also value_goal `[Ds]`, and reward and terminated on the way there. With `subgoal_steps`,
-    also subgoal, the state so many steps later, and high_target, the same but not beyond the actor's goal.
+    also subgoal, the state so many steps later, and high_target, which is the same, or the actor's goal where that lies
+    ahead and nearer.
 
     Args:
         source: The episodes.

@@ -154,10 +154,11 @@ class OGBenchDataset(Reader):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of spaces and of a display that nothing is drawn on
             env = make(name)
-        try:
-            relabel_dataset(name, env, state)
-        except (KeyError, ValueError, IndexError) as error:
-            raise UserError(f"{path}: it lacks what {name!r} is judged by ({type(error).__name__}: {error})") from error
-        finally:
-            env.close()
+            try:
+                relabel_dataset(name, env, state)
+            except (KeyError, ValueError, IndexError) as error:
+                lacks = f"it lacks what {name!r} is judged by ({type(error).__name__}: {error})"
+                raise UserError(f"{path}: {lacks}") from error
+            finally:
+                env.close()
         return {"reward": as_tensor(state["rewards"]), "terminated": torch.from_numpy(state["masks"] == 0)}

@@ -150,7 +150,7 @@ class Transitions(Table):
                 f" steps; set it to {shortest} or less, or leave short episodes out"
             )
         if next_action:  # after a terminated step it counts for nothing
-            kept = (rows < last) | terminated[rows]
+            kept = (rows < source.last[rows]) | terminated[rows]
             rows, last = rows[kept], last[kept]
         steps = rows[:, None] + torch.arange(max(n_step, chunk))  # [n, k]
         window = torch.minimum(steps, last[:, None])
@@ -166,7 +166,7 @@ class Transitions(Table):
             columns["action"] = action[torch.minimum(steps, final[:, None])]
             columns |= {"action_is_pad": padded, "complete": ~padded[:, -1] | terminated[final]}
         if next_action:
-            columns["next.action"] = action[torch.minimum(rows + 1, last)]
+            columns["next.action"] = action[torch.minimum(rows + 1, source.last[rows])]
         if to_go:
             columns["return_to_go"] = returns_to_go(data.columns["reward"], terminated, data.ends, discount)[rows]
         super().__init__(columns)

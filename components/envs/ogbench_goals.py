@@ -1,9 +1,13 @@
 """What OGBench's environments lack: the goal in the observation, and episodes that their seed alone fixes."""
 
+import warnings
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+
+# Some environments make their spaces anew, with this warning, whenever they are asked for them.
+warnings.filterwarnings("ignore", message=".*precision lowered by casting", category=UserWarning)
 
 
 class GoalInObservation(gym.Wrapper):

@@ -54,5 +54,5 @@ class FlatField(nn.Module):
     def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         parts = [condition, x.flatten(1)]
         if self.takes_time:
-            parts.append(time.expand(len(x))[:, None])
+            parts.append(time.expand(x.shape[0])[:, None])  # len would not stay symbolic in an export
         return self.net(torch.cat(parts, dim=1)).view_as(x)

@@ -189,4 +189,4 @@ class Hierarchy(nn.Module):
         self.high, self.low = high, low
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.low({STATE: batch[STATE], GOAL: to_length(self.high(batch))})
+        return self.low({STATE: batch[STATE], GOAL: to_length(self.high(batch))}).clamp(-1, 1)

@@ -163,10 +163,12 @@ class BestOfN(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         noise = batch["noise"]  # [B, N, (Ta,) Da]
-        repeated = {k: v.repeat_interleave(noise.shape[1], 0) for k, v in batch.items() if k.startswith("observation.")}
-        sampler = FlowSampler(nn.Identity(), self.flow, tuple(noise.shape[2:]))
+        several, shape = noise.shape[1], tuple(noise.shape[2:])
+        observation = {key: value for key, value in batch.items() if key.startswith("observation.")}
+        repeated = {k: v[:, None].expand(-1, several, *v.shape[1:]).flatten(0, 1) for k, v in observation.items()}
+        sampler = FlowSampler(nn.Identity(), self.flow, shape)
         sampler.sampling_steps = self.flow_steps
-        action = sampler({**repeated, "noise": noise.flatten(0, 1)}).view_as(noise).clamp(-1, 1)
+        action = sampler({**repeated, "noise": noise.flatten(0, 1)}).unflatten(0, (-1, several)).clamp(-1, 1)
         q = self.critic(batch, action, several=True)  # [E, B, N]
         best = (q.amin(0) if self.aggregate == "min" else q.mean(0)).argmax(1)  # [B]
-        return action[torch.arange(len(action), device=action.device), best]
+        return action.gather(1, best.view(-1, *[1] * (noise.ndim - 1)).expand(-1, 1, *shape)).squeeze(1)

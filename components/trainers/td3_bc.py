@@ -9,7 +9,8 @@ mark targets and successors:
     J_pi = E [-lambda Q_1(s, pi(s)) + (pi(s) - a)^2]                             eq. 3
     lambda = alpha / mean |Q_1|                                                  eq. 5
 
-Policy and targets move with every second step of the critics. States are normalised to mean 0 and deviation 1 (eq. 4).
+Squares of actions are means over their dimensions, as in the authors' code. Policy and targets move with every second
+step of the critics. States are normalised to mean 0 and deviation 1 (eq. 4).
 
 Deviations: the mean in lambda is over Q_1(s, pi(s)), as in the authors' code, where eq. 5 has the data's actions; a
 constant state feature keeps its scale, where eq. 4 adds 0.001 to every deviation.
