@@ -466,9 +466,11 @@ def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, devic
         if args.compile:
             if not callable(getattr(trainer, "losses", None)):
                 raise UserError("--compile needs a trainer with losses(data)")
-            import torch._inductor.config as inductor  # which takes its time to import
+            import torch._functorch.config as functorch  # which take their time to import
+            import torch._inductor.config as inductor
 
             inductor.fallback_random = True  # what is drawn is what would be drawn without --compile
+            functorch.cse = False  # it takes two draws of `randn_like` of one tensor for the same
             for name in compiles(trainer):
                 setattr(trainer, name, torch.compile(getattr(trainer, name)))
     return trainer, protocols.accepted(trainer.train_step, protocols.LOOP_PASSES)

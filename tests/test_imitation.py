@@ -297,6 +297,7 @@ def two_routes(rows: int) -> dict[str, Tensor]:
     return {"observation.state": start, "action": path[:, :, None]}
 
 
+SLOW = pytest.mark.slow
 ROUTES = {
     "observation.state": {"shape": (1,), "dtype": "float32"},
     "action": {"shape": (8, 1), "dtype": "float32"},
@@ -310,8 +311,8 @@ ROUTES = {
         ("bc", "mse", MODEL_BUILDER_REGISTRY["mlp"](hidden_dims=(64, 64)), False),
         ("bc", "nll", MODEL_BUILDER_REGISTRY["mlp"](hidden_dims=(64, 64), head="mixture"), True),
         ("bc", "nll", MODEL_BUILDER_REGISTRY["mlp"](hidden_dims=(64, 64), head="gaussian"), False),
-        ("diffusion", "mse", MODEL_BUILDER_REGISTRY["unet1d"](channels=(32, 64)), True),
-        ("flow", "mse", MODEL_BUILDER_REGISTRY["unet1d"](channels=(32, 64)), True),
+        pytest.param("diffusion", "mse", MODEL_BUILDER_REGISTRY["unet1d"](channels=(32, 64)), True, marks=SLOW),
+        pytest.param("flow", "mse", MODEL_BUILDER_REGISTRY["unet1d"](channels=(32, 64)), True, marks=SLOW),
         ("flow", "mse", MODEL_BUILDER_REGISTRY["dit"](width=32, layers=2), True),
     ],
 )

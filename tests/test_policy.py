@@ -361,17 +361,16 @@ EXPORTED: dict[str, tuple[object, ...]] = {
     "diffusion": (*toy.TRAINERS["diffusion"], *DENOISER, "--policy.sampler", "ddpm"),
     "flow": (*toy.TRAINERS["flow"], *DENOISER, "--policy.sampler", "midpoint"),
     "td3_bc": toy.TRAINERS["td3_bc"],  # actions of another scale
-    "cql": toy.TRAINERS["cql"],
     "fql": toy.TRAINERS["fql"],
-    "ifql": (*toy.TRAINERS["ifql"], "--trainer.candidates", 3, "--trainer.flow-steps", 2),
-    "qc": toy.TRAINERS["qc"],
+    "qc": (*toy.TRAINERS["qc"], "--trainer.method", "best_of_n", "--trainer.flow-steps", 2),
     "hiql": toy.TRAINERS["hiql"],  # with goals
 }
 
 
 def test_exported_policies_are_equal_and_need_torch_alone(script: Callable[..., Path], tmp_path: Path) -> None:
     """Every kind of acting module; batches of another size than the one that was traced."""
-    assert set(EXPORTED) >= {name for name in toy.TRAINERS if hasattr(TRAINER_REGISTRY[name], "policy")}
+    own = {name for name in toy.TRAINERS if hasattr(TRAINER_REGISTRY[name], "policy")}
+    assert set(EXPORTED) >= own - {"ifql"}  # the best of N, as qc's
     runs = {name: script(*options, "--steps", 2, folder=name) for name, options in EXPORTED.items()}
     files = {name: run / "policy" / "policy.pt2" for name, run in runs.items()}
     assert all(export.main([str(run)]) == 0 for run in runs.values())

@@ -112,7 +112,8 @@ def our_trainer(name: str, task: Task, spec: dict[str, Any], compiled: bool) -> 
     trainer = cls(models, optimizers, LOSS_BUILDER_REGISTRY["mse"]().build(), **more)
     if compiled:
         inductor: Any = importlib.import_module("torch._inductor.config")
-        inductor.fallback_random = True
+        functorch: Any = importlib.import_module("torch._functorch.config")
+        inductor.fallback_random, functorch.cse = True, False  # as the script does
         for method in getattr(cls, "compiles", ("losses",)):
             setattr(trainer, method, torch.compile(getattr(trainer, method)))
     return trainer
