@@ -144,7 +144,7 @@ def test_memory_stays_flat_over_ten_thousand_batches(tmp_path: Path, name: str, 
         me = psutil.Process()
         return sum(process.memory_full_info().pss for process in (me, *me.children(recursive=True)))
 
-    with closing(Batches(dataset, 1, seed=0, workers=1).stream(0)) as stream:
+    with closing(Batches(dataset, 1, seed=0, workers=2).stream(0)) as stream:
         for number, _ in zip(range(10_000), stream, strict=False):
             if number == 1000:
                 gc.collect()
