@@ -9,7 +9,25 @@ from torch.func import functional_call
 
 from .errors import UserError
 
+# What suits all offline trainers; each adds what is its own. The papers train for 1M steps.
+OFFLINE_RL: dict[str, Any] = {
+    "loss": "mse",
+    "optimizer": "adam",
+    "optimizer.lr": 3e-4,
+    "normalise": ("action=scale", "observation=none"),
+    "dataset.validation": 0.0,
+    "steps": 100_000,
+    "batch-size": 256,
+    "eval-every": 10_000,
+    "save-every": 10_000,
+}
 TOLERANCE = 1e-3  # by which an action may leave [-1, 1]: float32, and quantised recordings
+
+
+def bootstrapped(data: dict[str, Any], following: Tensor, discount: float) -> Tensor:
+    """r + gamma (1 - terminated) following, `[B]`; gamma^n where the batch sums the rewards of n steps."""
+    factor = data.get("discount", discount)
+    return data["reward"] + factor * (1 - data["terminated"].float()) * following
 
 
 def expectile_loss(difference: Tensor, expectile: float, advantage: Tensor | None = None) -> Tensor:

@@ -24,7 +24,9 @@ from torch.optim import Optimizer
 from ..datasets.transitions import transitions
 from ..optimizers import update
 from ..value_learning import (
+    OFFLINE_RL,
     advantage_weight,
+    bootstrapped,
     check_actions,
     check_rates,
     check_transitions,
@@ -38,20 +40,11 @@ class AWAC:
     """Advantage-weighted actor-critic on single transitions or n-step returns."""
 
     needs = {"policy": "actor", "critic": "q_ensemble"}
-    defaults = {
-        "loss": "mse",
-        "optimizer": "adam",
-        "optimizer.lr": 3e-4,
+    defaults: dict[str, Any] = OFFLINE_RL | {
         "model.std": "learned",
         "model.squash": "none",
         "model.hidden-dims": (256, 256, 256),
         "model.critic.hidden-dims": (256, 256, 256),
-        "normalise": ("action=scale", "observation=none"),
-        "dataset.validation": 0.0,
-        "steps": 100_000,
-        "batch-size": 256,
-        "eval-every": 10_000,
-        "save-every": 10_000,
     }
     compiles = ("critic_loss", "actor_loss")
 
@@ -95,8 +88,7 @@ class AWAC:
         with torch.no_grad():
             action = self.models["policy"].sample(data, prefix="next.")  # [B, Da]
             following = self.models["target_critic"](data, action, prefix="next.").amin(0)  # [B]
-            discount = data.get("discount", self.config.discount)  # gamma^n where the rewards of n steps are summed
-            y = data["reward"] + discount * (1 - data["terminated"].float()) * following
+            y = bootstrapped(data, following, self.config.discount)
         q = self.models["critic"](data, data["action"])  # [E, B]
         loss = len(q) * self.loss(q, y.expand_as(q))  # the sum over critics
         return loss, {"critic_loss": loss.detach()} | summary("q", q) | data_summary(data)

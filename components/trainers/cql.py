@@ -29,26 +29,27 @@ from torch.optim import Optimizer
 
 from ..datasets.transitions import transitions
 from ..optimizers import update
-from ..value_learning import check_actions, check_rates, check_transitions, data_summary, follow, frozen, summary
+from ..value_learning import (
+    OFFLINE_RL,
+    bootstrapped,
+    check_actions,
+    check_rates,
+    check_transitions,
+    data_summary,
+    follow,
+    frozen,
+    summary,
+)
 
 
 class CQL:
     """Conservative Q-learning on single transitions or n-step returns, calibrated or not."""
 
     needs = {"policy": "tanh_gaussian", "critic": "q_ensemble", "temperature": "temperature"}
-    defaults = {
-        "loss": "mse",
-        "optimizer": "adam",
-        "optimizer.lr": 3e-4,
+    defaults: dict[str, Any] = OFFLINE_RL | {
         "optimizer.lr-scale": ("policy=0.1", "temperature=0.1"),
         "model.hidden-dims": (256, 256, 256),
         "model.critic.hidden-dims": (256, 256, 256),
-        "normalise": ("action=scale", "observation=none"),
-        "dataset.validation": 0.0,
-        "steps": 100_000,
-        "batch-size": 256,
-        "eval-every": 10_000,
-        "save-every": 10_000,
     }
 
     @dataclass(frozen=True)
@@ -107,8 +108,7 @@ class CQL:
         with torch.no_grad():
             action, _ = policy.sample(data, prefix="next.")  # [B, Da]
             following = self.models["target_critic"](data, action, prefix="next.").amin(0)  # [B]
-            discount = data.get("discount", self.config.discount)  # gamma^n where the rewards of n steps are summed
-            y = data["reward"] + discount * (1 - data["terminated"].float()) * following
+            y = bootstrapped(data, following, self.config.discount)
             uniform = 2 * torch.rand_like(data["action"][:, None].expand(-1, n, -1)) - 1  # [B, n, Da]
             here, here_log_prob = policy.sample(data, several=n)  # [B, n, Da], [B, n]
             there, there_log_prob = policy.sample(data, prefix="next.", several=n)

@@ -28,6 +28,8 @@ from ..models.fitting import check_chunks
 from ..optimizers import update
 from ..parallel import global_mean
 from ..value_learning import (
+    OFFLINE_RL,
+    bootstrapped,
     check_actions,
     check_rates,
     check_transitions,
@@ -46,20 +48,11 @@ class FQL:
     """Flow Q-learning on single transitions or n-step returns."""
 
     needs = {"policy": "vector_field", "flow": "vector_field", "critic": "q_ensemble"}
-    defaults = {
-        "loss": "mse",
-        "optimizer": "adam",
-        "optimizer.lr": 3e-4,
+    defaults: dict[str, Any] = OFFLINE_RL | {
         "model.time": False,
         "model.critic.hidden-dims": WIDE,
         "model.critic.activation": "gelu",
         "model.critic.layer-norm": True,
-        "normalise": ("action=scale", "observation=none"),
-        "dataset.validation": 0.0,
-        "steps": 100_000,
-        "batch-size": 256,
-        "eval-every": 10_000,
-        "save-every": 10_000,
     }
 
     @dataclass(frozen=True)
@@ -113,8 +106,7 @@ class FQL:
             action = one_step(self.models["policy"], successors(data), noise).clamp(-1, 1)  # [B, Da]
             following = self.models["target_critic"](data, action, prefix="next.")  # [E, B]
             following = following.amin(0) if self.config.aggregate == "min" else following.mean(0)
-            discount = data.get("discount", self.config.discount)  # gamma^n where the rewards of n steps are summed
-            y = data["reward"] + discount * (1 - data["terminated"].float()) * following
+            y = bootstrapped(data, following, self.config.discount)
         q = self.models["critic"](data, data["action"])  # [E, B]
         loss = len(q) * self.loss(q, y.expand_as(q))  # the sum over critics
         return loss, {"critic_loss": loss.detach()} | summary("q", q) | data_summary(data)

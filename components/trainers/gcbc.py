@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..datasets.goals import GoalSampling, goal_transitions
 from ..optimizers import update
-from ..value_learning import check_rates
+from ..value_learning import OFFLINE_RL, check_rates
 
 GOAL_ACTOR: dict[str, Any] = {"model.hidden-dims": (512, 512, 512), "model.activation": "gelu", "model.squash": "none"}
 GOAL_ACTOR |= {"model.final-scale": 1e-2}  # the network of all goal-conditioned policies
@@ -23,18 +23,10 @@ class GCBC:
     """Goal-conditioned behaviour cloning."""
 
     needs = {"policy": "actor"}
-    defaults = {
+    defaults: dict[str, Any] = OFFLINE_RL | {
         "dataset": "ogbench",
-        "loss": "mse",
-        "optimizer": "adam",
-        "optimizer.lr": 3e-4,
         **GOAL_ACTOR,
-        "normalise": ("action=scale", "observation=none"),
-        "dataset.validation": 0.0,
-        "steps": 100_000,
         "batch-size": 1024,
-        "eval-every": 10_000,
-        "save-every": 10_000,
     }
 
     @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from ..datasets.goals import GOAL, GoalSampling, goal_transitions
 from ..optimizers import update
 from ..parallel import global_mean
 from ..value_learning import (
+    OFFLINE_RL,
     advantage_weight,
+    bootstrapped,
     check_actions,
     check_rates,
     data_summary,
@@ -40,21 +42,13 @@ class GCIQL:
     """Goal-conditioned implicit Q-learning."""
 
     needs = {"policy": "actor", "critic": "q_ensemble", "value": "v_ensemble"}
-    defaults = {
+    defaults: dict[str, Any] = OFFLINE_RL | {
         "dataset": "ogbench",
-        "loss": "mse",
-        "optimizer": "adam",
-        "optimizer.lr": 3e-4,
         **GOAL_ACTOR,
         **{f"model.{name}.hidden-dims": (512, 512, 512) for name in ("critic", "value")},
         **{f"model.{name}.activation": "gelu" for name in ("critic", "value")},
         **{f"model.{name}.layer-norm": True for name in ("critic", "value")},
-        "normalise": ("action=scale", "observation=none"),
-        "dataset.validation": 0.0,
-        "steps": 100_000,
         "batch-size": 1024,
-        "eval-every": 10_000,
-        "save-every": 10_000,
     }
 
     @dataclass(frozen=True)
@@ -113,7 +107,7 @@ class GCIQL:
         with torch.no_grad():
             target = self.models["target_critic"](data, data["action"]).amin(0)  # [B]
             following = self.models["value"](data, prefix="next.").squeeze(0)  # [B]
-            y = data["reward"] + self.config.discount * (1 - data["terminated"].float()) * following
+            y = bootstrapped(data, following, self.config.discount)
         v = self.models["value"](data).squeeze(0)  # [B]
         q = self.models["critic"](data, data["action"])  # [E, B]
         value_loss = expectile_loss(target - v, self.config.expectile)

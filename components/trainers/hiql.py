@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from ..datasets.goals import GOAL, GoalSampling, goal_transitions
 from ..optimizers import update
-from ..value_learning import advantage_weight, check_rates, data_summary, expectile_loss, follow, summary
+from ..value_learning import OFFLINE_RL, advantage_weight, check_rates, data_summary, expectile_loss, follow, summary
 from .gcbc import GOAL_ACTOR
 
 STATE = "observation.state"
@@ -35,11 +35,8 @@ class HIQL:
     """Hierarchical implicit Q-learning."""
 
     needs = {"policy": "actor", "high": "actor", "value": "v_ensemble", "representation": "actor"}
-    defaults = {
+    defaults: dict[str, Any] = OFFLINE_RL | {
         "dataset": "ogbench",
-        "loss": "mse",
-        "optimizer": "adam",
-        "optimizer.lr": 3e-4,
         **GOAL_ACTOR,
         **{key.replace("model.", "model.high."): value for key, value in GOAL_ACTOR.items()},
         "model.value.members": 2,
@@ -47,12 +44,7 @@ class HIQL:
         **{f"model.{name}.hidden-dims": (512, 512, 512) for name in ("value", "representation")},
         **{f"model.{name}.activation": "gelu" for name in ("value", "representation")},
         **{f"model.{name}.layer-norm": True for name in ("value", "representation")},
-        "normalise": ("action=scale", "observation=none"),
-        "dataset.validation": 0.0,
-        "steps": 100_000,
         "batch-size": 1024,
-        "eval-every": 10_000,
-        "save-every": 10_000,
     }
 
     @dataclass(frozen=True)

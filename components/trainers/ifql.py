@@ -24,6 +24,8 @@ from ..datasets.transitions import transitions
 from ..models.fitting import check_chunks
 from ..optimizers import update
 from ..value_learning import (
+    OFFLINE_RL,
+    bootstrapped,
     check_actions,
     check_rates,
     check_transitions,
@@ -40,19 +42,10 @@ class IFQL:
     """Implicit flow Q-learning on single transitions or n-step returns."""
 
     needs = {"policy": "vector_field", "critic": "q_ensemble", "value": "v_ensemble"}
-    defaults = {
-        "loss": "mse",
-        "optimizer": "adam",
-        "optimizer.lr": 3e-4,
+    defaults: dict[str, Any] = OFFLINE_RL | {
         **{f"model.{name}.hidden-dims": WIDE for name in ("critic", "value")},
         **{f"model.{name}.activation": "gelu" for name in ("critic", "value")},
         **{f"model.{name}.layer-norm": True for name in ("critic", "value")},
-        "normalise": ("action=scale", "observation=none"),
-        "dataset.validation": 0.0,
-        "steps": 100_000,
-        "batch-size": 256,
-        "eval-every": 10_000,
-        "save-every": 10_000,
     }
 
     @dataclass(frozen=True)
@@ -109,8 +102,7 @@ class IFQL:
         """J_Q."""
         with torch.no_grad():
             following = self.models["value"](data, prefix="next.").squeeze(0)  # [B]
-            discount = data.get("discount", self.config.discount)  # gamma^n where the rewards of n steps are summed
-            y = data["reward"] + discount * (1 - data["terminated"].float()) * following
+            y = bootstrapped(data, following, self.config.discount)
         q = self.models["critic"](data, data["action"])  # [E, B]
         loss = len(q) * self.loss(q, y.expand_as(q))  # the sum over critics
         return loss, {"critic_loss": loss.detach()} | summary("q", q)

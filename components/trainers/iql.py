@@ -24,7 +24,9 @@ from torch.optim import Optimizer
 from ..datasets.transitions import transitions
 from ..optimizers import update
 from ..value_learning import (
+    OFFLINE_RL,
     advantage_weight,
+    bootstrapped,
     check_actions,
     check_rates,
     check_transitions,
@@ -39,17 +41,8 @@ class IQL:
     """Implicit Q-learning on single transitions or n-step returns."""
 
     needs = {"policy": "actor", "critic": "q_ensemble", "value": "v_ensemble"}
-    defaults = {
-        "loss": "mse",
-        "optimizer": "adam",
-        "optimizer.lr": 3e-4,
+    defaults: dict[str, Any] = OFFLINE_RL | {
         "model.std": "learned",
-        "normalise": ("action=scale", "observation=none"),
-        "dataset.validation": 0.0,
-        "steps": 100_000,
-        "batch-size": 256,
-        "eval-every": 10_000,
-        "save-every": 10_000,
     }
 
     @dataclass(frozen=True)
@@ -101,8 +94,7 @@ class IQL:
         """J_Q."""
         with torch.no_grad():
             following = self.models["value"](data, prefix="next.").squeeze(0)  # [B]
-            discount = data.get("discount", self.config.discount)  # gamma^n where the rewards of n steps are summed
-            y = data["reward"] + discount * (1 - data["terminated"].float()) * following
+            y = bootstrapped(data, following, self.config.discount)
         q = self.models["critic"](data, data["action"])  # [E, B]
         loss = len(q) * self.loss(q, y.expand_as(q))  # the sum over critics
         return loss, {"critic_loss": loss.detach()} | summary("q", q)

@@ -30,6 +30,8 @@ from ..losses import zero_padding
 from ..models.fitting import check_chunks
 from ..optimizers import update
 from ..value_learning import (
+    OFFLINE_RL,
+    bootstrapped,
     check_actions,
     check_rates,
     check_transitions,
@@ -48,20 +50,11 @@ class QC:
     """Q-chunking with FQL or with the best of N chunks."""
 
     needs = {"policy": "vector_field", "flow": "vector_field", "critic": "q_ensemble"}
-    defaults = {
-        "loss": "mse",
-        "optimizer": "adam",
-        "optimizer.lr": 3e-4,
+    defaults: dict[str, Any] = OFFLINE_RL | {
         "model.time": False,
         "model.critic.hidden-dims": WIDE,
         "model.critic.activation": "gelu",
         "model.critic.layer-norm": True,
-        "normalise": ("action=scale", "observation=none"),
-        "dataset.validation": 0.0,
-        "steps": 100_000,
-        "batch-size": 256,
-        "eval-every": 10_000,
-        "save-every": 10_000,
     }
 
     @dataclass(frozen=True)
@@ -118,7 +111,7 @@ class QC:
         with torch.no_grad():
             action = self.act(successors(data), data["action"])  # [B, h, Da]
             following = self.models["target_critic"](data, action, prefix="next.").mean(0)  # [B]
-            y = data["reward"] + data["discount"] * (1 - data["terminated"].float()) * following
+            y = bootstrapped(data, following, self.config.discount)
         q = self.models["critic"](data, data["action"])  # [E, B]
         complete = data["complete"]  # [B], 1 or 0
         loss = len(q) * self.loss(q * complete, (y * complete).expand_as(q))  # the sum over critics

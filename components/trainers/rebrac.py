@@ -25,27 +25,30 @@ from torch.optim import Optimizer
 from ..datasets.transitions import transitions
 from ..optimizers import update
 from ..parallel import global_mean
-from ..value_learning import check_actions, check_rates, check_transitions, data_summary, follow, frozen, summary
+from ..value_learning import (
+    OFFLINE_RL,
+    bootstrapped,
+    check_actions,
+    check_rates,
+    check_transitions,
+    data_summary,
+    follow,
+    frozen,
+    summary,
+)
 
 
 class ReBRAC:
     """ReBRAC on single transitions."""
 
     needs = {"policy": "actor", "critic": "q_ensemble"}
-    defaults = {
-        "loss": "mse",
-        "optimizer": "adam",
+    defaults: dict[str, Any] = OFFLINE_RL | {
         "optimizer.lr": 1e-3,
         "model.hidden-dims": (256, 256, 256),
         "model.final-scale": 1e-2,
         "model.critic.hidden-dims": (256, 256, 256),
         "model.critic.layer-norm": True,
-        "normalise": ("action=scale", "observation=none"),
-        "dataset.validation": 0.0,
-        "steps": 100_000,
         "batch-size": 1024,
-        "eval-every": 10_000,
-        "save-every": 10_000,
     }
     compiles = ("critic_loss", "actor_loss")
 
@@ -101,7 +104,7 @@ class ReBRAC:
             penalty = (action - data["next.action"]).square().sum(1)  # [B]
             following = self.models["target_critic"](data, action, prefix="next.").amin(0)  # [B]
             following = following - self.config.critic_penalty * penalty
-            y = data["reward"] + self.config.discount * (1 - data["terminated"].float()) * following
+            y = bootstrapped(data, following, self.config.discount)
         q = self.models["critic"](data, data["action"])  # [E, B]
         loss = len(q) * self.loss(q, y.expand_as(q))  # the sum over critics
         metrics = {"critic_loss": loss.detach(), "critic_penalty": penalty.mean()}

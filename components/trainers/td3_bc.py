@@ -27,24 +27,24 @@ from torch.optim import Optimizer
 from ..datasets.transitions import transitions
 from ..optimizers import update
 from ..parallel import global_mean
-from ..value_learning import check_actions, check_rates, check_transitions, data_summary, follow, frozen, summary
+from ..value_learning import (
+    OFFLINE_RL,
+    bootstrapped,
+    check_actions,
+    check_rates,
+    check_transitions,
+    data_summary,
+    follow,
+    frozen,
+    summary,
+)
 
 
 class TD3BC:
     """TD3+BC on single transitions or n-step returns."""
 
     needs = {"policy": "actor", "critic": "q_ensemble"}
-    defaults = {
-        "loss": "mse",
-        "optimizer": "adam",
-        "optimizer.lr": 3e-4,
-        "normalise": ("action=scale",),
-        "dataset.validation": 0.0,
-        "steps": 100_000,
-        "batch-size": 256,
-        "eval-every": 10_000,
-        "save-every": 10_000,
-    }
+    defaults: dict[str, Any] = OFFLINE_RL | {"normalise": ("action=scale",)}
     compiles = ("critic_loss", "actor_loss")
 
     @dataclass(frozen=True)
@@ -97,8 +97,7 @@ class TD3BC:
             noise = noise.clamp(-self.config.noise_clip, self.config.noise_clip)
             action = (self.models["target_policy"](data, prefix="next.") + noise).clamp(-1, 1)  # [B, Da]
             following = self.models["target_critic"](data, action, prefix="next.").amin(0)  # [B]
-            discount = data.get("discount", self.config.discount)  # gamma^n where the rewards of n steps are summed
-            y = data["reward"] + discount * (1 - data["terminated"].float()) * following
+            y = bootstrapped(data, following, self.config.discount)
         q = self.models["critic"](data, data["action"])  # [E, B]
         loss = len(q) * self.loss(q, y.expand_as(q))  # the sum over critics
         return loss, {"critic_loss": loss.detach()} | summary("q", q) | data_summary(data)
