@@ -37,8 +37,15 @@ CUBE = {  # the published choices of each task: FQL's table 6, and OGBench's lis
     "fql": ("--trainer.alpha", "300"),
 }
 MAZE = {"gcbc": (), "gciql": ("--trainer.alpha", "0.003"), "hiql": ()}
-NOISY = {"bc": ("--loss", "mse"), "iql": (), "td3_bc": (), "fql": ()}
-SEEDS = {"bc": 3, "iql": 3, "fql": 3, "rebrac": 1, "gcbc": 1, "gciql": 3, "hiql": 3}
+NOISY = {
+    "bc": ("--loss", "mse", "--dataset.validation", "0"),
+    "iql": (),
+    "td3_bc": (),
+    "fql": ("--trainer.alpha", "100"),
+}
+NOISE = ("--dataset.demos", "400", "--dataset.noise", "0.5", "--dataset.random", "0.5")
+NOISE += ("--dataset.max-episode-steps", "80")  # the expert needs some 60; half of the data is random, half noisy
+SEEDS = {"bc": 3, "iql": 3, "td3_bc": 3, "fql": 3, "rebrac": 1, "gcbc": 1, "gciql": 3, "hiql": 3}
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ def wanted(args: Args) -> making.Runs:
             data = ("--dataset", "ogbench", "--dataset.path", args.cube, "--dataset.task", "default")
             line = [*data, *own, *sizes(trainer, 50_000, 256, args.full)]
             add(runs, "cube-single-play", trainer, seed, line)
+        for trainer, own in NOISY.items() if not args.full else ():
+            add(runs, "push-v3-noisy", trainer, seed, [*NOISE, *own, *sizes(trainer, 20_000, 256, args.full)])
         for trainer, own in MAZE.items() if args.maze else ():
             line = ["--dataset", "ogbench", "--dataset.path", args.maze, *own]
             add(runs, "pointmaze-medium-navigate", trainer, seed, [*line, *sizes(trainer, 50_000, 256, args.full)])

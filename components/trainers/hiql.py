@@ -25,7 +25,16 @@ from torch.optim import Optimizer
 
 from ..datasets.goals import GOAL, GoalSampling, goal_transitions
 from ..optimizers import update
-from ..value_learning import OFFLINE_RL, advantage_weight, check_rates, data_summary, expectile_loss, follow, summary
+from ..value_learning import (
+    OFFLINE_RL,
+    advantage_weight,
+    bootstrapped,
+    check_rates,
+    data_summary,
+    expectile_loss,
+    follow,
+    summary,
+)
 from .gcbc import GOAL_ACTOR
 
 STATE = "observation.state"
@@ -120,9 +129,8 @@ class HIQL:
         with torch.no_grad():
             following = self.models["target_value"]({STATE: then, GOAL: self.phi(then, goal)})  # [2, B]
             now = self.models["target_value"]({STATE: state, GOAL: phi}).mean(0)  # [B]
-            factor = self.config.discount * (1 - data["terminated"].float())
-            advantage = data["reward"] + factor * following.amin(0) - now
-            y = data["reward"] + factor * following  # [2, B]
+            advantage = bootstrapped(data, following.amin(0), self.config.discount) - now  # [B]
+            y = bootstrapped(data, following, self.config.discount)  # [2, B]
         loss = len(v) * expectile_loss(y - v, self.config.expectile, advantage.expand_as(v))  # the sum over values
         return loss, {"value_loss": loss.detach()} | summary("v", v) | data_summary(data)
 

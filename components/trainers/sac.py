@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ..datasets.transitions import transitions
 from ..optimizers import update
-from ..value_learning import check_rates, check_transitions, follow, frozen
+from ..value_learning import bootstrapped, check_rates, check_transitions, follow, frozen
 
 
 class SAC:
@@ -80,8 +80,7 @@ class SAC:
             action, log_prob = self.models["policy"].sample(data, prefix="next.")  # [B, Da], [B]
             following = self.models["target_critic"](data, action, prefix="next.").amin(0)  # [B]
             soft_value = following - self.models["temperature"]() * log_prob
-            discount = data.get("discount", self.config.discount)  # gamma^n where the rewards of n steps are summed
-            y = data["reward"] + discount * (1 - data["terminated"].float()) * soft_value
+            y = bootstrapped(data, soft_value, self.config.discount)
         q = self.models["critic"](data, data["action"])  # [E, B]
         y = y.expand_as(q)
         loss = 0.5 * len(q) * self.loss(q, y)  # the mean over members and samples, times the members
