@@ -118,7 +118,8 @@ class Args(Names):
     matmul: Literal["default", "auto"] = "default"
     """Matrix products on a CPU: as torch has them, or the fastest that is still float32, which a probe finds."""
     normalise: tuple[str, ...] = ()
-    """Modes of single keys, as KEY=mean_std, min_max, quantile or none; otherwise what the statistics allow."""
+    """Modes of single keys (or `observation` for all of these), as KEY=mean_std, min_max, quantile, scale, return_range
+    or none; of other keys what suits the trainer, or else what the statistics allow."""
     workers: int | None = None
     """Processes that load data which is not resident; None takes some for pictures that are decoded when needed."""
     augment: augmentation.Augmentation = augmentation.Augmentation()
@@ -592,7 +593,8 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
     features.check_dataset(dataset, f"dataset {args.dataset!r}")
     tasks = getattr(dataset, "tasks", ())
     spec = args.augment.cropped(features.describe(dataset[0], data["norm_stats"] or {}, tasks))
-    normaliser = Normaliser(spec, cli.pairs("--normalise", args.normalise)).to(device)
+    suits = getattr(REGISTRIES["trainer"][args.trainer], "defaults", {}).get("normalise", ())  # of keys not asked for
+    normaliser = Normaliser(spec, cli.pairs("--normalise", (*suits, *args.normalise))).to(device)
     spec = normaliser.with_ranges(spec)
     micro_steps = args.grad_accumulation
     batch_size, note = fit_batch(args.batch_size, len(dataset), world * micro_steps, cli.given(argv, "batch-size"))

@@ -275,6 +275,12 @@ def test_modes_of_groups_and_of_keys_that_share_statistics() -> None:
     assert normaliser.with_ranges(spec)["action"]["range"] == [[-0.75], [1.25]]
 
 
+def test_what_is_asked_of_one_key_leaves_the_others_as_they_suit_the_trainer(script: Script) -> None:
+    run = script(*toy.TRAINERS["iql"], *TINY, "--normalise", "observation=mean_std")
+    modes = json.loads((run / "policy" / "policy.json").read_text())["normalisation"]
+    assert modes == {"action": "scale", "observation.state": "mean_std"}
+
+
 # ---- data to learn from --------------------------------------------------------------------------------------------
 
 

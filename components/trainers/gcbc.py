@@ -29,6 +29,8 @@ class GCBC:
         "batch-size": 1024,
     }
 
+    accumulates = True
+
     @dataclass(frozen=True)
     class Config:
         """Goal-conditioned behaviour cloning; OGBench's values (it trains for 1M steps)."""
