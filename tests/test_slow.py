@@ -91,7 +91,7 @@ SAC = (ROOT / "online_trainer.py", "--trainer", "sac", "--run-dir", "run")
 def check_pendulum(run: Path, steps: int, processes: int) -> None:
     """It learns, as fast on two processes as on one, and the policy does what a person would."""
     evaluations = {line["step"]: line["return_mean"] for line in read_lines(run / "eval.jsonl")}
-    assert evaluations[1000] < -1000 and max(evaluations[step] for step in (3000, 4000, 5000)) > -400
+    assert evaluations[1000] < -1000 and max(evaluations[step] for step in (3000, 4000)) > -400
     assert read_lines(run / "metrics.jsonl")[-1]["updates"] == steps - 1000
     assert json.loads((run / "args.json").read_text())["world_size"] == processes
     policy = load_policy(run)
@@ -111,9 +111,9 @@ def test_sac_solves_pendulum_in_ten_thousand_steps(tmp_path: Path) -> None:
 
 
 def test_sac_on_two_processes_learns_as_fast(tmp_path: Path) -> None:
-    done = two_processes(*SAC, "--steps", 5000, cwd=tmp_path, timeout=400)
+    done = two_processes(*SAC, "--steps", 4000, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
-    check_pendulum(tmp_path / "run", 5000, 2)
+    check_pendulum(tmp_path / "run", 4000, 2)
 
 
 @pytest.mark.parametrize("name", list(toy.TRAINERS))
@@ -131,8 +131,6 @@ def test_compiled_losses_train_the_same(script: Callable[..., Path], name: str) 
     ("name", "options"),
     [
         ("lerobot_v30_video", {"cameras": ("corner2",)}),
-        ("lerobot_v30_image", {"cameras": ("corner2",), "cache": "disk"}),
-        ("robomimic/push_image.hdf5", {"cameras": ("agentview",)}),
         ("zarr/push_replay.zarr", {"cameras": ("img",)}),
     ],
 )
