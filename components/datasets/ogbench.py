@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..envs.metaworld import draw_off_screen
 from ..errors import UserError, nearest, require
 from .episodes import IMAGES, Episodes, Reader, as_tensor, chosen_cameras, with_final
 from .untrusted import existing, read_npz
@@ -142,6 +143,7 @@ class OGBenchDataset(Reader):
 
     def _rewards(self, path: Path, name: str, rows: dict[str, np.ndarray], at: Any, after: Any) -> dict[str, Any]:
         """reward and terminated, as the library relabels them; both are functions of the simulator's state."""
+        draw_off_screen()  # for later: MuJoCo looks when it is first imported
         require("ogbench", 'ogbench "mujoco==3.3.0"')
         from gymnasium import make, registry
         from ogbench.relabel_utils import relabel_dataset

@@ -39,7 +39,7 @@ class SeededEverywhere(gym.Wrapper):
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
         self.own = np.random.RandomState(0).get_state()
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 20} | env.metadata  # some declare none
+        self.metadata = env.metadata | {"render_modes": ["rgb_array"], "render_fps": 20}  # some declare none
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
