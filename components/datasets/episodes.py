@@ -5,6 +5,7 @@ transition. Vectors are resident; pictures are decoded when they are needed (`fr
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -245,7 +246,7 @@ class Scales:
 
     def scaled(self, episodes: "Episodes") -> "Episodes":
         """Give the rewards their scale; returns `episodes`. Raises UserError: a scale that is not above 0."""
-        if not self.action_scale > 0 or not self.reward_scale > 0:
+        if not (0 < self.action_scale < math.inf and 0 < self.reward_scale < math.inf):
             scales = f"--dataset.action-scale {self.action_scale} and --dataset.reward-scale {self.reward_scale}"
             raise UserError(f"{scales} must be above 0")
         columns = episodes.columns
@@ -255,7 +256,7 @@ class Scales:
 
     def with_scale(self, built: dict[str, Any]) -> dict[str, Any]:
         """What `build` made, with the statistic `scale` of the actions."""
-        if self.action_scale != 1.0:
+        if self.action_scale != 1.0 and "action" in built["norm_stats"]:
             built["norm_stats"]["action"]["scale"] = self.action_scale
         return built
 
