@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .evaluation import total_loss
 from .random_state import preserved
 
 TIMES = 5
@@ -52,10 +53,8 @@ def median(method: Callable[..., Any], batch: dict[str, Any]) -> float:
 
 
 def gradient(method: Callable[..., Any], batch: dict[str, Any]) -> None:
-    """A loss (or what `losses` returns otherwise: the loss alone, or named terms) and its gradient, both finished."""
-    found: Any = method(batch)
-    loss = found[0] if isinstance(found, tuple) else found
-    loss = torch.stack(list(loss.values())).sum() if isinstance(loss, dict) else loss
+    """A loss and its gradient, both finished."""
+    loss = total_loss(method(batch))
     loss.backward()
     if loss.device.type == "cuda":
         torch.cuda.synchronize()

@@ -61,6 +61,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         if any(e["success_rate"] is not None for es in evaluations.values() for e in es)
         else "return_mean"
     )
+    diverge = any(diverging(run) for run in runs)
     panels = [score, *names] if any(evaluations.values()) else names
     panels = panels[:PANELS] or ["train/loss"]
     columns = min(3, len(panels))
@@ -87,7 +88,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         shown = [value for line in axis.lines for value in line.get_ydata()]
         if "loss" in name and min(shown, default=0) > 0:
             axis.set_yscale("log")
-        wrong = [run for run in runs if name in ("train/q", "train/v") and diverging(run)]
+        wrong = diverge and name in ("train/q", "train/v")
         title = name.replace("_", " ") + (" DIVERGING" if wrong else "")
         axis.set_title(title, fontsize=9, color="red" if wrong else "black")
         axis.set_xlabel("step", fontsize=8)

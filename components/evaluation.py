@@ -292,7 +292,7 @@ def held_out_loss(
             for part in rows.split(batch_size):
                 tick()
                 data = normaliser(to_device(read(dataset, part), device))
-                totals[name] += total_loss(type(trainer).losses(trainer, data)) * len(part)
+                totals[name] += float(total_loss(type(trainer).losses(trainer, data))) * len(part)
         means = {name: totals[name] / len(rows) for name, (rows, _) in sources.items()}
     if (means := parallel.from_first(means)) is None:
         raise StoppedError("stopped by a signal")
@@ -314,14 +314,14 @@ def loss_by_source(trainer: Any, batch: dict[str, Any], prefix: str) -> dict[str
         for name in sorted(set(batch["source"])):
             rows = [i for i, source in enumerate(batch["source"]) if source == name]
             part = {k: v[rows] if isinstance(v, torch.Tensor) else [v[i] for i in rows] for k, v in batch.items()}
-            found[f"{prefix}loss.{name}"] = total_loss(losses(trainer, part))
+            found[f"{prefix}loss.{name}"] = float(total_loss(losses(trainer, part)))
     return found
 
 
-def total_loss(losses: Any) -> float:
-    """What `losses` returns as one number: (loss, metrics), or the loss, or named terms."""
+def total_loss(losses: Any) -> Any:
+    """What `losses` returns as one scalar: (loss, metrics), or the loss, or named terms."""
     losses = losses[0] if isinstance(losses, tuple) else losses
-    return float(sum(losses.values()) if isinstance(losses, dict) else losses)
+    return sum(losses.values()) if isinstance(losses, dict) else losses
 
 
 def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:

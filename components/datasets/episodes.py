@@ -109,7 +109,17 @@ def join_successors(
     return {key: torch.cat([value, then[key]]) for key, value in now.items()}, at, at + len(at)
 
 
-class EpisodeDataset(Dataset):
+class Batched(Dataset):
+    """A dataset whose items are batches of one; it has `__len__` and `get_batch`."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):  # type: ignore[arg-type]
+            raise IndexError(index)
+        one = torch.tensor([index % len(self)])  # type: ignore[arg-type]
+        return {key: value[0] for key, value in self.get_batch(one).items()}  # type: ignore[attr-defined]
+
+
+class EpisodeDataset(Batched):
     """An item is one time step with its history and its action chunk.
 
     Keys, besides the columns: observation.X, and where rewards are known next.observation.X of the vectors (the
@@ -162,11 +172,6 @@ class EpisodeDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return {key: value[0] for key, value in self.get_batch(torch.tensor([index])).items()}
-
     def get_batch(self, indices: Tensor, seed: int = 0) -> dict[str, Any]:
         """Items `indices` `[B]` as one batch; `seed` is not needed, since nothing here is random."""
         data, rows = self.episodes, self.rows[indices]
@@ -181,14 +186,16 @@ class EpisodeDataset(Dataset):
                 batch["action_is_pad"] = chunk > last
             else:
                 batch[key] = column.index_select(0, rows)
+        at = self.before(rows)
         for key, store in data.observations.items():
-            batch[key] = take(store, self.before(rows))
+            batch[key] = take(store, at)
         if "reward" in data.columns:
+            then = self.after(rows)
             if self.gaps:
                 batch["next.is_pad"] = data.after[rows] < 0
             for key, store in data.observations.items():
                 if self.next_images or not key.startswith(IMAGES):
-                    batch[f"next.{key}"] = take(store, self.after(rows))
+                    batch[f"next.{key}"] = take(store, then)
         return batch
 
     def before(self, rows: Tensor) -> Tensor:

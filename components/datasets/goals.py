@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..errors import UserError
-from .episodes import EpisodeDataset
+from .episodes import Batched, EpisodeDataset
 from .transitions import through
 
 STATE, GOAL = "observation.state", "observation.goal"
@@ -45,7 +44,7 @@ def goal_transitions(data: dict[str, Any], trainer: str, **options: Any) -> dict
     return data | {"norm_stats": {key: value for key, value in stats.items() if key in item}}
 
 
-class GoalTransitions(Dataset):
+class GoalTransitions(Batched):
     """Steps of episodes with goals that are drawn anew for each batch.
 
     Items: observation.state `[Ds]`, next.observation.state, action `[Da]`, and observation.goal `[Ds]`, where the actor
@@ -97,11 +96,6 @@ class GoalTransitions(Dataset):
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return {key: value[0] for key, value in self.get_batch(torch.tensor([index % len(self)])).items()}
 
     def get_batch(self, indices: Tensor, seed: int = 0) -> dict[str, Any]:
         """Steps `indices` `[B]` with goals drawn by `seed`."""

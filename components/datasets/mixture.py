@@ -18,13 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..command_line import options_of
 from ..errors import UserError, nearest
 from ..features import read
 from ..normalisation import quantile, statistics
 from ..sampling import derive_seed
+from .episodes import Batched
 from .recognise import recognise
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class MixtureDataset:
         return Path(path).name or name, weight, options_of(cls, shared | values) if known else cls()
 
 
-class Mixture(Dataset):
+class Mixture(Batched):
     """Items of several datasets: those of the first, then those of the second, ...
 
     Args:
@@ -179,11 +179,6 @@ class Mixture(Dataset):
 
     def __len__(self) -> int:
         return sum(self.sizes)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return {key: value[0] for key, value in self.get_batch(torch.tensor([index % len(self)])).items()}
 
     def get_batch(self, indices: Tensor, seed: int = 0) -> dict[str, Any]:
         """Items `indices` `[B]`, in that order; `source` is a list of names."""

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UserError
 from ..returns import n_step_return, returns_to_go
-from .episodes import IMAGES, EpisodeDataset, take
+from .episodes import IMAGES, Batched, EpisodeDataset, take
 from .mixture import Mixture
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def through(
     return data | {key: seen(data[key]) for key in ("dataset", "validation") if key in data}
 
 
-class Table(Dataset):
+class Table(Batched):
     """Rows of named columns side by side in one float32 tensor `[n, W]`; those in FLAGS come out as bool."""
 
     deterministic = True  # no random choices: each process may ask for its own part of a batch
@@ -89,11 +89,6 @@ class Table(Dataset):
 
     def __len__(self) -> int:
         return len(self.table)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return {key: value[0] for key, value in self.get_batch(torch.tensor([index % len(self)])).items()}
 
     def get_batch(self, indices: Tensor, seed: int = 0) -> dict[str, Any]:
         """Rows `indices` `[B]` as one batch; `seed` is not needed, since nothing here is random."""
