@@ -114,10 +114,7 @@ class FQL:
     def actor_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_flow + J_pi; the critics get no gradient, nor does the flow through J_pi."""
         flow_loss = self.loss(*velocities(self.models["flow"], data))
-        noise = torch.randn_like(data["action"])
-        with torch.no_grad():
-            cloned = self.flow({**data, "noise": noise}).clamp(-1, 1)  # [B, Da]
-        action = one_step(self.models["policy"], data, noise)
+        action, cloned = distilled(self.models["policy"], self.flow, data)
         distill_loss = self.loss(action, cloned)
         q = frozen(self.models["critic"], data, action.clamp(-1, 1)).mean(0)  # [B]
         q_loss = -q.mean()
@@ -147,6 +144,14 @@ class FQL:
 def one_step(network: Any, observation: dict[str, Any], noise: Tensor) -> Tensor:
     """pi(s, z): the network without time maps noise `[B, (Ta,) Da]` to actions of its shape, which are not cut."""
     return network(noise, noise.new_zeros(1), network.condition(observation))
+
+
+def distilled(policy: Any, flow: nn.Module, data: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """pi(s, z), not cut, and mu(s, z) without gradient, both `[B, (Ta,) Da]`, from the same noise, drawn now."""
+    noise = torch.randn_like(data["action"])
+    with torch.no_grad():
+        cloned = flow({**data, "noise": noise}).clamp(-1, 1)
+    return one_step(policy, data, noise), cloned
 
 
 def velocities(network: Any, data: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ from ..value_learning import (
     summary,
 )
 from .flow import FlowSampler
-from .fql import WIDE, OneStep, one_step, velocities
+from .fql import WIDE, OneStep, distilled, one_step, velocities
 from .ifql import BestOfN
 
 
@@ -130,10 +130,7 @@ class QC:
         flow_loss = self.loss(*zero_padding(*velocities(self.models["flow"], data), data["action_is_pad"]))
         if self.config.method == "best_of_n":
             return flow_loss, {"flow_loss": flow_loss.detach()}
-        noise = torch.randn_like(data["action"])
-        with torch.no_grad():
-            cloned = self.flow({**data, "noise": noise}).clamp(-1, 1)  # [B, h, Da]
-        action = one_step(self.models["policy"], data, noise)
+        action, cloned = distilled(self.models["policy"], self.flow, data)  # [B, h, Da]
         distill_loss = self.loss(action, cloned)
         q_loss = -frozen(self.models["critic"], data, action.clamp(-1, 1)).mean()
         loss = flow_loss + self.config.alpha * distill_loss + q_loss
