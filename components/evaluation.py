@@ -285,7 +285,7 @@ def held_out_loss(
     everything = {"": (torch.arange(len(dataset)), 1.0)}
     sources = dataset.sources() if hasattr(dataset, "sources") else everything
     means: dict[str, float] | None = None
-    with preserved(), contextlib.suppress(StoppedError):
+    with preserved(), parallel.apart(), contextlib.suppress(StoppedError):
         seed_all(0)  # noise that a loss draws is the same each time, so that its values can be compared
         totals = dict.fromkeys(sources, 0.0)
         for name, (rows, _) in sources.items():
@@ -310,7 +310,7 @@ def loss_by_source(trainer: Any, batch: dict[str, Any], prefix: str) -> dict[str
         return {}
     losses = type(trainer).losses  # not the compiled ones: the parts' sizes change
     found: dict[str, float] = {}
-    with preserved():
+    with preserved(), parallel.apart():
         for name in sorted(set(batch["source"])):
             rows = [i for i, source in enumerate(batch["source"]) if source == name]
             part = {k: v[rows] if isinstance(v, torch.Tensor) else [v[i] for i in rows] for k, v in batch.items()}

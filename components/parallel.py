@@ -1,6 +1,7 @@
 """What every process must agree on: plain torch.distributed, and the identity without a process group."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -10,11 +11,23 @@ from torch import Tensor, nn
 from .errors import UserError
 
 T = TypeVar("T")
+_apart = False  # inside `apart`
 
 
 def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Means of batches are this process's own here, where the others may have more batches, fewer, or none."""
+    global _apart
+    _apart, before = True, _apart
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def global_mean(x: Tensor) -> Tensor:
@@ -26,7 +39,7 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation over the batches of all processes (equal sizes), without gradient."""
     x = x.detach()
     moments = torch.stack([x.mean(), x.square().mean()])
-    if world_size() > 1:
+    if world_size() > 1 and not _apart:
         dist.all_reduce(moments)
         moments /= world_size()
     mean, square = moments

@@ -21,7 +21,20 @@ OFFLINE_RL: dict[str, Any] = {
     "eval-every": 10_000,
     "save-every": 10_000,
 }
+WIDE = {
+    "hidden_dims": (512, 512, 512, 512),
+    "activation": "gelu",
+    "layer_norm": True,
+    "init": "glorot",
+}  # FQL's critics
+GOAL_VALUE = WIDE | {"hidden_dims": (512, 512, 512)}  # OGBench's
 TOLERANCE = 1e-3  # by which an action may leave [-1, 1]: float32, and quantised recordings
+
+
+def networks(*names: str, **options: Any) -> dict[str, Any]:
+    """Defaults of a trainer: these options of its models of these names; "" is its policy's."""
+    parts = [".".join(filter(None, ("model", name))) for name in names]
+    return {f"{part}.{option.replace('_', '-')}": value for part in parts for option, value in options.items()}
 
 
 def bootstrapped(data: dict[str, Any], following: Tensor, discount: float) -> Tensor:

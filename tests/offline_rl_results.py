@@ -85,7 +85,7 @@ def wanted(args: Args) -> making.Runs:
             add(runs, "push-v3-noisy", trainer, seed, [*NOISE, *own, *sizes(trainer, 20_000, 256, args.full)])
         for trainer, own in MAZE.items() if args.maze else ():
             line = ["--dataset", "ogbench", "--dataset.path", args.maze, *own]
-            add(runs, "pointmaze-medium-navigate", trainer, seed, [*line, *sizes(trainer, 50_000, 256, args.full)])
+            add(runs, "pointmaze-medium-navigate", trainer, seed, [*line, *sizes(trainer, 30_000, 256, args.full)])
     suffix = "-full" if args.full else ""
     return {name + suffix: (suite + suffix, line) for name, (suite, line) in runs.items() if args.only in name}
 

@@ -14,7 +14,17 @@ import torch
 from torch import nn
 
 import toy
-from components import MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, compiled, load_policy, matmul, report
+from components import (
+    MODEL_BUILDER_REGISTRY,
+    TRAINER_REGISTRY,
+    UserError,
+    compiled,
+    evaluation,
+    load_policy,
+    matmul,
+    parallel,
+    report,
+)
 from components.command_line import options_of
 from components.curves import diverging, read_lines
 from components.datasets.episodes import build_episodes
@@ -254,6 +264,13 @@ def test_rewards_are_shifted_scaled_and_brought_to_a_span() -> None:
     totals = reward.view(-1, toy.LENGTH).sum(1)
     assert float(totals.max() - totals.min()) == pytest.approx(1000, rel=1e-4)
     assert torch.equal(Normaliser(spec)(batch)["reward"], batch["reward"])  # unless it is asked for
+    data = transitions(plain.build(), "cql", to_go=True)  # the returns that were reached go with them
+    normaliser = Normaliser(describe(data["dataset"][0], data["norm_stats"]), {"reward": "return_range"})
+    plain_batch = data["dataset"].get_batch(torch.arange(200))
+    assert torch.allclose(
+        normaliser(plain_batch)["return_to_go"] / plain_batch["return_to_go"],
+        normaliser(plain_batch)["reward"] / plain_batch["reward"],
+    )
 
 
 def test_modes_of_groups_and_of_keys_that_share_statistics() -> None:
@@ -341,6 +358,27 @@ def test_a_mixture_is_learnt_from_source_by_source(script: Script) -> None:
     )
     run = script(*options, *sources, "--steps", 20, "--eval-episodes", 0, folder="scaled")
     assert {"train/q", "train/v", "train/weight"} <= set(read_lines(run / "metrics.jsonl")[-1])
+
+
+@pytest.mark.parametrize("name", ["td3_bc", "rebrac", "fql"])
+def test_losses_of_what_one_process_has_wait_for_no_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another process has no step of a source, or was stopped, a mean over both would wait for ever."""
+    trainer, _ = trained(name, METHODS[name] | ({"normalise_q": True} if name == "fql" else {}), 1, chain())
+    data = transitions(chain(), name, next_action=name == "rebrac")
+    batch = data["dataset"].get_batch(torch.arange(64))
+
+    def no_process(*_: object) -> None:
+        raise AssertionError("met another process")
+
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "from_first", lambda value: value)
+    monkeypatch.setattr(torch.distributed, "all_reduce", no_process)
+    with pytest.raises(AssertionError, match="met another"):
+        trainer.losses(batch)
+    found = evaluation.loss_by_source(trainer, batch | {"source": ["a", "b"] * 32}, "train/")
+    assert set(found) == {"train/loss.a", "train/loss.b"} and all(map(np.isfinite, found.values()))
+    device, normaliser = torch.device("cpu"), Normaliser({})
+    assert np.isfinite(evaluation.held_out_loss(trainer, data["dataset"], normaliser, 500, device)["val/loss"])
 
 
 # ---- what is seen of a run -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ A reference has the trainer's weights and repeats its draws of noise. Networks, 
 out; autograd differentiates the papers' losses, each for the networks that it trains.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -833,3 +834,33 @@ def test_goals_have_the_statistics_of_states() -> None:
 def test_shares_that_make_no_sense_are_refused(shares: tuple[float, float, float]) -> None:
     with pytest.raises(UserError, match="must sum to 1, found"):
         GoalSampling(shares, True)
+
+
+def test_geometric_distances_need_a_discount() -> None:
+    sampling = GoalSampling(LATER, True)
+    with pytest.raises(UserError, match="--trainer.discount 1"):
+        goal_transitions(numbered_episodes(), "test", actor=sampling, value=None, discount=1.0)
+
+
+# ---- networks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["torch", "glorot"])
+def test_initial_weights(init: Any) -> None:
+    """Torch's are below 1 / sqrt(D); Glorot's below sqrt(6 / (D + D')), without biases."""
+    spec = {STATE: {"shape": (6,)}, "action": {"shape": (3,)}}
+    shape = {"hidden_dims": (500, 400), "init": init}
+    nets = [VectorField(**shape).build(spec), QEnsemble(**shape).build(spec), Actor(**shape).build(spec)]
+    for net, inputs, last in zip(nets, (6 + 3 + 1, 6 + 3, 6), (3, 1, 3), strict=True):
+        layers = [layer for layer in net.net if hasattr(layer, "weight")]
+        for layer, (before, after) in zip(layers, itertools.pairwise((inputs, 500, 400, last)), strict=True):
+            bound = {"torch": before**-0.5, "glorot": (6 / (before + after)) ** 0.5}[init]
+            assert 0.95 * bound < float(layer.weight.detach().abs().max()) <= bound
+            assert bool(layer.bias.detach().abs().max() > 0) == (init == "torch")
+
+
+def test_the_last_layer_can_begin_small() -> None:
+    spec = {STATE: {"shape": (6,)}, "action": {"shape": (3,)}}
+    nets = [(torch.manual_seed(0), Actor(final_scale=scale).build(spec))[1] for scale in (1.0, 0.1)]
+    whole, small = (net.net[-2] for net in nets)
+    assert torch.allclose(small.weight, 0.1 * whole.weight) and torch.allclose(small.bias, 0.1 * whole.bias)

@@ -92,6 +92,8 @@ class GoalTransitions(Batched):
         order[self.final[ends - 1]] = torch.where(more > 0, data.after[ends - 1], data.at[ends - 1])
         self.states, self.actions, self.successors = states[order], data.columns["action"], (states, data.after)
         self.rows = source.rows[data.after[source.rows] >= 0]
+        if discount == 1 and any(sampling and sampling.geometric for sampling in (actor, value)):
+            raise UserError("with --trainer.discount 1 no goal has a geometric distance: leave the geometric ones out")
         self.actor, self.value, self.discount, self.subgoal_steps = actor, value, discount, subgoal_steps
 
     def __len__(self) -> int:

@@ -47,6 +47,8 @@ def transitions(data: dict[str, Any], trainer: str, **options: Any) -> dict[str,
             )
         least, most = min(part.returns[0] for part in parts), max(part.returns[1] for part in parts)
         data["norm_stats"] = data["norm_stats"] | {"reward": {"return_min": least, "return_max": most}}
+        if options.get("to_go"):
+            data["norm_stats"]["return_to_go"] = {"like": "reward"}
     return data
 
 

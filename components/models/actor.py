@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .mlp import ACTIVATIONS, concatenated, flat_sizes
+from .mlp import ACTIVATIONS, Init, concatenated, flat_sizes, initialise
 
 LOG_STD = (-5.0, 2.0)  # bounds of a learned deviation
 
@@ -27,8 +27,10 @@ class Actor:
     """What bounds the action (the Gaussian's mean): tanh to (-1, 1), or nothing."""
     std: Literal["fixed", "learned"] = "fixed"
     """Deviation of the Gaussian: 1, or one learned number for each dimension; an algorithm without density has none."""
+    init: Init = "torch"
+    """Initial weights: torch's, or Glorot's, which JAX code has and which are larger."""
     final_scale: float = 1.0
-    """Factor on the initial weights of the last layer; small ones begin with small actions."""
+    """Factor on the initial weights and biases of the last layer; small ones begin with small actions."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for the keys and shapes of `spec`.
@@ -48,10 +50,12 @@ class Actor:
             layers += [nn.LayerNorm(hidden)] if self.layer_norm else []
             inputs = hidden
         last = nn.Linear(inputs, shape[0])
+        net = nn.Sequential(*layers, last, *([nn.Tanh()] if self.squash == "tanh" else []))
+        initialise(net, self.init)
         with torch.no_grad():
             last.weight.mul_(self.final_scale)
-        layers += [last, *([nn.Tanh()] if self.squash == "tanh" else [])]
-        return GaussianActor(nn.Sequential(*layers), keys, shape[0] if self.std == "learned" else 0)
+            last.bias.mul_(self.final_scale)
+        return GaussianActor(net, keys, shape[0] if self.std == "learned" else 0)
 
 
 class GaussianActor(nn.Module):

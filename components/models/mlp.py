@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..features import vector_observations, width
 from .heads import HeadOptions, Mixture
 
+Init = Literal["torch", "glorot"]
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "elu": nn.ELU}
 
 
@@ -98,6 +99,17 @@ def flat_sizes(spec: dict[str, Any], model: str) -> tuple[list[str], int, tuple[
     keys = vector_observations(spec)
     width(spec, "action")
     return keys, sum(math.prod(spec[key]["shape"]) for key in keys), tuple(spec["action"]["shape"])
+
+
+@torch.no_grad()
+def initialise(net: nn.Module, init: Init) -> None:
+    """Initial weights of all linear layers, `[..., D, D']`: torch's own, or Glorot's uniform ones with zero biases."""
+    for layer in net.modules():
+        weight: Any = getattr(layer, "weight", None)
+        if init == "glorot" and weight is not None and weight.ndim > 1:
+            bound = math.sqrt(6 / sum(weight.shape[-2:]))
+            weight.uniform_(-bound, bound)
+            layer.bias.zero_()  # type: ignore[operator]
 
 
 def concatenated(observation: dict[str, Tensor] | Tensor, keys: list[str], prefix: str = "") -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..errors import UserError
 from ..features import vector_observations
-from .mlp import ACTIVATIONS, concatenated
+from .mlp import ACTIVATIONS, Init, concatenated, initialise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class QEnsemble:
     """Nonlinearity of the hidden layers."""
     layer_norm: bool = False
     """LayerNorm after the nonlinearity of each hidden layer, as in ReBRAC and FQL."""
+    init: Init = "torch"
+    """Initial weights: torch's, or Glorot's, which JAX code has and which are larger."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the networks for the keys and shapes of `spec`; an action may be a chunk.
@@ -48,7 +50,9 @@ class QEnsemble:
             layers += [BatchedLinear(self.members, inputs, hidden), ACTIVATIONS[self.activation]()]
             layers += [BatchedLayerNorm(self.members, hidden)] if self.layer_norm else []
             inputs = hidden
-        return Functions(nn.Sequential(*layers, BatchedLinear(self.members, inputs, 1)), keys, self.members)
+        net = nn.Sequential(*layers, BatchedLinear(self.members, inputs, 1))
+        initialise(net, self.init)
+        return Functions(net, keys, self.members)
 
 
 @dataclass(frozen=True, kw_only=True)

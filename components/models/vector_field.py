@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .mlp import ACTIVATIONS, concatenated, flat_sizes
+from .mlp import ACTIVATIONS, Init, concatenated, flat_sizes, initialise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,8 @@ class VectorField:
     """Nonlinearity of the hidden layers."""
     layer_norm: bool = False
     """LayerNorm after the nonlinearity of each hidden layer."""
+    init: Init = "glorot"
+    """Initial weights: torch's, or Glorot's, which JAX code has and which are larger."""
     time: bool = True
     """See the time; without it, it maps noise to an action in one step."""
 
@@ -35,7 +37,9 @@ class VectorField:
             layers += [nn.Linear(inputs, hidden), ACTIVATIONS[self.activation]()]
             layers += [nn.LayerNorm(hidden)] if self.layer_norm else []
             inputs = hidden
-        return FlatField(nn.Sequential(*layers, nn.Linear(inputs, outputs)), keys, self.time)
+        net = nn.Sequential(*layers, nn.Linear(inputs, outputs))
+        initialise(net, self.init)
+        return FlatField(net, keys, self.time)
 
 
 class FlatField(nn.Module):

@@ -50,7 +50,7 @@ class AWAC:
 
     @dataclass(frozen=True)
     class Config:
-        """Advantage-weighted actor-critic; the paper's values, the networks CORL's."""
+        """Advantage-weighted actor-critic; CORL's values and networks (the authors' batch has 1024 transitions)."""
 
         temperature: float = 1.0
         """Temperature lambda of the policy's weights; small ones trust the advantage."""

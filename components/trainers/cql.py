@@ -15,7 +15,9 @@ return that the data reached (its section 5). All losses use the weights from be
 serves them.
 
 Deviations: the Lagrange variant of alpha is left out; no steps of behaviour cloning come first, which the authors' code
-has 40 000 of; the entropy is not added to the targets, as in their code.
+has 40 000 of; the entropy is not added to the targets, as in their code; layers begin as torch's. The return of an
+episode that was cut is what it reached until then, as in Cal-QL's code; for tasks with sparse negative rewards that has
+an option that lets the last reward go on for ever, which is left out.
 """
 
 import copy

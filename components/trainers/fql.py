@@ -29,6 +29,7 @@ from ..optimizers import update
 from ..parallel import global_mean
 from ..value_learning import (
     OFFLINE_RL,
+    WIDE,
     bootstrapped,
     check_actions,
     check_rates,
@@ -36,12 +37,11 @@ from ..value_learning import (
     data_summary,
     follow,
     frozen,
+    networks,
     successors,
     summary,
 )
 from .flow import FlowSampler
-
-WIDE = (512, 512, 512, 512)
 
 
 class FQL:
@@ -50,9 +50,7 @@ class FQL:
     needs = {"policy": "vector_field", "flow": "vector_field", "critic": "q_ensemble"}
     defaults: dict[str, Any] = OFFLINE_RL | {
         "model.time": False,
-        "model.critic.hidden-dims": WIDE,
-        "model.critic.activation": "gelu",
-        "model.critic.layer-norm": True,
+        **networks("critic", **WIDE),
     }
 
     @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class FQL:
         """Flow Q-learning; the paper's values (it trains for 1M steps and tunes alpha for each task)."""
 
         alpha: float = 10.0
-        """Weight of the distillation against the Q-function: 300 for OGBench's cubes, 3 to 1000 elsewhere."""
+        """Weight of the distillation against the Q-function: 300 for OGBench's cubes, 3 to 30000 elsewhere."""
         discount: float = 0.99
         """Discount factor gamma per environment step."""
         n_step: int = 1

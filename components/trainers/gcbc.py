@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 
 from ..datasets.goals import GoalSampling, goal_transitions
 from ..optimizers import update
-from ..value_learning import OFFLINE_RL, check_rates
+from ..value_learning import OFFLINE_RL, check_rates, networks
 
-GOAL_ACTOR: dict[str, Any] = {"model.hidden-dims": (512, 512, 512), "model.activation": "gelu", "model.squash": "none"}
-GOAL_ACTOR |= {"model.final-scale": 1e-2}  # the network of all goal-conditioned policies
+# The network of all goal-conditioned policies; the variance of its last layer begins at a hundredth.
+GOAL_ACTOR: dict[str, Any] = {"hidden_dims": (512, 512, 512), "activation": "gelu", "init": "glorot"}
+GOAL_ACTOR |= {"squash": "none", "final_scale": 0.1}
 
 
 class GCBC:
@@ -25,7 +26,7 @@ class GCBC:
     needs = {"policy": "actor"}
     defaults: dict[str, Any] = OFFLINE_RL | {
         "dataset": "ogbench",
-        **GOAL_ACTOR,
+        **networks("", **GOAL_ACTOR),
         "batch-size": 1024,
     }
 

@@ -24,6 +24,7 @@ from ..datasets.goals import GOAL, GoalSampling, goal_transitions
 from ..optimizers import update
 from ..parallel import global_mean
 from ..value_learning import (
+    GOAL_VALUE,
     OFFLINE_RL,
     advantage_weight,
     bootstrapped,
@@ -33,6 +34,7 @@ from ..value_learning import (
     expectile_loss,
     follow,
     frozen,
+    networks,
     summary,
 )
 from .gcbc import GOAL_ACTOR
@@ -44,10 +46,8 @@ class GCIQL:
     needs = {"policy": "actor", "critic": "q_ensemble", "value": "v_ensemble"}
     defaults: dict[str, Any] = OFFLINE_RL | {
         "dataset": "ogbench",
-        **GOAL_ACTOR,
-        **{f"model.{name}.hidden-dims": (512, 512, 512) for name in ("critic", "value")},
-        **{f"model.{name}.activation": "gelu" for name in ("critic", "value")},
-        **{f"model.{name}.layer-norm": True for name in ("critic", "value")},
+        **networks("", **GOAL_ACTOR),
+        **networks("critic", "value", **GOAL_VALUE),
         "batch-size": 1024,
     }
 

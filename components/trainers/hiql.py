@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from ..datasets.goals import GOAL, GoalSampling, goal_transitions
 from ..optimizers import update
 from ..value_learning import (
+    GOAL_VALUE,
     OFFLINE_RL,
     advantage_weight,
     bootstrapped,
@@ -33,6 +34,7 @@ from ..value_learning import (
     data_summary,
     expectile_loss,
     follow,
+    networks,
     summary,
 )
 from .gcbc import GOAL_ACTOR
@@ -46,13 +48,10 @@ class HIQL:
     needs = {"policy": "actor", "high": "actor", "value": "v_ensemble", "representation": "actor"}
     defaults: dict[str, Any] = OFFLINE_RL | {
         "dataset": "ogbench",
-        **GOAL_ACTOR,
-        **{key.replace("model.", "model.high."): value for key, value in GOAL_ACTOR.items()},
+        **networks("", "high", **GOAL_ACTOR),
+        **networks("value", "representation", **GOAL_VALUE),
         "model.value.members": 2,
         "model.representation.squash": "none",
-        **{f"model.{name}.hidden-dims": (512, 512, 512) for name in ("value", "representation")},
-        **{f"model.{name}.activation": "gelu" for name in ("value", "representation")},
-        **{f"model.{name}.layer-norm": True for name in ("value", "representation")},
         "batch-size": 1024,
     }
 

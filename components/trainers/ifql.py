@@ -25,6 +25,7 @@ from ..models.fitting import check_chunks
 from ..optimizers import update
 from ..value_learning import (
     OFFLINE_RL,
+    WIDE,
     bootstrapped,
     check_actions,
     check_rates,
@@ -32,10 +33,11 @@ from ..value_learning import (
     data_summary,
     expectile_loss,
     follow,
+    networks,
     summary,
 )
 from .flow import FlowSampler
-from .fql import WIDE, velocities
+from .fql import velocities
 
 
 class IFQL:
@@ -43,9 +45,7 @@ class IFQL:
 
     needs = {"policy": "vector_field", "critic": "q_ensemble", "value": "v_ensemble"}
     defaults: dict[str, Any] = OFFLINE_RL | {
-        **{f"model.{name}.hidden-dims": WIDE for name in ("critic", "value")},
-        **{f"model.{name}.activation": "gelu" for name in ("critic", "value")},
-        **{f"model.{name}.layer-norm": True for name in ("critic", "value")},
+        **networks("critic", "value", **WIDE),
     }
 
     @dataclass(frozen=True)

@@ -9,8 +9,9 @@ Equation numbers are the paper's; Q'_i are the critics' targets, L_tau is the ex
 All three use the weights from before the step, so that one backward pass serves them. The weight in J_pi is cut at 100.
 
 Deviations: the policy's learning rate is constant, where the paper lets it fall by a cosine (--optimizer.schedule
-cosine does so for all models). The paper divides the rewards of locomotion tasks so that the returns of the data span
-1000: --normalise reward=return_range; and subtracts 1 from those of AntMaze: --dataset.reward-shift -1.
+cosine does so for all models); layers begin as torch's, as in CORL, not orthogonal. The paper divides the rewards of
+locomotion tasks so that the returns of the data span 1000: --normalise reward=return_range; and subtracts 1 from those
+of AntMaze: --dataset.reward-shift -1.
 """
 
 import copy

@@ -14,7 +14,8 @@ mean.
 
 An episode that ends inside a chunk: a terminated step cuts the sum, and nothing is bootstrapped. Where truncation or
 the end of the data cuts it, the critic does not learn from it, as in the authors' code; nor does the flow from padding.
-Deviation: the authors' code also leaves out chunks that a terminated step cuts.
+Deviation: the authors' code leaves out a chunk with a terminated step where the data ends there, and sums on, over what
+was recorded after the success, where it does not (OGBench).
 """
 
 import copy
@@ -31,6 +32,7 @@ from ..models.fitting import check_chunks
 from ..optimizers import update
 from ..value_learning import (
     OFFLINE_RL,
+    WIDE,
     bootstrapped,
     check_actions,
     check_rates,
@@ -38,11 +40,12 @@ from ..value_learning import (
     data_summary,
     follow,
     frozen,
+    networks,
     successors,
     summary,
 )
 from .flow import FlowSampler
-from .fql import WIDE, OneStep, distilled, one_step, velocities
+from .fql import OneStep, distilled, one_step, velocities
 from .ifql import BestOfN
 
 
@@ -52,9 +55,7 @@ class QC:
     needs = {"policy": "vector_field", "flow": "vector_field", "critic": "q_ensemble"}
     defaults: dict[str, Any] = OFFLINE_RL | {
         "model.time": False,
-        "model.critic.hidden-dims": WIDE,
-        "model.critic.activation": "gelu",
-        "model.critic.layer-norm": True,
+        **networks("critic", **WIDE),
     }
 
     @dataclass(frozen=True)

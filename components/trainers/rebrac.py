@@ -11,7 +11,7 @@ numbers are the paper's; primes mark targets and successors, a^ is the data's ne
 
 Policy and targets move with every second step of the critics. The penalties sum over the action's dimensions.
 
-Deviations: biases begin as torch's, where the authors' are 0.1, and so does the critics' last layer.
+Deviation: biases and the critics' last layer begin as torch's, where the authors' begin at 0.1 and by 0.003.
 """
 
 import copy
