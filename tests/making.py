@@ -19,11 +19,13 @@ Runs = dict[str, tuple[str, list[str]]]  # run name -> suite and command line
 
 
 def make(folder: Path, line: list[str]) -> bool:
-    """Run, or go on with, one training on one thread; says whether it is finished."""
-    if run_record.read_status(folder)["state"] == "finished":
+    """Run, or go on with, one training on one thread, to the steps of its line; says whether it is finished."""
+    steps = line[line.index("--steps") :][:2] if "--steps" in line else []
+    status = run_record.read_status(folder)
+    if status["state"] == "finished" and status["step"] >= int(steps[1] if steps else 0):
         return True
     begun = (folder / "args.json").exists()
-    options = ["--resume", str(folder)] if begun else [*line, "--run-dir", str(folder)]
+    options = ["--resume", str(folder), *steps] if begun else [*line, "--run-dir", str(folder)]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".log"), "a") as log:
         words = [sys.executable, "offline_trainer.py", *options]

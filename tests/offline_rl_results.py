@@ -34,7 +34,7 @@ CUBE = {  # the published choices of each task: FQL's table 6, and OGBench's lis
     + ("--normalise", "observation=none", "action=none"),
     "iql": ("--trainer.temperature", "1", "--trainer.expectile", "0.9"),
     "rebrac": ("--trainer.actor-penalty", "1", "--trainer.critic-penalty", "0", "--optimizer.lr", "3e-4"),
-    "fql": ("--trainer.alpha", "300"),
+    "fql": ("--trainer.alpha", "300", "--compile"),
 }
 MAZE = {"gcbc": (), "gciql": ("--trainer.alpha", "0.003"), "hiql": ()}
 # A flow that clones noise leaves the one-step policy too free at the usual alpha.
@@ -77,9 +77,9 @@ def wanted(args: Args) -> making.Runs:
     for seed in range(3):
         for trainer, own in CUBE.items() if args.cube else ():
             data = ("--dataset", "ogbench", "--dataset.path", args.cube, "--dataset.task", "default")
-            # Short runs: with the published rate the values would still be on their way after 50 000 steps.
+            # Short runs: with the published rate the values would follow too slowly.
             quick = ("--trainer.target-rate", "0.02") if not args.full and trainer != "bc" else ()
-            line = [*data, *own, *quick, *sizes(trainer, 50_000, 256, args.full)]
+            line = [*data, *own, *quick, *sizes(trainer, 200_000, 256, args.full)]
             add(runs, "cube-single-play", trainer, seed, line)
         for trainer, own in NOISY.items() if not args.full else ():
             add(runs, "push-v3-noisy", trainer, seed, [*NOISE, *own, *sizes(trainer, 20_000, 256, args.full)])
@@ -101,7 +101,7 @@ def sizes(trainer: str, steps: int, batch: int, full: bool) -> list[str]:
     if full:
         return ["--steps", "1000000", "--eval-every", "100000"]
     widths = [(f"--model.{name}.hidden-dims", *SMALL) for name in VALUES[trainer]]
-    size = ["--steps", str(steps), "--batch-size", str(batch), "--eval-every", str(steps // 2)]
+    size = ["--steps", str(steps), "--batch-size", str(batch), "--eval-every", str(min(steps // 2, 25_000))]
     return [*size, "--model.hidden-dims", *SMALL, *itertools.chain(*widths)]
 
 
