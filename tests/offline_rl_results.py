@@ -33,7 +33,9 @@ CUBE = {  # the published choices of each task: FQL's table 6, and OGBench's lis
     "bc": ("--loss", "mse", "--optimizer", "adam", "--optimizer.lr", "3e-4", "--model.activation", "gelu")
     + ("--normalise", "observation=none", "action=none"),
     "iql": ("--trainer.temperature", "1", "--trainer.expectile", "0.9"),
-    "rebrac": ("--trainer.actor-penalty", "1", "--trainer.critic-penalty", "0", "--optimizer.lr", "3e-4"),
+    "rebrac": ("--trainer.actor-penalty", "1", "--trainer.critic-penalty", "0", "--optimizer.lr", "3e-4")
+    + ("--model.activation", "gelu", "--model.init", "glorot", "--model.final-scale", "0.1")
+    + ("--model.critic.activation", "gelu", "--model.critic.init", "glorot"),
     "fql": ("--trainer.alpha", "300", "--compile"),
 }
 MAZE = {"gcbc": (), "gciql": ("--trainer.alpha", "0.003"), "hiql": ()}
