@@ -81,7 +81,7 @@ def wanted(args: Args) -> making.Runs:
             data = ("--dataset", "ogbench", "--dataset.path", args.cube, "--dataset.task", "default")
             # Short runs: with the published rate the values would follow too slowly.
             quick = ("--trainer.target-rate", "0.02") if not args.full and trainer != "bc" else ()
-            line = [*data, *own, *quick, *sizes(trainer, 50_000, 256, args.full)]
+            line = [*data, *own, *quick, *sizes(trainer, 100_000, 256, args.full)]
             add(runs, "cube-single-play", trainer, seed, line)
         for trainer, own in NOISY.items() if not args.full else ():
             add(runs, "push-v3-noisy", trainer, seed, [*NOISE, *own, *sizes(trainer, 20_000, 256, args.full)])
