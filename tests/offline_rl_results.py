@@ -40,7 +40,7 @@ CUBE = {  # the published choices of each task: FQL's table 6, and OGBench's lis
 }
 MAZE = {"gcbc": (), "gciql": ("--trainer.alpha", "0.003"), "hiql": ()}
 # A flow that clones noise leaves the one-step policy too free at the usual alpha.
-NOISY_FQL = ("--trainer.alpha", "1", "--trainer.aggregate", "min", "--trainer.target-rate", "0.02")
+NOISY_FQL = ("--trainer.alpha", "3", "--trainer.aggregate", "min", "--trainer.target-rate", "0.02")
 NOISY_FQL += ("--normalise", "observation=mean_std")
 NOISY = {
     "bc": ("--loss", "mse", "--dataset.validation", "0"),
