@@ -40,8 +40,7 @@ CUBE = {  # the published choices of each task: FQL's table 6, and OGBench's lis
 }
 MAZE = {"gcbc": (), "gciql": ("--trainer.alpha", "0.003"), "hiql": ()}
 # A flow that clones noise leaves the one-step policy too free at the usual alpha.
-NOISY_FQL = ("--trainer.alpha", "3", "--trainer.aggregate", "min", "--trainer.target-rate", "0.02")
-NOISY_FQL += ("--normalise", "observation=mean_std")
+NOISY_FQL = ("--trainer.alpha", "3", "--trainer.aggregate", "min", "--normalise", "observation=mean_std")
 NOISY = {
     "bc": ("--loss", "mse", "--dataset.validation", "0"),
     "iql": (),
@@ -79,12 +78,11 @@ def wanted(args: Args) -> making.Runs:
     for seed in range(3):
         for trainer, own in CUBE.items() if args.cube else ():
             data = ("--dataset", "ogbench", "--dataset.path", args.cube, "--dataset.task", "default")
-            # Short runs: with the published rate the values would follow too slowly.
-            quick = ("--trainer.target-rate", "0.02") if not args.full and trainer != "bc" else ()
-            line = [*data, *own, *quick, *sizes(trainer, 100_000, 256, args.full)]
+            line = [*data, *own, *quick(trainer, args.full), *sizes(trainer, 100_000, 256, args.full)]
             add(runs, "cube-single-play", trainer, seed, line)
         for trainer, own in NOISY.items() if not args.full else ():
-            add(runs, "push-v3-noisy", trainer, seed, [*NOISE, *own, *sizes(trainer, 20_000, 256, args.full)])
+            line = [*NOISE, *own, *quick(trainer, args.full), *sizes(trainer, 40_000, 256, args.full)]
+            add(runs, "push-v3-noisy", trainer, seed, line)
         for trainer, own in MAZE.items() if args.maze else ():
             line = ["--dataset", "ogbench", "--dataset.path", args.maze, *own]
             add(runs, "pointmaze-medium-navigate", trainer, seed, [*line, *sizes(trainer, 30_000, 256, args.full)])
@@ -96,6 +94,11 @@ def add(runs: making.Runs, suite: str, trainer: str, seed: int, line: list[str])
     """One run, if this trainer has so many seeds."""
     if seed < SEEDS[trainer]:
         runs[f"{suite}-{trainer}-{seed}"] = (suite, ["--trainer", trainer, "--seed", str(seed), *line])
+
+
+def quick(trainer: str, full: bool) -> tuple[str, ...]:
+    """What short runs need: with the published rate the values would follow their targets too slowly."""
+    return ("--trainer.target-rate", "0.02") if not full and trainer != "bc" else ()
 
 
 def sizes(trainer: str, steps: int, batch: int, full: bool) -> list[str]:
