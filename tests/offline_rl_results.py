@@ -39,7 +39,7 @@ CUBE = {  # the published choices of each task: FQL's table 6, and OGBench's lis
     "fql": ("--trainer.alpha", "300", "--compile"),
 }
 MAZE = {"gcbc": (), "gciql": ("--trainer.alpha", "0.003"), "hiql": ()}
-# A flow that clones noise leaves the one-step policy too free at the usual alpha.
+# Where the flow clones noise, the usual alpha of 10 would tie the one-step policy to it.
 NOISY_FQL = ("--trainer.alpha", "3", "--trainer.aggregate", "min", "--normalise", "observation=mean_std")
 NOISY = {
     "bc": ("--loss", "mse", "--dataset.validation", "0"),
