@@ -21,13 +21,9 @@ OFFLINE_RL: dict[str, Any] = {
     "eval-every": 10_000,
     "save-every": 10_000,
 }
-WIDE = {
-    "hidden_dims": (512, 512, 512, 512),
-    "activation": "gelu",
-    "layer_norm": True,
-    "init": "glorot",
-}  # FQL's critics
-GOAL_VALUE = WIDE | {"hidden_dims": (512, 512, 512)}  # OGBench's
+# The critics of FQL, and OGBench's value functions.
+WIDE = {"hidden_dims": (512, 512, 512, 512), "activation": "gelu", "layer_norm": True, "init": "glorot"}
+GOAL_VALUE = WIDE | {"hidden_dims": (512, 512, 512)}
 TOLERANCE = 1e-3  # by which an action may leave [-1, 1]: float32, and quantised recordings
 
 

@@ -2,8 +2,8 @@
 
 python tests/offline_rl_results.py --cube cube-single-play-v0.npz --maze pointmaze-medium-navigate-v0.npz --jobs 2
 
-The files are OGBench's. Networks, batches and steps are smaller than the published ones, so that a run takes some ten
-minutes of one CPU core; --full takes the published ones.
+The files are OGBench's. Networks, batches and steps are smaller than the published ones, so that a run takes two
+to forty minutes of one CPU core; --full takes the published ones.
 """
 
 import itertools
@@ -39,13 +39,12 @@ CUBE = {  # the published choices of each task: FQL's table 6, and OGBench's lis
     "fql": ("--trainer.alpha", "300", "--compile"),
 }
 MAZE = {"gcbc": (), "gciql": ("--trainer.alpha", "0.003"), "hiql": ()}
-# Where the flow clones noise, the usual alpha of 10 would tie the one-step policy to it.
-NOISY_FQL = ("--trainer.alpha", "3", "--trainer.aggregate", "min", "--normalise", "observation=mean_std")
 NOISY = {
     "bc": ("--loss", "mse", "--dataset.validation", "0"),
     "iql": (),
     "td3_bc": (),
-    "fql": NOISY_FQL,
+    # Where the flow clones noise, the usual alpha of 10 would tie the one-step policy to it.
+    "fql": ("--trainer.alpha", "3", "--trainer.aggregate", "min", "--normalise", "observation=mean_std"),
 }
 NOISE = ("--dataset.demos", "400", "--dataset.noise", "0.5", "--dataset.random", "0.5")
 NOISE += ("--dataset.max-episode-steps", "80")  # the expert needs some 60; half of the data is random, half noisy
