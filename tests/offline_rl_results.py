@@ -77,7 +77,7 @@ def wanted(args: Args) -> making.Runs:
     for seed in range(3):
         for trainer, own in CUBE.items() if args.cube else ():
             data = ("--dataset", "ogbench", "--dataset.path", args.cube, "--dataset.task", "default")
-            line = [*data, *own, *quick(trainer, args.full), *sizes(trainer, 100_000, 256, args.full)]
+            line = [*data, *own, *quick(trainer, args.full), *sizes(trainer, 60_000, 256, args.full)]
             add(runs, "cube-single-play", trainer, seed, line)
         for trainer, own in NOISY.items() if not args.full else ():
             line = [*NOISE, *own, *quick(trainer, args.full), *sizes(trainer, 40_000, 256, args.full)]
@@ -106,7 +106,7 @@ def sizes(trainer: str, steps: int, batch: int, full: bool) -> list[str]:
     if full:
         return ["--steps", "1000000", "--eval-every", "100000"]
     widths = [(f"--model.{name}.hidden-dims", *SMALL) for name in VALUES[trainer]]
-    size = ["--steps", str(steps), "--batch-size", str(batch), "--eval-every", str(min(steps // 2, 25_000))]
+    size = ["--steps", str(steps), "--batch-size", str(batch), "--eval-every", str(steps // 2)]
     return [*size, "--model.hidden-dims", *SMALL, *itertools.chain(*widths)]
 
 
