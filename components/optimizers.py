@@ -215,14 +215,20 @@ def with_length(factory: Any, steps: int) -> Any:
     return replace(factory, schedule_steps=steps) if getattr(factory, "schedule_steps", 0) is None else factory
 
 
+def delay(optimizers: dict[str, torch.optim.Optimizer], name: str, every: int) -> None:
+    """Fit the schedule of a model that moves with every so many-th update of the others to its own fewer updates."""
+    for group in optimizers[name].param_groups if name in optimizers else ():
+        if group.get("schedule_steps"):
+            group["schedule_steps"] = max(group["schedule_steps"] // every, 1)
+
+
 def kept_length(optimizers: dict[str, torch.optim.Optimizer], steps: int) -> str:
     """What to say when restored schedules are shorter than the run: their last value holds."""
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
-    lengths = {g["schedule_steps"] for g in groups if g.get("schedule", "constant") != "constant"}
-    short = [length for length in lengths if length is not None and length < steps]
-    return (
-        f"; the learning-rate schedule keeps its length of {min(short)} updates, its last value holds" if short else ""
-    )
+    lengths = [g["schedule_steps"] or steps for g in groups if g.get("schedule", "constant") != "constant"]
+    longest = max(lengths, default=steps)  # that of a delayed model is shorter
+    short = f"; the learning-rate schedule keeps its length of {longest} updates, its last value holds"
+    return short if longest < steps else ""
 
 
 def set_mode(optimizers: dict[str, torch.optim.Optimizer], training: bool) -> None:

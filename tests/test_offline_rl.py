@@ -34,7 +34,7 @@ from components.datasets.transitions import transitions
 from components.envs.ogbench import OGBenchEnv
 from components.features import build_models, describe, seen_by
 from components.normalisation import Normaliser
-from components.optimizers import Adam
+from components.optimizers import Adam, learning_rate_factor
 from components.policy import Inference, acting_policy
 from components.sampling import Batches
 from conftest import FIXTURES
@@ -296,6 +296,16 @@ def test_what_is_asked_of_one_key_leaves_the_others_as_they_suit_the_trainer(scr
     run = script(*toy.TRAINERS["iql"], *TINY, "--normalise", "observation=mean_std")
     modes = json.loads((run / "policy" / "policy.json").read_text())["normalisation"]
     assert modes == {"action": "scale", "observation.state": "mean_std"}
+
+
+@pytest.mark.parametrize("name", ["td3_bc", "rebrac"])
+def test_the_schedule_of_a_delayed_policy_ends_with_the_run(script: Script, name: str) -> None:
+    cosine = ("--steps", 12, "--log-every", 1, "--optimizer.schedule", "cosine", "--eval-episodes", 0)
+    lines = read_lines(script(*toy.TRAINERS[name], *cosine) / "metrics.jsonl")
+    policy = [line["train/lr.policy"] for line in lines if "train/lr.policy" in line]
+    critic = [line["train/lr.critic"] for line in lines if "train/lr.critic" in line]
+    assert policy[-1] / policy[0] == pytest.approx(learning_rate_factor("cosine", 5, 6, 0))  # the last of six updates
+    assert critic[-1] / critic[0] == pytest.approx(learning_rate_factor("cosine", 11, 12, 0))
 
 
 # ---- data to learn from --------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..datasets.transitions import transitions
-from ..optimizers import update
+from ..optimizers import delay, update
 from ..parallel import global_mean
 from ..value_learning import (
     OFFLINE_RL,
@@ -87,6 +87,7 @@ class ReBRAC:
             return
         check_transitions(spec, "rebrac", more=["next.action"])
         check_actions(spec, "rebrac")
+        delay(optimizers, "policy", self.config.policy_every)
         for name in ("policy", "critic"):
             models[f"target_{name}"] = copy.deepcopy(models[name]).requires_grad_(False)
 

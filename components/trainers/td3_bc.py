@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..datasets.transitions import transitions
-from ..optimizers import update
+from ..optimizers import delay, update
 from ..parallel import global_mean
 from ..value_learning import (
     OFFLINE_RL,
@@ -82,6 +82,7 @@ class TD3BC:
             return
         check_transitions(spec, "td3_bc")
         check_actions(spec, "td3_bc")
+        delay(optimizers, "policy", self.config.policy_every)
         for name in ("policy", "critic"):
             models[f"target_{name}"] = copy.deepcopy(models[name]).requires_grad_(False)
 
