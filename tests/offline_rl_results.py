@@ -42,7 +42,7 @@ MAZE = {"gcbc": (), "gciql": ("--trainer.alpha", "0.003"), "hiql": ()}
 NOISY = {
     "bc": ("--loss", "mse", "--dataset.validation", "0"),
     "iql": (),
-    "td3_bc": (),
+    "td3_bc": ("--model.critic.layer-norm",),  # without it Q falls below what the rewards allow
     # Where the flow clones noise, the usual alpha of 10 would tie the one-step policy to it.
     "fql": ("--trainer.alpha", "3", "--trainer.aggregate", "min", "--normalise", "observation=mean_std"),
 }
@@ -80,7 +80,7 @@ def wanted(args: Args) -> making.Runs:
             line = [*data, *own, *quick(trainer, args.full), *sizes(trainer, 60_000, 256, args.full)]
             add(runs, "cube-single-play", trainer, seed, line)
         for trainer, own in NOISY.items() if not args.full else ():
-            line = [*NOISE, *own, *quick(trainer, args.full), *sizes(trainer, 40_000, 256, args.full)]
+            line = [*NOISE, *own, *quick(trainer, args.full), *sizes(trainer, 20_000, 256, args.full)]
             add(runs, "push-v3-noisy", trainer, seed, line)
         for trainer, own in MAZE.items() if args.maze else ():
             line = ["--dataset", "ogbench", "--dataset.path", args.maze, *own]
