@@ -71,19 +71,20 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     margins |= {"wspace": 0.75 / 3.4, "hspace": 0.8 / 2.2}  # in widths and heights of a panel
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, gridspec_kw=margins)
     for axis, name in zip(axes.flat, panels, strict=False):
-        for run in runs:
+        for index, run in enumerate(runs):
             lines = evaluations[run] if name == score else metrics[run]
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if not points:
                 continue
             x, y = zip(*points, strict=True)
-            axis.plot(x, y, marker="o" if len(x) < 20 else None, markersize=3, linewidth=1.2, label=run.name)
+            marker, color = "o" if len(x) < 20 else None, f"C{index % 10}"  # a run's is the same in every panel
+            axis.plot(x, y, marker=marker, markersize=3, linewidth=1.2, label=run.name, color=color)
             if f"{name}_min" in found:  # the band of what the mean is of
                 band = [(line["step"], line[f"{name}_min"], line[f"{name}_max"]) for line in lines if name in line]
-                axis.fill_between(*zip(*band, strict=True), alpha=0.15, color=axis.lines[-1].get_color())
+                axis.fill_between(*zip(*band, strict=True), alpha=0.15, color=color)
             if name == "success_rate":
                 low, high = zip(*(line["success_ci"] for line in lines if line.get(name) is not None), strict=True)
-                axis.fill_between(x, low, high, alpha=0.2)
+                axis.fill_between(x, low, high, alpha=0.2, color=color)
                 axis.set_ylim(-0.02, 1.02)
         shown = [value for line in axis.lines for value in line.get_ydata()]
         if "loss" in name and min(shown, default=0) > 0:

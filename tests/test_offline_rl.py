@@ -19,6 +19,7 @@ from components import (
     TRAINER_REGISTRY,
     UserError,
     compiled,
+    curves,
     evaluation,
     load_policy,
     matmul,
@@ -404,6 +405,20 @@ def test_the_report_marks_values_that_rewards_do_not_allow(script: Script, capsy
         file.write(json.dumps(lines[-1] | {"step": 25, "train/q": -2.1 * bound}) + "\n")
     report.main([str(run), "--out", str(run / "report.png")])
     assert "DIVERGING: q reaches -" in capsys.readouterr().out
+
+
+def test_a_run_has_one_color_in_all_panels(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--steps", 4, "--log-every", 1, "--eval-episodes", 0)
+    runs = [script(*toy.TRAINERS[name], *options, folder=name) for name in ("td3_bc", "iql")]
+    colors: dict[str, set[str]] = {run.name: set() for run in runs}
+
+    def keep(figure: Any, path: Path, dpi: int) -> None:
+        for line in (line for axis in figure.axes for line in axis.lines):
+            colors[line.get_label()].add(line.get_color())
+
+    monkeypatch.setattr(curves, "save_figure", keep)
+    curves.draw_curves(runs, tmp_path / "curves.png")
+    assert [len(found) for found in colors.values()] == [1, 1] and colors["td3_bc"] != colors["iql"]
 
 
 # ---- faster --------------------------------------------------------------------------------------------------------
