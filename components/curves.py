@@ -77,7 +77,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
             if not points:
                 continue
             x, y = zip(*points, strict=True)
-            marker, color = "o" if len(x) < 20 else None, f"C{index % 10}"  # a run's is the same in every panel
+            marker, color = "o" if len(x) < 20 else None, f"C{index}"  # a run's is the same in every panel
             axis.plot(x, y, marker=marker, markersize=3, linewidth=1.2, label=run.name, color=color)
             if f"{name}_min" in found:  # the band of what the mean is of
                 band = [(line["step"], line[f"{name}_min"], line[f"{name}_max"]) for line in lines if name in line]

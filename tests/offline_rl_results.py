@@ -2,8 +2,8 @@
 
 python tests/offline_rl_results.py --cube cube-single-play-v0.npz --maze pointmaze-medium-navigate-v0.npz --jobs 2
 
-The files are OGBench's. Networks, batches and steps are smaller than the published ones, so that a run takes two
-to forty minutes of one CPU core; --full takes the published ones.
+The files are OGBench's. Networks, batches and steps are smaller than the published ones, so that a run takes one
+to twenty minutes of one CPU core; --full takes the published ones.
 """
 
 import itertools
@@ -43,7 +43,7 @@ NOISY = {
     "bc": ("--loss", "mse", "--dataset.validation", "0"),
     "iql": (),
     "td3_bc": ("--model.critic.layer-norm",),  # without it Q falls below what the rewards allow
-    # Where the flow clones noise, the usual alpha of 10 would tie the one-step policy to it.
+    # The flow clones noise, so the one-step policy has to leave it: alpha is small, and Q the careful one.
     "fql": ("--trainer.alpha", "3", "--trainer.aggregate", "min", "--normalise", "observation=mean_std"),
 }
 NOISE = ("--dataset.demos", "400", "--dataset.noise", "0.5", "--dataset.random", "0.5")
