@@ -43,10 +43,9 @@ NOISY = {
     "bc": ("--loss", "mse", "--dataset.validation", "0"),
     "iql": (),
     "td3_bc": ("--model.critic.layer-norm",),  # without it Q falls below what the rewards allow
-    # The flow clones noise, so the one-step policy has to leave it: alpha is small, and Q the careful one.
-    "fql": ("--trainer.alpha", "3", "--trainer.aggregate", "min", "--normalise", "observation=mean_std"),
+    "fql": ("--trainer.aggregate", "min", "--normalise", "observation=mean_std"),
 }
-NOISE = ("--dataset.demos", "400", "--dataset.noise", "0.5", "--dataset.random", "0.5")
+NOISE = ("--dataset.demos", "400", "--dataset.noise", "0.3", "--dataset.random", "0.5")
 NOISE += ("--dataset.max-episode-steps", "80")  # the expert needs some 60; half of the data is random, half noisy
 SEEDS = {"bc": 3, "iql": 3, "td3_bc": 3, "fql": 3, "rebrac": 1, "gcbc": 1, "gciql": 3, "hiql": 3}
 
