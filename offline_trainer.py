@@ -29,6 +29,7 @@ from components import (
     REGISTRIES,
     UserError,
     augmentation,
+    captured,
     checkpoint,
     compiled,
     debug,
@@ -114,7 +115,8 @@ class Args(Names):
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Compute precision, no or bf16; None follows `accelerate launch`."""
     compile: bool = False
-    """Compile the trainer's losses; pays for long runs, and says from which step on."""
+    """Compile the trainer's losses, and on a GPU replay whole updates as CUDA graphs; pays for long runs, and says from
+    which step on."""
     matmul: Literal["default", "auto"] = "default"
     """Matrix products on a CPU: as torch has them, or the fastest that is still float32, which a probe finds."""
     normalise: tuple[str, ...] = ()
@@ -277,7 +279,10 @@ class StepHook:
         self, accelerator: Accelerator, index: int, name: str, optimizer: Any, args: Args, metrics: Metrics
     ) -> None:
         self.accelerator, self.index, self.name, self.args, self.metrics = accelerator, index, name, args, metrics
-        self.iterations, self.count, self.waits = 0, 0, accelerator.device.type != "cuda"
+        self.count, self.waits = 0, accelerator.device.type != "cuda"
+        self.iterations = torch.zeros(
+            (), dtype=torch.int64, device=accelerator.device
+        )  # the step, where graphs find it
         self.loss: Any = 0.0  # sum of the losses since the last step; `watch_loss` adds them
         self.first_bad = torch.full((), -1, device=accelerator.device)  # iteration of the first non-finite gradient
         optimizer.register_step_pre_hook(self)
@@ -301,11 +306,11 @@ class StepHook:
         total = norm + loss  # not finite where either is not
         if not self.waits:  # no synchronisation on a GPU: the update is gated there, `check` reads the flag later
             finite = total.isfinite()
-            self.first_bad = torch.where((self.first_bad < 0) & ~finite, self.iterations, self.first_bad)
+            self.first_bad.copy_(torch.where((self.first_bad < 0) & ~finite, self.iterations, self.first_bad))
             for gradient in gradients:
                 gradient.masked_fill_(self.first_bad >= 0, 0.0)
         elif not math.isfinite(total):
-            self.first_bad.fill_(self.iterations)
+            self.first_bad.copy_(self.iterations)
             self.check()
         if self.args.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.args.grad_clip, norm)
@@ -318,7 +323,7 @@ class StepHook:
         index, count, loss = self.accelerator.reduce(mine, "mean")
         if index != self.index or count != self.count % 4096:
             raise RuntimeError(
-                f"model {self.name!r}: a process skipped one of its optimizer steps (step {self.iterations})"
+                f"model {self.name!r}: a process skipped one of its optimizer steps (step {int(self.iterations)})"
             )
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=mine.device)
         flat = torch.cat(
@@ -412,6 +417,7 @@ class Learner(NamedTuple):
     opts: dict[str, torch.optim.Optimizer]
     trainer: Any
     passed: list[str]  # what the trainer's `train_step` is passed besides the batch
+    update: captured.Update  # calls it
     metrics: Metrics
     hooks: list[StepHook]
     factories: dict[str, tuple[str, Any]]  # model name -> registry name and options
@@ -444,7 +450,9 @@ def build_learner(args: Args, accelerator: Accelerator, spec: Any, updates: int)
     metrics = Metrics()
     hooks = [StepHook(accelerator, i, name, opt, args, metrics) for i, (name, opt) in enumerate(opts.items())]
     watch_loss(loss, hooks)
-    return Learner(models, loss, opts, trainer, passed, metrics, hooks, factories)
+    alone = accelerator.num_processes == args.grad_accumulation == 1 and not averages
+    update = captured.choose(trainer, metrics, opts, accelerator.device, args.compile, alone)
+    return Learner(models, loss, opts, trainer, passed, update, metrics, hooks, factories)
 
 
 def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, device: Any) -> tuple[Any, list[str]]:
@@ -480,6 +488,8 @@ def compiles(trainer: Any) -> tuple[str, ...]:
 def tell_break_even(learner: Learner, batch: dict[str, Any], run: Run) -> bool:
     """Compile, and say from which step on that pays; returns False: there is nothing left to compile."""
     run.say(compiled.break_even(learner.trainer, compiles(learner.trainer), batch, learner.models))
+    if learner.update.note:
+        run.say(learner.update.note)
     for hook in learner.hooks:
         hook.loss = 0.0  # those losses were for measuring
     return False
@@ -602,7 +612,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
 
     # What learns, what acts, and where it is evaluated: in the environment asked for, or in the dataset's own.
     learner = build_learner(args, accelerator, spec, args.steps)
-    models, loss, opts, trainer, passed, metrics, hooks, _ = learner
+    models, loss, opts, trainer, passed, update, metrics, hooks, _ = learner
     actor = policy.acting_policy(trainer, models, normaliser, spec, args.policy, partial(cli.given, argv))
     env_name, env = evaluation.choose_env(args.env, args.env_options, partial(cli.given, argv), data.get("env"))
     evaluator = make_evaluator(args, actor, env_name, env, rank, world, run)
@@ -646,7 +656,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
             where = {"epoch": step // batches.per_epoch, "total_epochs": -(-args.steps // batches.per_epoch)}
             where["iterations"] = step
             for hook in hooks:
-                hook.iterations = step
+                hook.iterations.fill_(step)
             for _ in range(micro_steps):
                 drawn = time.perf_counter()
                 (_, rows, mine), loaded_batch = next(stream)
@@ -658,7 +668,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
                 with precision:
                     if to_compile:
                         to_compile = tell_break_even(learner, batch, run)
-                    metrics.add(trainer.train_step(batch, **{name: where[name] for name in passed}), "train/")
+                    update(batch, **{name: where[name] for name in passed})
                 data_s, step_s = data_s + loaded - drawn, step_s + time.perf_counter() - loaded
             run.step = step = step + 1
             run.beat()

@@ -29,6 +29,7 @@ import protocols
 from components import (
     REGISTRIES,
     UserError,
+    captured,
     checkpoint,
     compiled,
     debug,
@@ -125,7 +126,8 @@ class Args(Names):
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """Compute precision, no or bf16; None follows `accelerate launch`."""
     compile: bool = False
-    """Compile the trainer's losses; pays for long runs, and says from which step on."""
+    """Compile the trainer's losses, and on a GPU replay whole updates as CUDA graphs; pays for long runs, and says from
+    which step on."""
     matmul: Literal["default", "auto"] = "default"
     """Matrix products on a CPU: as torch has them, or the fastest that is still float32, which a probe finds."""
     policy: Inference = Inference()
@@ -281,7 +283,10 @@ class StepHook:
         self, accelerator: Accelerator, index: int, name: str, optimizer: Any, args: Args, metrics: Metrics
     ) -> None:
         self.accelerator, self.index, self.name, self.args, self.metrics = accelerator, index, name, args, metrics
-        self.iterations, self.count, self.waits = 0, 0, accelerator.device.type != "cuda"
+        self.count, self.waits = 0, accelerator.device.type != "cuda"
+        self.iterations = torch.zeros(
+            (), dtype=torch.int64, device=accelerator.device
+        )  # the step, where graphs find it
         self.loss: Any = 0.0  # sum of the losses since the last step; `watch_loss` adds them
         self.first_bad = torch.full((), -1, device=accelerator.device)  # iteration of the first non-finite gradient
         optimizer.register_step_pre_hook(self)
@@ -305,11 +310,11 @@ class StepHook:
         total = norm + loss  # not finite where either is not
         if not self.waits:  # no synchronisation on a GPU: the update is gated there, `check` reads the flag later
             finite = total.isfinite()
-            self.first_bad = torch.where((self.first_bad < 0) & ~finite, self.iterations, self.first_bad)
+            self.first_bad.copy_(torch.where((self.first_bad < 0) & ~finite, self.iterations, self.first_bad))
             for gradient in gradients:
                 gradient.masked_fill_(self.first_bad >= 0, 0.0)
         elif not math.isfinite(total):
-            self.first_bad.fill_(self.iterations)
+            self.first_bad.copy_(self.iterations)
             self.check()
         if self.args.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.args.grad_clip, norm)
@@ -322,7 +327,7 @@ class StepHook:
         index, count, loss = self.accelerator.reduce(mine, "mean")
         if index != self.index or count != self.count % 4096:
             raise RuntimeError(
-                f"model {self.name!r}: a process skipped one of its optimizer steps (step {self.iterations})"
+                f"model {self.name!r}: a process skipped one of its optimizer steps (step {int(self.iterations)})"
             )
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=mine.device)
         flat = torch.cat(
@@ -416,6 +421,7 @@ class Learner(NamedTuple):
     opts: dict[str, torch.optim.Optimizer]
     trainer: Any
     passed: list[str]  # what the trainer's `train_step` is passed besides the batch
+    update: captured.Update  # calls it
     metrics: Metrics
     hooks: list[StepHook]
     factories: dict[str, tuple[str, Any]]  # model name -> registry name and options
@@ -448,7 +454,9 @@ def build_learner(args: Args, accelerator: Accelerator, spec: Any, updates: int)
     metrics = Metrics()
     hooks = [StepHook(accelerator, i, name, opt, args, metrics) for i, (name, opt) in enumerate(opts.items())]
     watch_loss(loss, hooks)
-    return Learner(models, loss, opts, trainer, passed, metrics, hooks, factories)
+    alone = accelerator.num_processes == args.grad_accumulation == 1 and not averages
+    update = captured.choose(trainer, metrics, opts, accelerator.device, args.compile, alone)
+    return Learner(models, loss, opts, trainer, passed, update, metrics, hooks, factories)
 
 
 def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, device: Any) -> tuple[Any, list[str]]:
@@ -484,6 +492,8 @@ def compiles(trainer: Any) -> tuple[str, ...]:
 def tell_break_even(learner: Learner, batch: dict[str, Any], run: Run) -> bool:
     """Compile, and say from which step on that pays; returns False: there is nothing left to compile."""
     run.say(compiled.break_even(learner.trainer, compiles(learner.trainer), batch, learner.models))
+    if learner.update.note:
+        run.say(learner.update.note)
     for hook in learner.hooks:
         hook.loss = 0.0  # those losses were for measuring
     return False
@@ -606,7 +616,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     total_updates = max(int((args.steps - learning_starts) * args.updates_per_step), 0)
     note += "" if total_updates else "; NO UPDATES (see --learning-starts, --updates-per-step)"
     learner = build_learner(args, accelerator, spec, max(total_updates, 1))
-    models, loss, opts, trainer, passed, metrics, hooks, _ = learner
+    models, loss, opts, trainer, passed, update, metrics, hooks, _ = learner
     actor = policy.acting_policy(trainer, models, normaliser, spec, args.policy, partial(cli.given, argv))
     if actor is None:
         raise UserError(f"trainer {args.trainer!r} has nothing that acts: no policy(), and no model named 'policy'")
@@ -675,7 +685,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
             if step - progress["filled_from"] > learning_starts:
                 progress["owed"] += num_envs * args.updates_per_step
             for hook in hooks:
-                hook.iterations = step
+                hook.iterations.fill_(step)
             while progress["owed"] >= 1:
                 where = {"epoch": 0, "total_epochs": 1, "iterations": progress["updates"]}
                 for _ in range(micro_steps):
@@ -687,7 +697,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
                     with precision:
                         if to_compile:
                             to_compile = tell_break_even(learner, batch, run)
-                        metrics.add(trainer.train_step(batch, **{name: where[name] for name in passed}), "train/")
+                        update(batch, **{name: where[name] for name in passed})
                     data_s, step_s = data_s + loaded - drawn, step_s + time.perf_counter() - loaded
                 progress["owed"] -= 1
                 progress["updates"] += 1

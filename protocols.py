@@ -39,7 +39,9 @@ class Trainer(Protocol):
     held-out loss is computed with, and what `--compile` compiles unless `compiles` names other methods of that kind),
     `policy() -> nn.Module` (normalised observations in, normalised action or chunk out; otherwise `models["policy"]`
     acts), `explorer() -> nn.Module` (the same, for what acts while the online script collects; otherwise the policy
-    does), `state_dict()` and `load_state_dict()` (tensors and JSON values).
+    does), `state_dict()` and `load_state_dict()` (tensors and JSON values), `cycle` (after so many calls the Python of
+    `train_step` repeats, and it waits for no tensor's value, so that `--compile` may record its kernels in CUDA graphs;
+    it may count its calls in `updates`).
 
     Optional and static: `prepare(data, config) -> data` (what a dataset's `build` returned, as this trainer learns from
     it: transitions, goals, ...) and `sees(model, spec, config) -> spec` (what one of its models is built for, where

@@ -43,16 +43,24 @@ def _half_cosine(fraction: float) -> float:
 
 
 def carry_schedule(optimizer: torch.optim.Optimizer, schedule: str, length: int | None, warmup: int) -> None:
-    """Set each group's `lr` before every step from its base and the group's own count of updates."""
+    """Set each group's `lr` before every step from its base and the group's own count of updates.
+
+    Rates in tensors, which a CUDA graph reads, are left to whoever replays it, by the optimizer's `advance()`.
+    """
     for group in optimizer.param_groups:
         group.update(initial_lr=group["lr"], schedule=schedule, schedule_steps=length, updates=0)
 
-    def set_learning_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def advance() -> None:
         for group in optimizer.param_groups:
             factor = learning_rate_factor(schedule, group["updates"], group["schedule_steps"], warmup)
             group["lr"] = group["initial_lr"] * factor
             group["updates"] += 1
 
+    def set_learning_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not isinstance(optimizer.param_groups[0]["lr"], torch.Tensor):
+            advance()
+
+    optimizer.advance = advance  # type: ignore[attr-defined]
     optimizer.register_step_pre_hook(set_learning_rates)
 
 

@@ -257,6 +257,7 @@ def acting_policy(
     if not observes or "action" not in spec or not (own or "policy" in models):
         return None
     module = trainer.policy() if own else models["policy"]
+    module.to(next(models.parameters()).device)  # it may have tensors of its own
     chunk = int(spec["action"]["shape"][0]) if "action_is_pad" in spec else 1
     if settings.action_steps is not None and not given("policy.action-steps"):
         settings = replace(settings, action_steps=min(settings.action_steps, chunk))

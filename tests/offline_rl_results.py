@@ -6,7 +6,6 @@ The files are OGBench's. Networks, batches and steps are smaller than the publis
 to twenty minutes of one CPU core; --full takes the published ones.
 """
 
-import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +75,20 @@ def wanted(args: Args) -> making.Runs:
     for seed in range(3):
         for trainer, own in CUBE.items() if args.cube else ():
             data = ("--dataset", "ogbench", "--dataset.path", args.cube, "--dataset.task", "default")
-            line = [*data, *own, *quick(trainer, args.full), *sizes(trainer, 60_000, 256, args.full)]
+            line = [*data, *own, *quick(trainer, args.full), *sizes(trainer, 60_000, FULL if args.full else None)]
             add(runs, "cube-single-play", trainer, seed, line)
         for trainer, own in NOISY.items() if not args.full else ():
-            line = [*NOISE, *own, *quick(trainer, args.full), *sizes(trainer, 20_000, 256, args.full)]
+            line = [*NOISE, *own, *quick(trainer, args.full), *sizes(trainer, 20_000, None)]
             add(runs, "push-v3-noisy", trainer, seed, line)
         for trainer, own in MAZE.items() if args.maze else ():
             line = ["--dataset", "ogbench", "--dataset.path", args.maze, *own]
-            add(runs, "pointmaze-medium-navigate", trainer, seed, [*line, *sizes(trainer, 30_000, 256, args.full)])
+            add(
+                runs,
+                "pointmaze-medium-navigate",
+                trainer,
+                seed,
+                [*line, *sizes(trainer, 30_000, () if args.full else None)],
+            )
     suffix = "-full" if args.full else ""
     return {name + suffix: (suite + suffix, line) for name, (suite, line) in runs.items() if args.only in name}
 
@@ -100,13 +105,16 @@ def quick(trainer: str, full: bool) -> tuple[str, ...]:
     return short if not full and trainer in ("td3_bc", "rebrac", "fql") else ()
 
 
-def sizes(trainer: str, steps: int, batch: int, full: bool) -> list[str]:
-    """Options for the size of a run, its networks and their evaluation."""
-    if full:
-        return ["--steps", "1000000", "--eval-every", "100000"]
-    widths = [(f"--model.{name}.hidden-dims", *SMALL) for name in VALUES[trainer]]
-    size = ["--steps", str(steps), "--batch-size", str(batch), "--eval-every", str(steps // 2)]
-    return [*size, "--model.hidden-dims", *SMALL, *itertools.chain(*widths)]
+def sizes(trainer: str, steps: int, published: tuple[str, ...] | None) -> list[str]:
+    """Options for the size of a run, its networks and their evaluation: the published ones, or what a laptop takes."""
+    widths = SMALL if published is None else published
+    options = ["--steps", str(steps), "--eval-every", str(steps // 2)]
+    if published is not None:
+        options = ["--steps", "1000000", "--eval-every", "100000"]
+    if widths:  # those of the published runs may be the defaults, and then their batch is, too
+        options += ["--batch-size", "256", "--model.hidden-dims", *widths]
+        options += [word for name in VALUES[trainer] for word in (f"--model.{name}.hidden-dims", *widths)]
+    return options
 
 
 if __name__ == "__main__":

@@ -92,9 +92,14 @@ class Table(Batched):
     def __len__(self) -> int:
         return len(self.table)
 
+    def to(self, device: torch.device) -> None:
+        """Move the table to a GPU, where batches are then made, unless it takes more than half of what is free."""
+        if device.type == "cuda" and 2 * self.table.nbytes < torch.cuda.mem_get_info(device)[0]:
+            self.table = self.table.to(device)
+
     def get_batch(self, indices: Tensor, seed: int = 0) -> dict[str, Any]:
         """Rows `indices` `[B]` as one batch; `seed` is not needed, since nothing here is random."""
-        parts = self.table.index_select(0, indices).split(self.widths, 1)
+        parts = self.table.index_select(0, indices.to(self.table.device)).split(self.widths, 1)
         shaped = zip(self.shapes.items(), parts, strict=True)
         batch = {key: part.reshape(len(part), *shape) for (key, shape), part in shaped}
         return batch | {key: batch[key].bool() for key in FLAGS if key in batch}

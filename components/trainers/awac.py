@@ -47,6 +47,7 @@ class AWAC:
         "model.critic.hidden-dims": (256, 256, 256),
     }
     compiles = ("critic_loss", "actor_loss")
+    cycle = 1
 
     @dataclass(frozen=True)
     class Config:

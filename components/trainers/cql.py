@@ -53,6 +53,7 @@ class CQL:
         "model.hidden-dims": (256, 256, 256),
         "model.critic.hidden-dims": (256, 256, 256),
     }
+    cycle = 1
 
     @dataclass(frozen=True)
     class Config:

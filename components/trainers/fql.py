@@ -52,6 +52,7 @@ class FQL:
         "model.time": False,
         **networks("critic", **WIDE),
     }
+    cycle = 1
 
     @dataclass(frozen=True)
     class Config:

@@ -31,6 +31,7 @@ class GCBC:
     }
 
     accumulates = True
+    cycle = 1
 
     @dataclass(frozen=True)
     class Config:

@@ -50,6 +50,7 @@ class GCIQL:
         **networks("critic", "value", **GOAL_VALUE),
         "batch-size": 1024,
     }
+    cycle = 1
 
     @dataclass(frozen=True)
     class Config:

@@ -54,6 +54,7 @@ class HIQL:
         "model.representation.squash": "none",
         "batch-size": 1024,
     }
+    cycle = 1
 
     @dataclass(frozen=True)
     class Config:

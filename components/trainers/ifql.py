@@ -47,6 +47,7 @@ class IFQL:
     defaults: dict[str, Any] = OFFLINE_RL | {
         **networks("critic", "value", **WIDE),
     }
+    cycle = 1
 
     @dataclass(frozen=True)
     class Config:

@@ -45,6 +45,7 @@ class IQL:
     defaults: dict[str, Any] = OFFLINE_RL | {
         "model.std": "learned",
     }
+    cycle = 1
 
     @dataclass(frozen=True)
     class Config:

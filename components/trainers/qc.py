@@ -57,6 +57,7 @@ class QC:
         "model.time": False,
         **networks("critic", **WIDE),
     }
+    cycle = 1
 
     @dataclass(frozen=True)
     class Config:

@@ -81,6 +81,7 @@ class ReBRAC:
     ) -> None:
         self.models: Any = models
         self.optimizers, self.loss, self.config, self.updates = optimizers, loss, config or self.Config(), 0
+        self.cycle = self.config.policy_every
         bounds = {"actor_penalty": (0, 1e9), "critic_penalty": (0, 1e9), "policy_every": (1, 1e9)}
         check_rates(self.config, policy_noise=(0, 1e9), noise_clip=(0, 1e9), **bounds)
         if spec is None:  # built without data, to look at

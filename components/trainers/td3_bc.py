@@ -76,6 +76,7 @@ class TD3BC:
     ) -> None:
         self.models: Any = models
         self.optimizers, self.loss, self.config, self.updates = optimizers, loss, config or self.Config(), 0
+        self.cycle = self.config.policy_every
         bounds = {"alpha": (0, 1e9), "policy_noise": (0, 1e9), "noise_clip": (0, 1e9), "policy_every": (1, 1e9)}
         check_rates(self.config, n_step=(1, 1e9), **bounds)
         if spec is None:  # built without data, to look at
