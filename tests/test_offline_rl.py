@@ -18,6 +18,7 @@ from components import (
     MODEL_BUILDER_REGISTRY,
     TRAINER_REGISTRY,
     UserError,
+    captured,
     compiled,
     curves,
     evaluation,
@@ -34,6 +35,7 @@ from components.datasets.metaworld import MetaWorldDemonstrations
 from components.datasets.transitions import transitions
 from components.envs.ogbench import OGBenchEnv
 from components.features import build_models, describe, seen_by
+from components.metrics import Metrics
 from components.normalisation import Normaliser
 from components.optimizers import Adam, learning_rate_factor
 from components.policy import Inference, acting_policy
@@ -481,6 +483,26 @@ def test_compiling_says_from_which_step_on_it_pays(monkeypatch: pytest.MonkeyPat
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in trainer.models.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.models.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"alone": False}, "several processes, micro-steps or averaged weights"),
+        ({"trainer": object()}, "object does not say when its steps repeat"),
+        ({"optimizers": {"policy": torch.optim.SGD([torch.zeros(1)])}}, "they need --optimizer adam or adamw, fused"),
+        ({"wanted": False}, ""),
+        ({"device": torch.device("cpu")}, ""),
+    ],
+)
+def test_why_updates_are_not_replayed(changes: dict[str, Any], said: str) -> None:
+    """The graphs themselves need a GPU: test_cuda.py."""
+    optimizers = {"policy": Adam().build([nn.Parameter(torch.zeros(1))])}
+    usual = {"trainer": TRAINER_REGISTRY["iql"], "metrics": Metrics(), "optimizers": optimizers}
+    usual |= {"device": torch.device("cuda"), "wanted": True, "alone": True}
+    update = captured.choose(**usual | changes)
+    assert type(update) is captured.Update and update.note.removeprefix("no CUDA graphs: ").startswith(said)
+    assert bool(update.note) == bool(said)
 
 
 # ---- OGBench's environments ----------------------------------------------------------------------------------------
