@@ -41,6 +41,7 @@ def environment(components: Iterable[type]) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "machine": {
             "cpu": _cpu_name(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "threads": torch.get_num_threads(),
             "matmul": torch.get_float32_matmul_precision(),
             "platform": platform.platform(),

@@ -3,7 +3,7 @@
 python tests/offline_rl_results.py --cube cube-single-play-v0.npz --maze pointmaze-medium-navigate-v0.npz --jobs 2
 
 The files are OGBench's. Networks, batches and steps are smaller than the published ones, so that a run takes one
-to twenty minutes of one CPU core; --full takes the published ones.
+to twenty minutes of one CPU core; --full 1000000 takes the published ones, fewer steps the published networks.
 """
 
 import sys
@@ -65,31 +65,27 @@ class Args:
     """OGBench's pointmaze-medium-navigate-v0.npz; empty leaves the maze out."""
     only: str = ""
     """Part of the names of the runs to make."""
-    full: bool = False
-    """Networks, batches and steps as published."""
+    full: int = 0
+    """Steps of runs with networks and batches as published (1M); 0 for small networks."""
 
 
 def wanted(args: Args) -> making.Runs:
     """Run name -> suite and command line, the first seed of everything first."""
     runs: making.Runs = {}
+    full = args.full
     for seed in range(3):
         for trainer, own in CUBE.items() if args.cube else ():
-            data = ("--dataset", "ogbench", "--dataset.path", args.cube, "--dataset.task", "default")
-            line = [*data, *own, *quick(trainer, args.full), *sizes(trainer, 60_000, FULL if args.full else None)]
+            line = ["--dataset", "ogbench", "--dataset.path", args.cube, "--dataset.task", "default", *own]
+            line += [*quick(trainer, full), *sizes(trainer, full or 60_000, FULL if full else SMALL)]
             add(runs, "cube-single-play", trainer, seed, line)
-        for trainer, own in NOISY.items() if not args.full else ():
-            line = [*NOISE, *own, *quick(trainer, args.full), *sizes(trainer, 20_000, None)]
+        for trainer, own in NOISY.items() if not full else ():
+            line = [*NOISE, *own, *quick(trainer, full), *sizes(trainer, 20_000, SMALL)]
             add(runs, "push-v3-noisy", trainer, seed, line)
         for trainer, own in MAZE.items() if args.maze else ():
             line = ["--dataset", "ogbench", "--dataset.path", args.maze, *own]
-            add(
-                runs,
-                "pointmaze-medium-navigate",
-                trainer,
-                seed,
-                [*line, *sizes(trainer, 30_000, () if args.full else None)],
-            )
-    suffix = "-full" if args.full else ""
+            line += sizes(trainer, full or 30_000, () if full else SMALL)
+            add(runs, "pointmaze-medium-navigate", trainer, seed, line)
+    suffix = f"-full-{args.full}" if args.full else ""
     return {name + suffix: (suite + suffix, line) for name, (suite, line) in runs.items() if args.only in name}
 
 
@@ -99,19 +95,18 @@ def add(runs: making.Runs, suite: str, trainer: str, seed: int, line: list[str])
         runs[f"{suite}-{trainer}-{seed}"] = (suite, ["--trainer", trainer, "--seed", str(seed), *line])
 
 
-def quick(trainer: str, full: bool) -> tuple[str, ...]:
+def quick(trainer: str, full: int) -> tuple[str, ...]:
     """What short runs need whose policy climbs the critics: targets that follow sooner, a learning rate that falls."""
     short = ("--trainer.target-rate", "0.02", "--optimizer.schedule", "cosine")
-    return short if not full and trainer in ("td3_bc", "rebrac", "fql") else ()
+    return short if full < 1_000_000 and trainer in ("td3_bc", "rebrac", "fql") else ()
 
 
-def sizes(trainer: str, steps: int, published: tuple[str, ...] | None) -> list[str]:
-    """Options for the size of a run, its networks and their evaluation: the published ones, or what a laptop takes."""
-    widths = SMALL if published is None else published
+def sizes(trainer: str, steps: int, widths: tuple[str, ...]) -> list[str]:
+    """Options for the size of a run, its networks and their evaluation; without `widths` the trainer's defaults."""
     options = ["--steps", str(steps), "--eval-every", str(steps // 2)]
-    if published is not None:
-        options = ["--steps", "1000000", "--eval-every", "100000"]
-    if widths:  # those of the published runs may be the defaults, and then their batch is, too
+    if widths != SMALL and trainer in ("iql", "rebrac", "gciql", "hiql"):
+        options.append("--compile")  # FQL is compiled at any size
+    if widths:
         options += ["--batch-size", "256", "--model.hidden-dims", *widths]
         options += [word for name in VALUES[trainer] for word in (f"--model.{name}.hidden-dims", *widths)]
     return options
