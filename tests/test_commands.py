@@ -48,6 +48,16 @@ def test_evaluate_needs_a_run(tmp_path: Path) -> None:
         evaluate.main([str(tmp_path)])
 
 
+def test_a_run_without_an_environment_is_evaluated_later(script: Script, tmp_path: Path) -> None:
+    run = script("--trainer", "bc", "--steps", 20, "--env", "none")
+    env = ["--env", "gymnasium", "--env.id", "TendonToy-v0"]
+    evaluate.main([str(run), *env, "--eval-episodes", "3", "--env.max-episode-steps", "5"])
+    evaluate.main([str(run), *env, "--eval-episodes", "4"])
+    report.main([str(run), "--save", str(tmp_path / "rows.json")])
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["episodes"] == 4
+
+
 def test_report_groups_seeds_and_writes_results(
     script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
