@@ -114,7 +114,7 @@ def last_score(run: Path) -> tuple[str, float] | None:
 
 
 def own_evaluations(run: Path) -> list[dict[str, Any]]:
-    """The evaluations in the environment of the run, or in the last one for a run without; not those added in others."""
+    """The evaluations in the run's environment, or for a run without in its last one; not those added in others."""
     lines = read_lines(run / "eval.jsonl")
     own = run_record.read_args(run)["env"] or (lines[-1]["env"] if lines else None)
     return [line for line in lines if line["env"] == own]
