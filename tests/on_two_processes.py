@@ -1,5 +1,7 @@
 """One job of two processes that makes the runs of `test_launched.py`: python on_two_processes.py FOLDER."""
 
+import functools
+import inspect
 import json
 import os
 import sys
@@ -11,14 +13,16 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+inspect.getsource = functools.lru_cache(maxsize=None)(inspect.getsource)  # type: ignore[assignment]  # as in conftest.py
 
 import offline_trainer  # noqa: E402
 import online_trainer  # noqa: E402
 import toy  # noqa: E402
-from components import TRAINER_REGISTRY, parallel, process  # noqa: E402
+from components import TRAINER_REGISTRY, parallel, process, run_record  # noqa: E402
 
 # The group of processes lives on from run to run: torch cannot make a second one from the same rendezvous.
 offline_trainer.Accelerator.end_training = lambda self: None  # type: ignore[method-assign]
+run_record.draw_curves = lambda runs, path: None  # as in conftest.py: drawing takes longer than these trainings
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["RANK"])
 
 

@@ -305,6 +305,7 @@ ROUTES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "loss", "model", "passes"),
     [

@@ -140,6 +140,7 @@ def test_moments_over_processes(pair: Path) -> None:
         assert json.loads((pair / f"moments-{rank}.json").read_text()) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_help_and_errors_appear_once(tmp_path: Path) -> None:
     bad = two_processes(ROOT / "offline_trainer.py", "--trainer", "bcc", cwd=tmp_path)
     assert bad.returncode != 0 and bad.stderr.count("error: --trainer bcc: unknown trainer; nearest: bc") == 1

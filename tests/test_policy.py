@@ -315,6 +315,7 @@ def test_settings_of_a_sampler_and_of_single_actions() -> None:
         Policy(Samples(), Normaliser(spec()), spec(), Inference(ensemble=0.1))
 
 
+@pytest.mark.slow
 def test_the_settings_travel_with_the_weights(script: Callable[..., Path], tmp_path: Path) -> None:
     """Set in training, in components.evaluate and on the loaded policy; always in eval.jsonl."""
     small = ("--model.channels", 16, "--dataset.action-steps", 8, "--steps", 2, "--eval-episodes", 2)
@@ -365,13 +366,22 @@ EXPORTED: dict[str, tuple[object, ...]] = {
     "qc": (*toy.TRAINERS["qc"], "--trainer.method", "best_of_n", "--trainer.flow-steps", 2),
     "hiql": toy.TRAINERS["hiql"],  # with goals
 }
+QUICK = ["bc", "fql"]
 
 
-def test_exported_policies_are_equal_and_need_torch_alone(script: Callable[..., Path], tmp_path: Path) -> None:
-    """Every kind of acting module; batches of another size than the one that was traced."""
+def test_every_kind_of_policy_is_exported() -> None:
     own = {name for name in toy.TRAINERS if hasattr(TRAINER_REGISTRY[name], "policy")}
     assert set(EXPORTED) >= own - {"ifql"}  # the best of N, as qc's
-    runs = {name: script(*options, "--steps", 2, folder=name) for name, options in EXPORTED.items()}
+
+
+@pytest.mark.parametrize(
+    "names", [QUICK, pytest.param([name for name in EXPORTED if name not in QUICK], marks=pytest.mark.slow)]
+)
+def test_exported_policies_are_equal_and_need_torch_alone(
+    script: Callable[..., Path], tmp_path: Path, names: list[str]
+) -> None:
+    """Every kind of acting module; batches of another size than the one that was traced."""
+    runs = {name: script(*EXPORTED[name], "--steps", 2, folder=name) for name in names}
     files = {name: run / "policy" / "policy.pt2" for name, run in runs.items()}
     assert all(export.main([str(run)]) == 0 for run in runs.values())
     (tmp_path / "only_torch.py").write_text(WITH_TORCH_ALONE)

@@ -311,7 +311,7 @@ real = [pytest.mark.slow, pytest.mark.launched]
 
 
 @pytest.mark.launched
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_launch_of_one_leaves_no_orphan(tmp_path: Path, number: int) -> None:
     job = Job(*LAUNCH, *TROUBLE, "--run-dir", "run", cwd=tmp_path)
     job.wait_for_line()
