@@ -276,13 +276,11 @@ class StepHook:
     """
 
     def __init__(
-        self, accelerator: Accelerator, index: int, name: str, optimizer: Any, args: Args, metrics: Metrics
+        self, accelerator: Accelerator, index: int, name: str, optimizer: Any, args: Args, metrics: Metrics, step: Any
     ) -> None:
         self.accelerator, self.index, self.name, self.args, self.metrics = accelerator, index, name, args, metrics
         self.count, self.waits = 0, accelerator.device.type != "cuda"
-        self.iterations = torch.zeros(
-            (), dtype=torch.int64, device=accelerator.device
-        )  # the step, where graphs find it
+        self.iterations = step  # a tensor on the device, where graphs find it
         self.loss: Any = 0.0  # sum of the losses since the last step; `watch_loss` adds them
         self.first_bad = torch.full((), -1, device=accelerator.device)  # iteration of the first non-finite gradient
         optimizer.register_step_pre_hook(self)
@@ -420,6 +418,7 @@ class Learner(NamedTuple):
     update: captured.Update  # calls it
     metrics: Metrics
     hooks: list[StepHook]
+    step: torch.Tensor  # the step under way, for the hooks
     factories: dict[str, tuple[str, Any]]  # model name -> registry name and options
 
 
@@ -448,11 +447,12 @@ def build_learner(args: Args, accelerator: Accelerator, spec: Any, updates: int)
     models = torch.nn.ModuleDict({**models, **averages}).to(accelerator.device)  # with what the trainer has added
     parallel.broadcast(torch.nn.ModuleList([models, loss]))
     metrics = Metrics()
-    hooks = [StepHook(accelerator, i, name, opt, args, metrics) for i, (name, opt) in enumerate(opts.items())]
+    step = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    hooks = [StepHook(accelerator, i, name, opt, args, metrics, step) for i, (name, opt) in enumerate(opts.items())]
     watch_loss(loss, hooks)
     alone = accelerator.num_processes == args.grad_accumulation == 1 and not averages
     update = captured.choose(trainer, metrics, opts, accelerator.device, args.compile, alone)
-    return Learner(models, loss, opts, trainer, passed, update, metrics, hooks, factories)
+    return Learner(models, loss, opts, trainer, passed, update, metrics, hooks, step, factories)
 
 
 def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, device: Any) -> tuple[Any, list[str]]:
@@ -606,13 +606,15 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
     suits = getattr(REGISTRIES["trainer"][args.trainer], "defaults", {}).get("normalise", ())  # of keys not asked for
     normaliser = Normaliser(spec, cli.pairs("--normalise", (*suits, *args.normalise))).to(device)
     spec = normaliser.with_ranges(spec)
+    if hasattr(dataset, "to"):  # a table that fits a GPU is read there
+        dataset.to(device)
     micro_steps = args.grad_accumulation
     batch_size, note = fit_batch(args.batch_size, len(dataset), world * micro_steps, cli.given(argv, "batch-size"))
     batches = Batches(dataset, batch_size, args.seed, rank, world, micro_steps, args.workers)
 
     # What learns, what acts, and where it is evaluated: in the environment asked for, or in the dataset's own.
     learner = build_learner(args, accelerator, spec, args.steps)
-    models, loss, opts, trainer, passed, update, metrics, hooks, _ = learner
+    models, loss, opts, trainer, passed, update, metrics, hooks, *_ = learner
     actor = policy.acting_policy(trainer, models, normaliser, spec, args.policy, partial(cli.given, argv))
     env_name, env = evaluation.choose_env(args.env, args.env_options, partial(cli.given, argv), data.get("env"))
     evaluator = make_evaluator(args, actor, env_name, env, rank, world, run)
@@ -655,8 +657,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
         if not owing:
             where = {"epoch": step // batches.per_epoch, "total_epochs": -(-args.steps // batches.per_epoch)}
             where["iterations"] = step
-            for hook in hooks:
-                hook.iterations.fill_(step)
+            learner.step.fill_(step)
             for _ in range(micro_steps):
                 drawn = time.perf_counter()
                 (_, rows, mine), loaded_batch = next(stream)

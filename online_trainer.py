@@ -280,13 +280,11 @@ class StepHook:
     """
 
     def __init__(
-        self, accelerator: Accelerator, index: int, name: str, optimizer: Any, args: Args, metrics: Metrics
+        self, accelerator: Accelerator, index: int, name: str, optimizer: Any, args: Args, metrics: Metrics, step: Any
     ) -> None:
         self.accelerator, self.index, self.name, self.args, self.metrics = accelerator, index, name, args, metrics
         self.count, self.waits = 0, accelerator.device.type != "cuda"
-        self.iterations = torch.zeros(
-            (), dtype=torch.int64, device=accelerator.device
-        )  # the step, where graphs find it
+        self.iterations = step  # a tensor on the device, where graphs find it
         self.loss: Any = 0.0  # sum of the losses since the last step; `watch_loss` adds them
         self.first_bad = torch.full((), -1, device=accelerator.device)  # iteration of the first non-finite gradient
         optimizer.register_step_pre_hook(self)
@@ -424,6 +422,7 @@ class Learner(NamedTuple):
     update: captured.Update  # calls it
     metrics: Metrics
     hooks: list[StepHook]
+    step: torch.Tensor  # the step under way, for the hooks
     factories: dict[str, tuple[str, Any]]  # model name -> registry name and options
 
 
@@ -452,11 +451,12 @@ def build_learner(args: Args, accelerator: Accelerator, spec: Any, updates: int)
     models = torch.nn.ModuleDict({**models, **averages}).to(accelerator.device)  # with what the trainer has added
     parallel.broadcast(torch.nn.ModuleList([models, loss]))
     metrics = Metrics()
-    hooks = [StepHook(accelerator, i, name, opt, args, metrics) for i, (name, opt) in enumerate(opts.items())]
+    step = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    hooks = [StepHook(accelerator, i, name, opt, args, metrics, step) for i, (name, opt) in enumerate(opts.items())]
     watch_loss(loss, hooks)
     alone = accelerator.num_processes == args.grad_accumulation == 1 and not averages
     update = captured.choose(trainer, metrics, opts, accelerator.device, args.compile, alone)
-    return Learner(models, loss, opts, trainer, passed, update, metrics, hooks, factories)
+    return Learner(models, loss, opts, trainer, passed, update, metrics, hooks, step, factories)
 
 
 def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, device: Any) -> tuple[Any, list[str]]:
@@ -616,7 +616,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     total_updates = max(int((args.steps - learning_starts) * args.updates_per_step), 0)
     note += "" if total_updates else "; NO UPDATES (see --learning-starts, --updates-per-step)"
     learner = build_learner(args, accelerator, spec, max(total_updates, 1))
-    models, loss, opts, trainer, passed, update, metrics, hooks, _ = learner
+    models, loss, opts, trainer, passed, update, metrics, hooks, *_ = learner
     actor = policy.acting_policy(trainer, models, normaliser, spec, args.policy, partial(cli.given, argv))
     if actor is None:
         raise UserError(f"trainer {args.trainer!r} has nothing that acts: no policy(), and no model named 'policy'")
@@ -684,8 +684,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
             # Learn: so many updates for each environment step.
             if step - progress["filled_from"] > learning_starts:
                 progress["owed"] += num_envs * args.updates_per_step
-            for hook in hooks:
-                hook.iterations.fill_(step)
+            learner.step.fill_(step)
             while progress["owed"] >= 1:
                 where = {"epoch": 0, "total_epochs": 1, "iterations": progress["updates"]}
                 for _ in range(micro_steps):

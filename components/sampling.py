@@ -88,7 +88,8 @@ class Batches:
         workers: DataLoader workers for a dataset that is not resident: it has no `get_batch`, or says
             `resident = False`; for the latter, None takes some by the machine's cores.
 
-    A dataset may lay out its own passes with `rows_per_pass` and `order(seed, epoch) -> [rows_per_pass]`.
+    A dataset may lay out its own passes with `rows_per_pass` and `order(seed, epoch) -> [rows_per_pass]`, and move its
+    rows to a GPU by `to(device)`, which the offline script calls.
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class Batches:
             step += 1
 
     def stream(self, start: int) -> Generator[dict[str, Any], None, None]:
-        """Yield batches of tensors on the CPU."""
+        """Yield batches of tensors, on the CPU unless the dataset has moved."""
         # A generator of its own: a loader would otherwise draw from the global one when it starts, also on a resume.
         loading: dict[str, Any] = {"num_workers": self.workers, "generator": torch.Generator()}
         loading["generator"].manual_seed(derive_seed(self.seed, start))

@@ -1,7 +1,5 @@
 """Fixtures: the scripts in this process, and one job of two processes for everything that needs them."""
 
-import functools
-import inspect
 import json
 import os
 import signal
@@ -27,8 +25,6 @@ from components.curves import read_lines  # noqa: E402
 from components.datasets.recognise import recognise  # noqa: E402
 
 torch.set_num_threads(1)
-# tyro reads the options' docstrings from their source for each command line: a fifth of the time of a small training.
-inspect.getsource = functools.lru_cache(maxsize=None)(inspect.getsource)  # type: ignore[assignment]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -85,7 +85,7 @@ def wanted(args: Args) -> making.Runs:
             line = ["--dataset", "ogbench", "--dataset.path", args.maze, *own]
             line += sizes(trainer, full or 30_000, () if full else SMALL)
             add(runs, "pointmaze-medium-navigate", trainer, seed, line)
-    suffix = f"-full-{args.full}" if args.full else ""
+    suffix = f"-full-{full}" if full else ""
     return {name + suffix: (suite + suffix, line) for name, (suite, line) in runs.items() if args.only in name}
 
 

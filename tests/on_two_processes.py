@@ -1,7 +1,5 @@
 """One job of two processes that makes the runs of `test_launched.py`: python on_two_processes.py FOLDER."""
 
-import functools
-import inspect
 import json
 import os
 import sys
@@ -13,7 +11,6 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-inspect.getsource = functools.lru_cache(maxsize=None)(inspect.getsource)  # type: ignore[assignment]  # as in conftest.py
 
 import offline_trainer  # noqa: E402
 import online_trainer  # noqa: E402

@@ -180,7 +180,9 @@ def test_clipping_bounds_the_step() -> None:
     args = offline_trainer.Args(**{f"{name}_options": None for name in offline_trainer.REGISTRIES}, grad_clip=0.5)  # type: ignore[arg-type]
     from accelerate import Accelerator
 
-    hook = offline_trainer.StepHook(Accelerator(), 0, "policy", optimizer, args, offline_trainer.Metrics())
+    hook = offline_trainer.StepHook(
+        Accelerator(), 0, "policy", optimizer, args, offline_trainer.Metrics(), torch.tensor(0)
+    )
     parameter.grad = torch.tensor([3.0, 0.0, 4.0])
     optimizer.step()
     assert parameter.tolist() == pytest.approx([-0.3, 0.0, -0.4], rel=1e-4)  # norm 5 cut to 0.5
@@ -259,12 +261,12 @@ def test_a_gated_step_changes_nothing_until_it_is_looked_at() -> None:
     parameter = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     args = offline_trainer.Args(**{f"{name}_options": None for name in offline_trainer.REGISTRIES})  # type: ignore[arg-type]
-    hook = offline_trainer.StepHook(Accelerator(), 0, "policy", optimizer, args, offline_trainer.Metrics())
+    step = torch.tensor(4)
+    hook = offline_trainer.StepHook(Accelerator(), 0, "policy", optimizer, args, offline_trainer.Metrics(), step)
     hook.waits = False
-    hook.iterations = 4
     parameter.grad = torch.tensor([float("nan"), 1.0])
     optimizer.step()
-    hook.iterations = 5
+    step.fill_(5)
     parameter.grad = torch.ones(2)
     optimizer.step()
     assert parameter.tolist() == [1.0, 1.0]

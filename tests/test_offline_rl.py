@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import toy
@@ -32,7 +33,7 @@ from components.curves import diverging, read_lines
 from components.datasets.episodes import build_episodes
 from components.datasets.gymnasium import GymnasiumRollouts
 from components.datasets.metaworld import MetaWorldDemonstrations
-from components.datasets.transitions import transitions
+from components.datasets.transitions import Transitions, transitions
 from components.envs.ogbench import OGBenchEnv
 from components.features import build_models, describe, seen_by
 from components.metrics import Metrics
@@ -503,6 +504,13 @@ def test_why_updates_are_not_replayed(changes: dict[str, Any], said: str) -> Non
     update = captured.choose(**usual | changes)
     assert type(update) is captured.Update and update.note.removeprefix("no CUDA graphs: ").startswith(said)
     assert bool(update.note) == bool(said)
+
+
+def test_a_table_of_transitions_is_taken_to_the_device(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    monkeypatch.setattr(Transitions, "to", lambda self, device: moved.append(device))
+    script(*toy.TRAINERS["iql"], "--steps", 1)
+    assert moved == [Accelerator().device]
 
 
 # ---- OGBench's environments ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from measuring import Figure, compare, measure  # noqa: E402
 from offline_updates import SIZES, random_data, spread  # noqa: E402
 
 import offline_trainer  # noqa: E402
-from components import TRAINER_REGISTRY, captured, compiled, features  # noqa: E402
+from components import TRAINER_REGISTRY, captured, features  # noqa: E402
+from components.metrics import Metrics  # noqa: E402
 from components.normalisation import Normaliser  # noqa: E402
 from components.sampling import Batches, to_device  # noqa: E402
 
@@ -36,8 +38,8 @@ REBRAC = ("--batch-size", "256", "--model.hidden-dims", *FOUR, "--model.critic.h
 TASKS = {"iql": ("CORL", ()), "td3_bc": ("CORL", ()), "rebrac": ("JAX", REBRAC), "fql": ("JAX", ()), "qc": ("JAX", ())}
 
 
-def updates(name: str, compile_: bool, graphs: bool) -> Callable[[], None]:
-    """One update of the script's learner, made ready: compiled, and recorded."""
+def updates(name: str, compile_: bool, graphs: bool) -> tuple[Callable[[], None], Metrics]:
+    """One update of the script's learner, made ready, compiled and recorded; and where its metrics gather."""
     sizes, options = TASKS[name]
     args, _, _ = offline_trainer.parse_args(["--trainer", name, *options, *(["--compile"] if compile_ else [])])
     accelerator, cls = Accelerator(), TRAINER_REGISTRY[name]
@@ -46,26 +48,21 @@ def updates(name: str, compile_: bool, graphs: bool) -> Callable[[], None]:
     normaliser = Normaliser(spec, dict(mode.split("=") for mode in cls.defaults["normalise"])).to(accelerator.device)
     data["dataset"].to(accelerator.device)
     learner = offline_trainer.build_learner(args, accelerator, normaliser.with_ranges(spec), 1_000_000)
-    update = captured.Update(learner.trainer, learner.metrics)
-    if graphs:
-        update = captured.choose(learner.trainer, learner.metrics, learner.opts, accelerator.device, True, True)
+    update = captured.choose(learner.trainer, learner.metrics, learner.opts, accelerator.device, graphs, alone=True)
+    learner = learner._replace(update=update)
     stream = Batches(data["dataset"], BATCH, seed=0).stream(0)
 
     def step() -> None:
-        update(normaliser(to_device(next(stream), accelerator.device)))
+        learner.update(normaliser(to_device(next(stream), accelerator.device)))
 
     if compile_:
-        methods = offline_trainer.compiles(learner.trainer)
-        print(compiled.break_even(learner.trainer, methods, normaliser(next(stream)), learner.models))
-        for hook in learner.hooks:
-            hook.loss = 0.0
+        offline_trainer.tell_break_even(learner, normaliser(next(stream)), SimpleNamespace(say=print))  # type: ignore[arg-type]
     for _ in range(20):
         step()
-    step.metrics = learner.metrics  # type: ignore[attr-defined]
-    return step
+    return step, learner.metrics
 
 
-def repeated(step: Callable[[], None], times: int) -> Figure:
+def repeated(step: Callable[[], None], metrics: Metrics, times: int) -> Figure:
     """Updates a second, all of them finished."""
 
     def once() -> float:
@@ -75,7 +72,7 @@ def repeated(step: Callable[[], None], times: int) -> Figure:
             step()
         torch.cuda.synchronize()
         rate = times / (time.perf_counter() - began)
-        step.metrics.values = {}  # type: ignore[attr-defined]
+        metrics.values = {}
         return rate
 
     return once
@@ -97,7 +94,7 @@ def main() -> None:
         kinds = {"eager": (False, False), "CUDA graphs": (False, True)}
         if args.compile:
             kinds |= {"compiled": (True, False), "compiled, CUDA graphs": (True, True)}
-        figures = {f"{name} {kind}": repeated(updates(name, *how), args.updates) for kind, how in kinds.items()}
+        figures = {f"{name} {kind}": repeated(*updates(name, *how), args.updates) for kind, how in kinds.items()}
         rates = measure(figures, args.rounds)
         for figure, found in rates.items():
             print(f"{figure:32} {spread(found)} updates/s")
