@@ -45,6 +45,7 @@ from components import (
     saved_policy,
 )
 from components import command_line as cli
+from components.datasets.transitions import prepared
 from components.environments import Environments
 from components.errors import StoppedError
 from components.metrics import Metrics
@@ -172,7 +173,10 @@ LEAST |= {"save_every": 0, "save_minutes": 0, "keep_last": 1, "env_timeout": 0, 
 RESUME_MAY_CHANGE = {"steps", "log_every", "eval_every", "save_every", "eval_episodes", "keep_last", "track", "resume"}
 RESUME_MAY_CHANGE |= {"env_timeout", "hang_timeout"}
 CHOICES = [option for option in REGISTRIES if hasattr(Args, option)]  # the options that choose a component
-OTHER_SCRIPTS = {"normalise"} - set(Args.__dataclass_fields__)  # what a trainer may suit, but only the other script has
+EXTRAS: dict[str, type] = {}  # options beside those of the component that is chosen
+NEEDS_DATA, SUBJECT = True, "dataset"
+# What a trainer may suit, but only the other script has.
+OTHER_SCRIPTS = cli.OF_ONE_SCRIPT - set(Args.__dataclass_fields__)
 
 
 def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
@@ -197,10 +201,10 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
         suits |= {name: value for name, value in debug.SMALL.items() if hasattr(Args, name)}
     needs = needed_models(trainer, names.model)
     names.model = tuple(f"{name}={entry}" for name, entry in needs.items())
-    if "dataset" in CHOICES:  # the data's environment comes before the trainer's
-        names.dataset = names.dataset or suits["dataset"]
-        dataset = cli.pick(REGISTRIES["dataset"], "dataset", names.dataset)
-        names.env = names.env or getattr(dataset, "env_name", "none")
+    names.dataset = names.dataset or (suits["dataset"] if NEEDS_DATA else "none")
+    dataset = object if names.dataset == "none" else cli.pick(REGISTRIES["dataset"], "dataset", names.dataset)
+    # The data's environment comes before the trainer's.
+    names.env = names.env or getattr(dataset, "env_name", "none" if NEEDS_DATA else suits["env"])
     for option in CHOICES:
         setattr(names, option, getattr(names, option) or suits[option])
 
@@ -209,7 +213,8 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
         return {name.replace("-", "_"): value for (of, _, name), value in found if of == group}
 
     def options(option: str, name: str, model: str = "") -> Any:
-        component = object if (option, name) == ("env", "none") else cli.pick(REGISTRIES[option], option, name)
+        component = object if name == "none" else cli.pick(REGISTRIES[option], option, name)
+        component = cli.extended(component, EXTRAS[option]) if option in EXTRAS else component
         first = model == next(iter(needs), "")
         suiting = suitable(option if first or not model else f"{option}.{model}")
         if option == "dataset":  # the windows that suit the trainer, of whatever dataset has them
@@ -572,7 +577,7 @@ def main(argv: list[str]) -> int:
     rank = accelerator.process_index
     run_record.start_logging(rank)
     matmul_note = matmul.choose(args.matmul, stored.get("machine", {}).get("matmul"), accelerator.device)
-    subject = cli.subject(args, "dataset" if "dataset" in CHOICES else "env")
+    subject = cli.subject(args, SUBJECT)
     name = f"{args.trainer}-{subject}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = parallel.on_first(rank, lambda: args.resume or run_record.claim(args.run_dir, name))
     with Run(Path(path), rank, args.hang_timeout) as run, torch.autograd.set_detect_anomaly(args.debug):
@@ -597,8 +602,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
         accelerator.is_local_main_process, lambda: build("dataset", args.dataset, args.dataset_options, **keywords)
     )
     with cli.one_line(f"trainer {args.trainer!r}"):  # as the trainer wants it: transitions, goals, ...
-        prepare = getattr(REGISTRIES["trainer"][args.trainer], "prepare", None)
-        data = prepare(data, args.trainer_options) if prepare else data
+        data = prepared(data, REGISTRIES["trainer"][args.trainer], args.trainer, args.trainer_options)
     dataset, validation = data["dataset"], data.get("validation")
     features.check_dataset(dataset, f"dataset {args.dataset!r}")
     tasks = getattr(dataset, "tasks", ())

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
@@ -35,6 +34,7 @@ from components import (
     debug,
     ema,
     evaluation,
+    experience,
     features,
     matmul,
     optimizers,
@@ -45,15 +45,17 @@ from components import (
     saved_policy,
 )
 from components import command_line as cli
-from components.collection import Collector, describe_env
+from components.collection import Collector, describe_env, random_actions
 from components.environments import Environments
 from components.errors import StoppedError
 from components.metrics import Metrics
 from components.normalisation import Normaliser
 from components.policy import Inference
 from components.random_state import get_random_state
-from components.replay import ReplayBuffer
+from components.replay import ReplayBuffer, windowed
+from components.rollout import Rollout
 from components.run_record import Run
+from components.running import RunningStatistics
 from components.sampling import derive_seed, fit_batch, fit_envs, to_device
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
@@ -65,6 +67,7 @@ class Names:
 
     trainer: str = ""
     model: tuple[str, ...] = ()
+    dataset: str = ""
     loss: str = ""
     optimizer: str = ""
     env: str = ""
@@ -79,6 +82,8 @@ class Args(Names):
 
     trainer: Annotated[str, cli.choose(REGISTRIES["trainer"])] = "sac"
     """Algorithm; it has defaults of its own for most of what follows."""
+    dataset: Annotated[str, cli.choose(REGISTRIES["dataset"], "none")] = "none"
+    """Old transitions to learn from beside the new ones, a share of each batch (--dataset.ratio)."""
     model: Annotated[tuple[str, ...], cli.choose_some(REGISTRIES["model"])] = ()
     """Networks: the policy's, an image encoder's, or as NAME=ENTRY that of another model."""
     loss: Annotated[str, cli.choose(REGISTRIES["loss"])] = "mse"
@@ -109,6 +114,14 @@ class Args(Names):
     """Updates per environment step."""
     buffer_size: int = 1_000_000
     """Transitions that the replay buffer keeps, over all processes."""
+    normalise_observations: bool = False
+    """Give vector observations mean 0 and deviation 1, by what the environments have given so far."""
+    normalise_rewards: bool = False
+    """Divide the rewards by the deviation of the discounted return so far."""
+    reward_shift: float | None = None
+    """Added to every reward that is learnt from; None takes what the dataset adds, or the run of --init-from."""
+    reward_scale: float | None = None
+    """Factor on every reward that is learnt from, after the shift; None as for the shift."""
     save_buffer: bool = True
     """Keep the replay buffer in the checkpoints; without it a resumed run fills a new one."""
     env_restarts: int = 10
@@ -163,6 +176,7 @@ class Args(Names):
     track_group: str = ""
     """Group there."""
     trainer_options: Annotated[Any, tyro.conf.arg(name="trainer")]
+    dataset_options: Annotated[Any, tyro.conf.arg(name="dataset")]
     model_options: Annotated[Any, tyro.conf.arg(name="model")]
     loss_options: Annotated[Any, tyro.conf.arg(name="loss")]
     optimizer_options: Annotated[Any, tyro.conf.arg(name="optimizer")]
@@ -176,7 +190,10 @@ LEAST |= {"save_every": 0, "save_minutes": 0, "keep_last": 1, "env_timeout": 0, 
 RESUME_MAY_CHANGE = {"steps", "log_every", "eval_every", "save_every", "eval_episodes", "keep_last", "track", "resume"}
 RESUME_MAY_CHANGE |= {"env_timeout", "env_restarts", "hang_timeout"}
 CHOICES = [option for option in REGISTRIES if hasattr(Args, option)]  # the options that choose a component
-OTHER_SCRIPTS = {"normalise"} - set(Args.__dataclass_fields__)  # what a trainer may suit, but only the other script has
+EXTRAS: dict[str, type] = {"dataset": experience.Share}  # options beside those of the component that is chosen
+NEEDS_DATA, SUBJECT = False, "env"
+# What a trainer may suit, but only the other script has.
+OTHER_SCRIPTS = cli.OF_ONE_SCRIPT - set(Args.__dataclass_fields__)
 
 
 def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
@@ -201,10 +218,10 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
         suits |= {name: value for name, value in debug.SMALL.items() if hasattr(Args, name)}
     needs = needed_models(trainer, names.model)
     names.model = tuple(f"{name}={entry}" for name, entry in needs.items())
-    if "dataset" in CHOICES:  # the data's environment comes before the trainer's
-        names.dataset = names.dataset or suits["dataset"]
-        dataset = cli.pick(REGISTRIES["dataset"], "dataset", names.dataset)
-        names.env = names.env or getattr(dataset, "env_name", "none")
+    names.dataset = names.dataset or (suits["dataset"] if NEEDS_DATA else "none")
+    dataset = object if names.dataset == "none" else cli.pick(REGISTRIES["dataset"], "dataset", names.dataset)
+    # The data's environment comes before the trainer's.
+    names.env = names.env or getattr(dataset, "env_name", "none" if NEEDS_DATA else suits["env"])
     for option in CHOICES:
         setattr(names, option, getattr(names, option) or suits[option])
 
@@ -213,7 +230,8 @@ def parse_args(argv: list[str]) -> tuple[Args, list[str], dict[str, Any]]:
         return {name.replace("-", "_"): value for (of, _, name), value in found if of == group}
 
     def options(option: str, name: str, model: str = "") -> Any:
-        component = object if (option, name) == ("env", "none") else cli.pick(REGISTRIES[option], option, name)
+        component = object if name == "none" else cli.pick(REGISTRIES[option], option, name)
+        component = cli.extended(component, EXTRAS[option]) if option in EXTRAS else component
         first = model == next(iter(needs), "")
         suiting = suitable(option if first or not model else f"{option}.{model}")
         if option == "dataset":  # the windows that suit the trainer, of whatever dataset has them
@@ -576,7 +594,7 @@ def main(argv: list[str]) -> int:
     rank = accelerator.process_index
     run_record.start_logging(rank)
     matmul_note = matmul.choose(args.matmul, stored.get("machine", {}).get("matmul"), accelerator.device)
-    subject = cli.subject(args, "dataset" if "dataset" in CHOICES else "env")
+    subject = cli.subject(args, SUBJECT)
     name = f"{args.trainer}-{subject}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = parallel.on_first(rank, lambda: args.resume or run_record.claim(args.run_dir, name))
     with Run(Path(path), rank, args.hang_timeout) as run, torch.autograd.set_detect_anomaly(args.debug):
@@ -593,103 +611,150 @@ def main(argv: list[str]) -> int:
 def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, run: Run) -> None:
     """Build everything, go on from a checkpoint when resuming, and loop: act, remember, learn."""
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    given = partial(cli.given, argv)
+    learns: Any = REGISTRIES["trainer"][args.trainer]
+    experience.check_options(learns, args.trainer, args.dataset, given)
+
+    # Data, where there is some: old transitions beside the new ones, from an environment that it may know.
+    env_name, env, data = args.env, args.env_options, {}
+    if args.dataset != "none":
+        launch = {"local_rank": accelerator.local_process_index, "dist_enabled": world > 1, "save_dir": str(run.path)}
+        keywords = {"opt_params": launch, "params": experience.own_options(args.dataset_options)}
+        data = parallel.in_turns(
+            accelerator.is_local_main_process, lambda: build("dataset", args.dataset, args.dataset_options, **keywords)
+        )
+        env_name, env = evaluation.choose_env(args.env, args.env_options, given, data.get("env"))
 
     # Environments: every process has its part of them, known by their place among all, and remembers what they give.
-    num_envs, note = fit_envs(args.num_envs, world, cli.given(argv, "num-envs"))
+    num_envs, note = fit_envs(args.num_envs, world, given("num-envs"))
     mine = num_envs // world
-    make = partial(build, "env", args.env, args.env_options)
-    with cli.one_line(f"env {args.env!r}"):
+    with cli.one_line(f"env {env_name!r}"):
+        make = partial(build, "env", env_name, env)
         environments = Environments(make, mine, derive_seed(args.seed, rank) % 2**31, args.env_timeout)
         run.cleanup.callback(environments.close)
         spec = describe_env(environments)
-    normaliser = Normaliser(spec).to(device)
-    micro_steps = args.grad_accumulation
-    batch_size, _ = fit_batch(args.batch_size, args.batch_size, world * micro_steps, asked=True)
-    buffer = ReplayBuffer(spec, args.buffer_size, num_envs, mine, args.trainer_options)
-    collector = Collector(environments, args.seed, rank * mine, args.env_restarts, run.tell)
+    rewards = experience.reward_scale(args.reward_shift, args.reward_scale, args.dataset_options, args.init_from)
+    collector = Collector(environments, args.seed, rank * mine, args.env_restarts, run.tell, rewards)
+
+    # What the models see: normalised as in the run that they come from, or by what the environment has given so far.
+    window = experience.window_of(learns, args.trainer_options)
+    modes = saved_policy.normalisation_of(args.init_from, spec)
+    running = RunningStatistics(
+        spec, args.normalise_observations, args.normalise_rewards, window.get("discount", 0.99), mine
+    )
+    normaliser = Normaliser(spec, modes | running.modes).to(device)
+    described = normaliser.with_ranges(windowed(spec, window))
+    with cli.one_line(f"dataset {args.dataset!r}"):
+        old = experience.old_transitions(data, learns, args.trainer, args.trainer_options, described, normaliser)
 
     # What learns, what acts, what explores, and what evaluates.
+    micro_steps = args.grad_accumulation
+    batch_size, _ = fit_batch(args.batch_size, args.batch_size, world * micro_steps, asked=True)
     learning_starts = args.learning_starts
-    if learning_starts >= args.steps and not cli.given(argv, "learning-starts"):
+    if learning_starts >= args.steps and not given("learning-starts"):
         learning_starts = args.steps // 2
         note += f"; learning starts at step {learning_starts}, the default of {args.learning_starts} is beyond the run"
-    total_updates = max(int((args.steps - learning_starts) * args.updates_per_step), 0)
+    total_updates = experience.total_updates(
+        learns, args.trainer_options, args.steps - learning_starts, args.updates_per_step, num_envs, batch_size
+    )
     note += "" if total_updates else "; NO UPDATES (see --learning-starts, --updates-per-step)"
-    learner = build_learner(args, accelerator, spec, max(total_updates, 1))
+    learner = build_learner(args, accelerator, described, max(total_updates, 1))
     models, loss, opts, trainer, passed, update, metrics, hooks, *_ = learner
-    actor = policy.acting_policy(trainer, models, normaliser, spec, args.policy, partial(cli.given, argv))
+    part = batch_size // (world * micro_steps)
+    if experience.on_policy(learns):
+        memory: Any = Rollout(trainer, normaliser, device, mine, part, **learns.rollout(args.trainer_options))
+    else:
+        memory = ReplayBuffer(spec, args.buffer_size, num_envs, mine, window, num_envs * args.updates_per_step)
+        if old is not None:
+            memory = experience.Mixed(memory, old, args.dataset_options.ratio, part)
+    actor = policy.acting_policy(trainer, models, normaliser, described, args.policy, given)
     if actor is None:
         raise UserError(f"trainer {args.trainer!r} has nothing that acts: no policy(), and no model named 'policy'")
     explorer = trainer.explorer() if hasattr(trainer, "explorer") else actor.module
-    explorer = policy.Policy(explorer, normaliser, spec)  # its own history: evaluations come between its steps
-    evaluator = make_evaluator(args, actor, args.env, args.env_options, rank, world, run)
+    explorer = policy.Policy(explorer, normaliser, described)  # its own history: evaluations come between its steps
+    evaluator = make_evaluator(args, actor, env_name, env, rank, world, run)
 
     # From here on each process draws its own noise; a resumed run finds everything as it was but its environments.
     set_seed(derive_seed(args.seed, rank) % 2**32)
     training_mode(models, opts, args)
     progress: dict[str, Any] = {"step": 0, "updates": 0, "owed": 0.0, "filled_from": 0, "best_step": -1}
-    progress |= {"learning_starts": learning_starts, "unevaluated": False}
+    progress |= {"learning_starts": learning_starts, "unevaluated": bool(args.init_from)}
+    progress["statistics"] = running.state_dict()
     own: dict[str, Any] = {}
+    ended: list[dict[str, Any]] = []  # episodes since the last line of the log
     if args.resume:
         if found := parallel.on_first(rank, lambda: checkpoint.latest(run.path / "checkpoints")):
             progress |= checkpoint.restore(*found, models, opts, loss, trainer, args.trainer)
             own = checkpoint.restore_rank(*found, rank, derive_seed(args.seed, rank, progress["step"]))
             metrics.values = own.get("metrics", {})
-            if not buffer.restore(own, rank * mine):
+            running.load_state_dict(progress["statistics"], own.get("statistics"), normaliser)
+            ended = own.get("episodes", [])
+            if not memory.restore(own, rank * mine):
                 progress["filled_from"] = progress["step"]
         if progress["step"] > args.steps:
             raise UserError(f"--steps {args.steps} is below step {progress['step']}, which {run.path} has reached")
         run.rewind(progress["step"])
         run.say(f"going on from step {progress['step']}{optimizers.kept_length(opts, args.steps)}")
     step, learning_starts = progress["step"], progress["learning_starts"]
-    run.begin(args, argv, {"name": args.env, **asdict(args.env_options)}, step, accelerator.mixed_precision)
+    run.begin(args, argv, {"name": env_name, **asdict(env)}, step, accelerator.mixed_precision)
     run.say(f"{run.path}: {world} process(es), {num_envs} environments{note}, batch {batch_size}, {args.steps} steps")
-    kept = "in memory and in checkpoints" if args.save_buffer else "in memory only: a resumed run fills a new one"
-    run.say(f"replay buffer: up to {buffer.megabytes(args.steps // num_envs) * world:.3g} MB {kept}")
+    run.say(memory.describe(args.steps // num_envs, world, args.save_buffer))
+    if rewards != experience.PLAIN:
+        run.say(
+            f"rewards: {rewards[0]:+g}, then times {rewards[1]:g}, as the data's; returns are the environment's own"
+        )
     if not collector.restore(own.get("collector", {}), step):
-        buffer.cut()
+        memory.cut()
+        running.cut()
     if args.debug:
         debug.show_models(models, run.say)
 
     # The loop. Whatever depends on a clock or a signal is decided once for all processes, about once a second.
-    low, high = environments.single_action_space.low, environments.single_action_space.high
     bf16 = accelerator.mixed_precision == "bf16"  # no cache: it would serve weights from before a step in the same call
     precision = torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
     stopping, failed_saves, next_vote, saved_at = False, 0, step, time.monotonic()
     to_compile = args.compile
     first, logged_at, logged_updates, data_s, step_s = progress["updates"], step, progress["updates"], 0.0, 0.0
     while not stopping and (step < args.steps or progress["unevaluated"]):
-        # Act and learn; but first a resumed run makes up for the evaluation that a signal had cut short.
+        # Act and learn; but first a run evaluates what it is given, or makes up for what a signal had cut short.
         began = time.perf_counter()
         owing, progress["unevaluated"] = progress["unevaluated"], False
         if not owing:
-            # Act: at random until learning starts, then as the trainer explores.
-            if step < learning_starts:
-                action = low + (high - low) * torch.rand(mine, len(low)).numpy()
+            # Act: at random until learning starts, then as the trainer explores; given weights explore from the start.
+            if step < learning_starts and not args.init_from:
+                action = random_actions(environments)
             else:
-                action = np.clip(explorer.act(collector.observation), low, high)
+                if hasattr(explorer.module, "env_step"):
+                    explorer.module.env_step = step
+                action = explorer.act(collector.observation)
             transitions, episodes = collector.step(action)
-            while transitions is None and not len(buffer):  # a fault before there is anything to learn from
+            while transitions is None and not len(memory):  # a fault before there is anything to learn from
                 transitions, episodes = collector.step(action)
             if transitions is None:  # a fault: the episodes are cut, new ones begin
-                buffer.cut()
+                memory.cut()
+                running.cut()
+                explorer.reset()
             else:
-                buffer.add(transitions)
-            for episode in episodes:
-                metrics.add(episode, "train/")
+                memory.add(transitions)
+                running.add(transitions)
+                explorer.restart(transitions["ended"].nonzero().flatten())
             run.step = step = step + num_envs
+            for episode in episodes:
+                ended.append({"step": step, **episode})
+                metrics.add({key: value for key, value in episode.items() if key != "env"}, "train/")
             run.beat()
             data_s += time.perf_counter() - began
 
-            # Learn: so many updates for each environment step.
-            if step - progress["filled_from"] > learning_starts:
-                progress["owed"] += num_envs * args.updates_per_step
+            # Learn: so many updates for each environment step, or for each rollout.
+            progress["owed"] += memory.due(step - progress["filled_from"] > learning_starts)
             learner.step.fill_(step)
             while progress["owed"] >= 1:
                 where = {"epoch": 0, "total_epochs": 1, "iterations": progress["updates"]}
                 for _ in range(micro_steps):
                     drawn = time.perf_counter()
-                    batch = normaliser(to_device(buffer.sample(batch_size // (world * micro_steps)), device))
+                    batch = memory.sample(part)
+                    if not experience.on_policy(learns):
+                        batch = normaliser(to_device(batch, device))
                     if args.debug and progress["updates"] == first:
                         debug.show_batch(batch, run.say)
                     loaded = time.perf_counter()
@@ -701,6 +766,8 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
                 progress["owed"] -= 1
                 progress["updates"] += 1
                 run.beat()
+            if memory.between:
+                running.settle(normaliser)
 
         # Evaluate: episodes in environments of their own.
         if evaluator is not None and due(step, num_envs, args.eval_every, args.steps):
@@ -721,9 +788,10 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
             times["env_steps_per_s"] = count / seconds
             record = {"step": step, "updates": progress["updates"]} | metrics.means() | rates | times
             run.log(record)
+            run.episodes([episode for episodes in parallel.gather(ended) for episode in episodes])
             if args.debug:
                 debug.show_norms(record, run.say)
-            logged_at, logged_updates, data_s, step_s = step, progress["updates"], 0.0, 0.0
+            logged_at, logged_updates, data_s, step_s, ended = step, progress["updates"], 0.0, 0.0, []
 
         # Save: by steps, by time, and before stopping.
         overdue = False
@@ -733,17 +801,21 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
             stopping, overdue = any(vote[0] for vote in votes), votes[0][1]
             next_vote = step + num_envs * (1 if world == 1 else min(max(int(1 / votes[0][2]), 1), 50))
         if due(step, num_envs, args.save_every, args.steps) or overdue or stopping:
-            progress["step"], last = step, stopping or step >= args.steps
-            state = {"collector": collector.state_dict()}
+            progress |= {"step": step, "statistics": running.state_dict()}
+            state = {"collector": collector.state_dict(), "statistics": running.own_state(), "episodes": ended}
             if args.save_buffer:
-                state["buffer"] = buffer.state_dict()
+                state |= {"parts": memory.new_parts(rank), "buffer": memory.state_dict()}
+            last = stopping or step >= args.steps
             failed_saves = save(args, learner, run, progress, state, failed_saves, last)
+            if not failed_saves:
+                memory.saved()
             saved_at = time.monotonic()
 
+    described.update(running.describe(described))  # what the policy is saved with
     if step < args.steps or progress["unevaluated"]:
         run.preempted()
     else:
-        finish(args, learner, run, actor, evaluator, args.env_options)
+        finish(args, learner, run, actor, evaluator, env)
 
 
 learn = learn_in_environment  # for `main`, which is the same in both scripts

@@ -26,8 +26,10 @@ from .errors import UserError
 from .models.act import ACTransformer
 from .models.actor import Actor
 from .models.cnn import CNN
+from .models.discrete_q import DiscreteQ
 from .models.dit import DiT
 from .models.mlp import MLP, ResMLP
+from .models.nature_cnn import NatureCNN
 from .models.q_ensemble import QEnsemble, VEnsemble
 from .models.resnet18 import ResNet18
 from .models.sequence import GRU, Transformer
@@ -41,6 +43,7 @@ from .trainers.awac import AWAC
 from .trainers.bc import BC
 from .trainers.cql import CQL
 from .trainers.diffusion import Diffusion
+from .trainers.dqn import DQN
 from .trainers.flow import Flow
 from .trainers.fql import FQL
 from .trainers.gcbc import GCBC
@@ -48,9 +51,11 @@ from .trainers.gciql import GCIQL
 from .trainers.hiql import HIQL
 from .trainers.ifql import IFQL
 from .trainers.iql import IQL
+from .trainers.ppo import PPO
 from .trainers.qc import QC
 from .trainers.rebrac import ReBRAC
 from .trainers.sac import SAC
+from .trainers.td3 import TD3
 from .trainers.td3_bc import TD3BC
 
 __all__ = ["REGISTRIES", "UserError", "load_policy", "register"]
@@ -71,7 +76,10 @@ TRAINER_REGISTRY: dict[str, type] = {
     "gcbc": GCBC,
     "gciql": GCIQL,
     "hiql": HIQL,
+    "ppo": PPO,
     "sac": SAC,
+    "td3": TD3,
+    "dqn": DQN,
 }
 
 DATASET_BUILDER_REGISTRY: dict[str, type] = {
@@ -96,11 +104,13 @@ MODEL_BUILDER_REGISTRY: dict[str, type] = {
     "dit": DiT,
     "act": ACTransformer,
     "cnn": CNN,
+    "nature_cnn": NatureCNN,
     "resnet18": ResNet18,
     "actor": Actor,
     "vector_field": VectorField,
     "q_ensemble": QEnsemble,
     "v_ensemble": VEnsemble,
+    "discrete_q": DiscreteQ,
     "tanh_gaussian": TanhGaussian,
     "temperature": Temperature,
 }

@@ -122,6 +122,13 @@ class Augmentation:
         return (pictures * weights).sum(2, keepdim=True)
 
 
+def random_shift(batch: dict[str, Any], pixels: int) -> dict[str, Any]:
+    """Shift the pictures of a batch at random, the successors' too; drawn from torch's global generator."""
+    keys = [key for key in batch if "observation.images." in key] if pixels else []
+    move = Augmentation(shift=pixels)._move
+    return batch | {key: move(batch[key], torch.rand(len(batch[key]), 2)) for key in keys}
+
+
 def uniform(key: tuple[int, ...], rows: np.ndarray, n: int) -> np.ndarray:
     """Numbers in [0, 1), `[len(rows), n]` float64, each a function of `key`, its row and its column alone.
 

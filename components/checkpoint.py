@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ STEP_NAME = re.compile(r"step-(\d{9,})")
 
 class DamagedError(Exception):
     """A checkpoint whose files are not what its manifest says."""
+
+
+@dataclass
+class Parts:
+    """Large pieces of a process's state that stay as they are: files of their own, which the next checkpoint links."""
+
+    kept: Sequence[str] = ()
+    """Names of those that an earlier checkpoint has."""
+    new: dict[str, Any] = field(default_factory=dict)
+    """Name -> tree of those to write."""
 
 
 # ---- a tree of tensors and JSON values in one safetensors file -----------------------------------------------------
@@ -155,7 +166,7 @@ def save(
 
     Args:
         shared: name -> state that all processes have alike; rank 0 writes one file each.
-        mine: This process's own state.
+        mine: This process's own state; `parts` in it are `Parts`, whose files cost only what is new.
         info: Stands in the manifest ("trainer", "config", ...).
         keep_last: Older checkpoints beyond so many are removed, after this one counts.
         best: Step of the best checkpoint so far, which is linked as `best` and kept; -1 for none.
@@ -168,6 +179,8 @@ def save(
     final = root / f"step-{step:09d}"
     temporary = root / f".tmp-{final.name}"
     shapes: dict[str, dict[str, list[int]]] = {}
+    mine = dict(mine)
+    parts = mine.pop("parts", Parts())
 
     def prepare() -> None:
         before()
@@ -180,7 +193,13 @@ def save(
             temporary.mkdir()
 
     def write() -> None:
-        write_tree(temporary / f"rank-{rank}.safetensors", mine)
+        names = [*parts.kept, *parts.new]
+        write_tree(temporary / f"rank-{rank}.safetensors", mine | ({"parts": names} if names else {}))
+        earlier = [path for path in reversed(steps(root)) if path < final]
+        for name in parts.kept:
+            link(next(path for path in earlier if (path / f"{name}.safetensors").exists()), temporary, name)
+        for name, tree in parts.new.items():
+            write_tree(temporary / f"{name}.safetensors", tree)
         if rank == 0:
             for name, tree in shared.items():
                 shapes[name] = write_tree(temporary / f"{name}.safetensors", tree)
@@ -188,7 +207,9 @@ def save(
     def commit() -> None:
         if rank == 0:
             manifest = {"format": FORMAT, "step": step, "world_size": parallel.world_size(), **info, "shapes": shapes}
-            manifest["files"] = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+            known = _known_fingerprints(root)
+            files = sorted(temporary.iterdir())
+            manifest["files"] = {path.name: known.get(path.stat().st_ino) or _fingerprint(path) for path in files}
             manifest["sha256"] = _own_hash(manifest)
             write_json(temporary / "manifest.json", manifest)
             sync(temporary)
@@ -205,6 +226,27 @@ def save(
     except Exception:
         shutil.rmtree(temporary, ignore_errors=True)  # on a full disk the room is needed
         raise
+
+
+def link(folder: Path, to: Path, name: str) -> None:
+    """Give a file of an earlier checkpoint a place in another one, as a hard link where the disk has those."""
+    source, target = folder / f"{name}.safetensors", to / f"{name}.safetensors"
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+        sync(target)
+
+
+def _known_fingerprints(root: Path) -> dict[int, list[Any]]:
+    """Of the newest checkpoint's files, by inode: a linked file need not be read again."""
+    for folder in reversed(steps(root)):
+        try:
+            files = json.loads((folder / "manifest.json").read_text())["files"]
+            return {(folder / name).stat().st_ino: entry for name, entry in files.items()}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
 
 
 def link_best(root: Path, step: int) -> None:
@@ -398,9 +440,17 @@ def restore_rank(folder: Path, manifest: dict[str, Any], rank: int, seed: int) -
     returned is {"ranks": the own states of all former processes}.
     """
     if manifest["world_size"] == parallel.world_size():
-        state = read_tree(folder / f"rank-{rank}.safetensors")
+        state = _own_state(folder, rank)
         set_random_state(state["random"])
         return state
     logger.warning("%s was saved by %d process(es); the random generators start anew", folder, manifest["world_size"])
     seed_all(seed)
-    return {"ranks": [read_tree(folder / f"rank-{r}.safetensors") for r in range(manifest["world_size"])]}
+    return {"ranks": [_own_state(folder, r) for r in range(manifest["world_size"])]}
+
+
+def _own_state(folder: Path, rank: int) -> dict[str, Any]:
+    """What a process saved; its parts are read one by one, as they are asked for."""
+    state = read_tree(folder / f"rank-{rank}.safetensors")
+    if "parts" in state:
+        state["parts"] = (read_tree(folder / f"{name}.safetensors") for name in state["parts"])
+    return state

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .environments import Environments, FaultyEnvError, check_finite
+from .environments import Environments, FaultyEnvError, check_finite, executed
 from .errors import UserError
 from .evaluation import observation_batch, success_of
 from .features import describe
@@ -17,21 +17,39 @@ from .sampling import derive_seed
 def describe_env(envs: Any) -> dict[str, dict[str, Any]]:
     """`spec` of an environment's transitions; its action carries the bounds, so that it is normalised to [-1, 1].
 
+    A discrete action is a number `()` int64, and `classes` tells of how many.
+
     Raises:
-        UserError: actions that are no vector with finite bounds, or observations that are neither vectors nor pictures.
+        UserError: actions that are neither discrete nor a vector with finite bounds, or observations that are neither
+            vectors nor pictures.
     """
     action, space = envs.single_action_space, envs.single_observation_space
-    if getattr(action, "shape", None) is None or len(action.shape) != 1 or not hasattr(action, "low"):
-        raise UserError(f"it has the action space {action}; expected a Box of one dimension")
-    if not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
+    discrete = hasattr(action, "n") and getattr(action, "shape", None) == ()
+    if not discrete and (
+        getattr(action, "shape", None) is None or len(action.shape) != 1 or not hasattr(action, "low")
+    ):
+        raise UserError(f"it has the action space {action}; expected a Discrete one, or a Box of one dimension")
+    if not discrete and not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
         raise UserError(f"it has actions without bounds ({action}); wrap it in RescaleAction or ClipAction")
     if not all(hasattr(part, "low") for part in _parts(space)):
         raise UserError(f"it has the observation space {space}; expected Box, or a Dict of Box")
     observation, _ = envs.reset()
     first = {key: as_tensor(value)[0] for key, value in observation_batch(observation).items()}
-    item = first | {"action": torch.zeros(action.shape), "reward": torch.tensor(0.0), "terminated": torch.tensor(False)}
+    acted = torch.tensor(0) if discrete else torch.zeros(action.shape)
+    item = first | {"action": acted, "reward": torch.tensor(0.0), "terminated": torch.tensor(False)}
     item |= {f"next.{key}": value for key, value in first.items()}
-    return describe(item, {"action": {"min": action.low, "max": action.high}})
+    spec = describe(item, {} if discrete else {"action": {"min": action.low, "max": action.high}})
+    if discrete:
+        spec["action"]["classes"] = int(action.n)
+    return spec
+
+
+def random_actions(envs: Any) -> np.ndarray:
+    """Actions `[N, ...]`, drawn uniformly by torch's generator, as a policy gives them."""
+    space, count = envs.single_action_space, envs.num_envs
+    if not hasattr(space, "low"):
+        return torch.randint(int(space.n), (count,)).numpy()
+    return space.low + (space.high - space.low) * torch.rand(count, len(space.low)).numpy()
 
 
 def _parts(space: Any) -> list[Any]:
@@ -41,9 +59,10 @@ def _parts(space: Any) -> list[Any]:
 
 
 def as_tensor(array: Any) -> Tensor:
-    """A copy as a tensor; pictures stay uint8, everything else becomes float32."""
+    """A copy as a tensor; pictures stay uint8 and discrete actions int64, everything else becomes float32."""
     array = np.asarray(array)
-    return torch.tensor(array, dtype=torch.uint8 if array.dtype == np.uint8 else torch.float32)
+    kept = {np.dtype(np.uint8): torch.uint8, np.dtype(np.int64): torch.int64}
+    return torch.tensor(array, dtype=kept.get(array.dtype, torch.float32))
 
 
 class Collector:
@@ -62,12 +81,20 @@ class Collector:
         first: Index, over all processes, of this process's first environment.
         limit: Replacements before the run fails.
         say: Tells a line to the user.
+        rewards: (shift, scale), what is added to every reward that is learnt from, and then its factor.
     """
 
     def __init__(
-        self, environments: Environments, seed: int, first: int, limit: int, say: Callable[[str], None]
+        self,
+        environments: Environments,
+        seed: int,
+        first: int,
+        limit: int,
+        say: Callable[[str], None],
+        rewards: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.environments, self.seed, self.first, self.limit, self.say = environments, seed, first, limit, say
+        self.rewards = rewards
         self.started_at, self.replaced = 0, 0
 
     @property
@@ -111,20 +138,24 @@ class Collector:
         """Act in all environments.
 
         Args:
-            action: `[N, Da]` in the environments' units, float32.
+            action: `[N, Da]` in the environments' units, float32; they get what their bounds allow of it. Or `[N]`, the
+                numbers of discrete ones.
 
         Returns:
-            (transitions, episodes that ended). A transition has `[N, ...]` observation, action, reward, terminated and
-            `next.` keys, and two flags: `valid`, false for a step that only reset, and `ended`. None instead when the
-            environments had to be replaced: the episodes before are cut.
+            (transitions, episodes that ended). A transition has `[N, ...]` observation, action as it was executed,
+            `drawn`, the action as it was asked for, reward, terminated and `next.` keys, and two flags: `valid`, false
+            for a step that only reset, and `ended`. None instead when the environments had to be replaced: the episodes
+            before are cut. An episode has `env`, the place of its environment among all, and `episode_return`, ...
 
         Raises:
             RuntimeError: more faults than the limit.
         """
         envs = self.environments
         before, resetting = self.observation, self.resetting
+        space = envs.single_action_space
+        done = executed(action, space)
         try:
-            observation, reward, terminated, truncated, info = envs.step(action)
+            observation, reward, terminated, truncated, info = envs.step(done)
             ended = np.asarray(terminated) | np.asarray(truncated)
             after = observation_batch(observation)
             successor = after
@@ -141,14 +172,16 @@ class Collector:
             check_finite(successor, reward, np.flatnonzero(~resetting))
             check_finite(after, reward, range(len(ended)))
         except FaultyEnvError as fault:
-            self._replace(fault, action)
+            self._replace(fault, done)
             self.start(self.started_at)
             return None, []
         self.observation = {key: np.array(value) for key, value in after.items()}
         self.resetting = ended if self._mode == "nextstep" else np.zeros_like(ended)
         transitions = {key: as_tensor(value) for key, value in before.items()}
         transitions |= {f"next.{key}": as_tensor(value) for key, value in successor.items()}
-        transitions |= {"action": as_tensor(action), "reward": as_tensor(reward)}
+        shift, scale = self.rewards
+        transitions |= {"action": as_tensor(done - getattr(space, "start", 0)), "drawn": as_tensor(action)}
+        transitions["reward"] = torch.tensor((np.asarray(reward) + shift) * scale, dtype=torch.float32)
         transitions |= {"terminated": torch.tensor(np.asarray(terminated, dtype=bool)), "ended": torch.tensor(ended)}
         return transitions | {"valid": torch.tensor(~resetting)}, self._count(reward, ended, ~resetting, info)
 
@@ -161,7 +194,8 @@ class Collector:
             if valid[i] and (success := success_of(info, i)) is not None:
                 self.succeeded[i] = bool(self.succeeded[i]) or success
             if valid[i] and ended[i]:
-                episode = {"episode_return": float(self.returns[i]), "episode_length": float(self.lengths[i])}
+                episode: dict[str, float] = {"env": self.first + i}
+                episode |= {"episode_return": float(self.returns[i]), "episode_length": float(self.lengths[i])}
                 if self.succeeded[i] is not None:
                     episode["episode_success"] = float(bool(self.succeeded[i]))
                 episodes.append(episode)

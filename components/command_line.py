@@ -15,6 +15,9 @@ from typing import Annotated, Any, TypeVar
 from .errors import UserError, nearest
 
 T = TypeVar("T")
+# Options that only one of the scripts has, and that a trainer may have defaults for.
+OF_ONE_SCRIPT = {"normalise", "num_envs", "learning_starts", "updates_per_step", "buffer_size"}
+OF_ONE_SCRIPT |= {"normalise_observations", "normalise_rewards"}
 
 
 def import_plugins(modules: Sequence[str]) -> None:
@@ -61,6 +64,15 @@ def options_of(component: type, values: dict[str, Any] | None = None) -> Any:
         if name not in known:
             raise UserError(f"{component.__name__} has no option {name!r}; {nearest(name, known)}")
     return options(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def extended(component: type, extra: type) -> type:
+    """A component with the options of a dataclass beside its own."""
+    if not is_dataclass(component):
+        return type(component.__name__, () if component is object else (component,), {"Config": extra})
+    both = make_dataclass(component.__name__, [], bases=(component, extra), frozen=True, kw_only=True)
+    both.__doc__ = component.__doc__
+    return both
 
 
 def instantiate(component: type, options: Any) -> Any:

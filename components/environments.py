@@ -173,6 +173,13 @@ class Environments:
         self.envs = None
 
 
+def executed(action: np.ndarray, space: Any) -> np.ndarray:
+    """What an environment is asked to do `[N, ...]`: numbers within the bounds of a Box, or of a Discrete space."""
+    if hasattr(space, "low"):
+        return np.clip(action, space.low, space.high).astype(space.dtype)
+    return np.asarray(action, dtype=space.dtype) + space.start  # policies count from 0
+
+
 def check_finite(observation: dict[str, np.ndarray], reward: np.ndarray, rows: Sequence[int] | np.ndarray) -> None:
     """Raise FaultyEnvError for the first of `rows` whose observation or reward has a NaN or Inf."""
     arrays = {**observation, "reward": np.asarray(reward)}

@@ -15,7 +15,7 @@ import torch
 
 from . import parallel
 from .command_line import options_of
-from .environments import Environments, FaultyEnvError, check_finite
+from .environments import Environments, FaultyEnvError, check_finite, executed
 from .errors import StoppedError, UserError
 from .features import read
 from .policy import Policy
@@ -29,29 +29,39 @@ MAX_STEPS = 100_000  # an episode that is longer has no end: the environment lac
 def observation_batch(observation: Any) -> dict[str, np.ndarray]:
     """Name an environment's observations as the data does.
 
-    A vector `[N, D]` is `observation.state`, a picture `[N, H, W, C]` `observation.images.camera` (channels first). In
-    a dict, `agent_pos` and `observation` are the state, `environment_state` keeps its name, `pixels` holds
-    pictures; keys that begin with `observation.` stay.
+    A vector `[N, D]` is `observation.state`, pictures are `observation.images.camera` `[N, C, H, W]`, stacked ones side
+    by side in C. In a dict, `agent_pos` and `observation` are the state, `environment_state` keeps its name, `pixels`
+    holds pictures; keys that begin with `observation.` stay.
     """
     if not isinstance(observation, dict):
         array = np.asarray(observation)
-        if array.dtype == np.uint8 and array.ndim == 4:
-            return {"observation.images.camera": array.transpose(0, 3, 1, 2)}
+        if array.dtype == np.uint8 and array.ndim > 2:
+            return {"observation.images.camera": channels_first(array)}
         return {"observation.state": _vectors(array)}
     named: dict[str, np.ndarray] = {}
     for key, value in observation.items():
         if key == "pixels":
             cameras = value if isinstance(value, dict) else {"camera": value}
-            named |= {f"observation.images.{name}": np.moveaxis(x, -1, -3) for name, x in cameras.items()}
+            named |= {f"observation.images.{name}": channels_first(np.asarray(x)) for name, x in cameras.items()}
         elif key in ("agent_pos", "observation"):
             named["observation.state"] = _vectors(value)
         elif key.startswith("observation.images."):
             named[key] = np.asarray(value)
-        elif np.asarray(value).dtype == np.uint8 and np.ndim(value) == 4:
-            named[f"observation.images.{key}"] = np.moveaxis(value, -1, -3)
+        elif np.asarray(value).dtype == np.uint8 and np.ndim(value) > 2:
+            named[f"observation.images.{key}"] = channels_first(np.asarray(value))
         else:
             named[key if key.startswith("observation.") else f"observation.{key}"] = _vectors(value)
     return named
+
+
+def channels_first(pictures: np.ndarray) -> np.ndarray:
+    """`[N, C, H, W]` of grey pictures `[N, H, W]`, coloured ones, channels last, stacks `[N, S, H, W]`, or both."""
+    if pictures.ndim == 3:
+        return pictures[:, None]
+    if pictures.ndim == 5:  # [N, S, H, W, C]
+        pictures = np.moveaxis(pictures, -1, 2)
+        return pictures.reshape(len(pictures), -1, *pictures.shape[3:])
+    return pictures if pictures.shape[1] < pictures.shape[3] else np.moveaxis(pictures, -1, 1)
 
 
 def _vectors(value: Any) -> np.ndarray:
@@ -91,12 +101,17 @@ def check_env(envs: Any, spec: dict[str, Any]) -> None:
     Raises:
         UserError: with both widths.
     """
-    space = envs.single_action_space
-    action = int(spec["action"]["shape"][-1])
-    if getattr(space, "shape", None) is None or len(space.shape) != 1:
-        raise UserError(f"it has the action space {space}; the data's actions are vectors of width {action}")
-    if space.shape[0] != action:
-        raise UserError(f"it takes actions of width {space.shape[0]}, the dataset and the model have {action}")
+    space, action = envs.single_action_space, spec["action"]
+    if "classes" in action:
+        if getattr(space, "n", None) != action["classes"]:
+            raise UserError(f"it has the action space {space}; the policy chooses among {action['classes']} actions")
+    elif getattr(space, "shape", None) is None or len(space.shape) != 1:
+        raise UserError(
+            f"it has the action space {space}; the data's actions are vectors of width {action['shape'][-1]}"
+        )
+    elif space.shape[0] != action["shape"][-1]:
+        widths = f"{space.shape[0]}, the dataset and the model have {action['shape'][-1]}"
+        raise UserError(f"it takes actions of width {widths}")
     observation, _ = envs.reset()
     if isinstance(observation, tuple):
         raise UserError(f"it has the observation space {envs.single_observation_space}; expected Box or Dict")
@@ -150,7 +165,7 @@ def run_episodes(
             tick()
             if frames is not None and running[0] and next(seen) % every == 0:
                 frames.append(envs.render()[0])
-            action = np.clip(policy.act(observation_batch(observation)), space.low, space.high).astype(space.dtype)
+            action = executed(policy.act(observation_batch(observation)), space)
             try:
                 observation, reward, terminated, truncated, info = envs.step(action)
                 check_finite(observation_batch(observation), reward, np.flatnonzero(running))

@@ -109,6 +109,10 @@ def width(spec: dict[str, Any], key: str) -> int:
     """Width of one frame of a vector key. Raises UserError naming the keys there are."""
     if key not in spec:
         raise UserError(f"the data has no {key!r}; found: {', '.join(spec)}")
+    if "classes" in spec[key]:
+        raise UserError(
+            "this model gives vectors, and the actions are discrete; --trainer ppo and dqn choose such ones"
+        )
     return int(spec[key]["shape"][-1])
 
 

@@ -12,6 +12,8 @@ from .features import check_widths
 # Mode -> the statistics it needs; "auto" takes the first of those in AUTO whose statistics are there.
 MODES = {"mean_std": ("mean", "std"), "min_max": ("min", "max"), "quantile": ("q01", "q99"), "none": ()}
 MODES |= {"scale": ("scale",), "return_range": ("return_min", "return_max")}
+MODES |= {"running": ("mean", "std"), "running_return": ("return_std",)}  # of what an environment has given so far
+LIMIT = 10.0  # the largest size of what these two give
 AUTO = ("mean_std", "min_max", "quantile")
 RETURN_SPAN = 1000.0  # that the returns of the data have after `return_range` (Kostrikov et al., 2022, appendix)
 
@@ -39,8 +41,9 @@ class Normaliser:
 
     `mean_std` gives mean 0 and deviation 1; `min_max` and `quantile` map [min, max] and [q01, q99] to [-1, 1]; `scale`
     divides by the statistic of that name, where there is one; `return_range` divides rewards so that the returns of the
-    data's episodes span 1000. A constant feature gets scale 1. `next.<key>` shares the statistics of `<key>`. Pictures
-    that are larger than the models see them (`stored_shape` in `spec`) are cut to their centre.
+    data's episodes span 1000. `running` is `mean_std` and `running_return` divides by the deviation of the discounted
+    return, both cut to [-10, 10]. A constant feature gets scale 1. `next.<key>` shares the statistics of `<key>`.
+    Pictures that are larger than the models see them (`stored_shape` in `spec`) are cut to their centre.
 
     Args:
         spec: {key: {"shape", "dtype", "stats"}}.
@@ -70,9 +73,9 @@ class Normaliser:
                 raise UserError(f"normalisation {mode} of {key!r} needs the statistic {missing[0]!r}; found: {have}")
             check_widths(key, {**feature, "stats": stats})
             a, *b = (np.asarray(stats[name], dtype=np.float64) for name in MODES[mode])
-            if mode == "mean_std":
+            if mode in ("mean_std", "running"):
                 offset, scale = a, b[0]
-            elif mode == "scale":
+            elif mode in ("scale", "running_return"):
                 offset, scale = np.zeros_like(a), a
             elif mode == "return_range":
                 offset, scale = np.zeros_like(a), (b[0] - a) / RETURN_SPAN
@@ -106,6 +109,8 @@ class Normaliser:
             base = self.like.get(base, base)
             if base in self.modes:
                 out[key] = (value - self.offset[base]).div_(self.scale[base])
+                if self.modes[base].startswith("running"):
+                    out[key].clamp_(-LIMIT, LIMIT)
             elif base in self.crops:
                 out[key] = centre(value, *self.crops[base])
         return out
@@ -145,7 +150,8 @@ def expanded(modes: dict[str, str], spec: dict[str, Any]) -> dict[str, str]:
 
 def can_be_auto(feature: dict[str, Any]) -> bool:
     """Whether a key is normalised unless it is told otherwise: numbers with statistics of their values."""
-    return feature["dtype"] != "uint8" and bool(set(feature.get("stats") or ()) - {"scale", *MODES["return_range"]})
+    others = {"scale", *MODES["return_range"], *MODES["running_return"]}
+    return feature["dtype"] != "uint8" and bool(set(feature.get("stats") or ()) - others)
 
 
 def centre(pictures: Tensor, height: int, width: int) -> Tensor:

@@ -14,13 +14,13 @@ from torch import nn
 
 from .errors import UserError, require
 
-Schedule = Literal["constant", "cosine", "onecycle"]
+Schedule = Literal["constant", "linear", "cosine", "onecycle"]
 
 
 def learning_rate_factor(schedule: str, update: int, length: int | None, warmup: int) -> float:
     """Factor on the base learning rate at `update` (0 is the first); past `length` the last value holds.
 
-    `constant` and `cosine` (to 0; Loshchilov & Hutter, 2017) rise linearly over `warmup` updates. `onecycle` (Smith &
+    `constant`, `linear` and `cosine` (to 0; Loshchilov & Hutter, 2017) rise over `warmup` updates. `onecycle` (Smith &
     Topin, 2019) rises from 1/25 by half a cosine over 30 % of the length and falls to 1/250 000. Deviation from the
     paper: the momentum stays as it is.
     """
@@ -29,6 +29,8 @@ def learning_rate_factor(schedule: str, update: int, length: int | None, warmup:
         return (update + 1) / warmup
     if schedule == "constant" or length is None:
         return 1.0
+    if schedule == "linear":
+        return 1 - (update - warmup) / max(length - warmup, 1)
     if schedule == "cosine":
         return 1 - _half_cosine((update - warmup) / max(length - warmup, 1))
     peak = max(round(0.3 * length) - 1, 1)
@@ -101,7 +103,7 @@ class _Scheduled(_Options):
     schedule: Schedule = "constant"
     """Course of the learning rate."""
     warmup_steps: int = 0
-    """Updates of linear warm-up, for the schedules constant and cosine."""
+    """Updates of linear warm-up, for the schedules constant, linear and cosine."""
     schedule_steps: int | None = None
     """Length of the schedule in updates; None takes the length of the run."""
 

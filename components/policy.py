@@ -115,13 +115,22 @@ class Policy:
     def reset(self, seeds: Sequence[int] | None = None) -> None:
         """Start new episodes: forget the history and the chunk. `seeds` fix a stochastic policy's noise, one a row."""
         self._history: dict[str, list[Tensor]] = {}
-        self._chunks: list[tuple[int, Tensor]] = []  # (step at which it was planned, [N, Ta, Da])
+        self._began: Tensor | None = None  # [N], the step at which each row's episode began
+        self._plan = torch.empty(0)  # [N, Ta, Da], each row's newest chunk
+        self._plans: list[tuple[int, Tensor, Tensor]] = []  # ensembling: (step, rows that planned [N] bool, chunk)
         self._step = 0
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
+
+    def restart(self, rows: Tensor) -> None:
+        """Start new episodes in some rows `[n]` of a batch, while the others go on."""
+        if self._began is not None and len(rows):
+            self._began[rows] = self._step
 
     @torch.no_grad()
     def act(self, observation: dict[str, Any]) -> np.ndarray:
         """Next action, `[Da]` for one observation or `[N, Da]` for a batch, in the environment's units, float32.
+
+        Discrete actions are their numbers, one or `[N]` int64.
 
         Args:
             observation: key -> array of one frame, or of N frames (the same N until `reset`); `task`, a text or N.
@@ -130,33 +139,68 @@ class Policy:
             UserError: an observation key is missing or has another width than the policy was trained with.
         """
         frames, batched = self._frames(observation)
+        count = len(next(iter(frames.values())))
+        if self._began is None:
+            self._began = torch.zeros(count, dtype=torch.int64)
+        for key, frame in frames.items():
+            if len(frame) != len(self._began):
+                found = f"{key!r} has {len(frame)} rows after {len(self._began)}"
+                raise UserError(f"{found}; call reset() for other episodes")
+        age = self._step - self._began  # [N], steps since each row's episode began
+        self._remember(frames, age)
+        due = age % self.action_steps == 0
+        if due.any():
+            rows = None if due.all() else due.nonzero().squeeze(1)
+            self._replan(self._chunk(observation, rows), due, rows)
+        if self.settings.ensemble is None:
+            action = self._plan[:, 0] if self.chunk == 1 else self._plan[torch.arange(count), age % self.action_steps]
+        else:
+            action = self._averaged()
+        self._step += 1
+        return action.numpy() if batched else action[0].numpy()
+
+    def _remember(self, frames: dict[str, Tensor], age: Tensor) -> None:
+        """Add the newest frames to the history; a row's first one stands in the place of what came before."""
         for key, frame in frames.items():
             past = self._history.setdefault(key, [frame] * self.obs_steps)
-            if len(past[0]) != len(frame):
-                raise UserError(f"{key!r} has {len(frame)} rows after {len(past[0])}; call reset() for other episodes")
+            if self.obs_steps > 1 and not age.all():
+                first = (age == 0).to(frame.device).view(-1, *[1] * (frame.ndim - 1))
+                past[:] = [torch.where(first, frame, before) for before in past]
             past.append(frame)
             del past[: -self.obs_steps]
-        if self._step % self.action_steps == 0:
-            history = self._history.items()
-            batch: dict[str, Any] = {k: torch.stack(past, 1) if self.obs_steps > 1 else past[-1] for k, past in history}
-            if "task" in self.spec:
-                batch["task"] = self._tasks(observation, len(next(iter(batch.values()))))
-            chunk = self.normaliser.undo("action", self._forward(self.normaliser(batch)).float()).cpu()
-            self._chunks.append((self._step, chunk if self.chunked else chunk[:, None]))
-        action = self._planned().numpy()
-        self._step += 1
-        return action if batched else action[0]
 
-    def _planned(self) -> Tensor:
-        """The newest chunk's action for this step or, ensembling, the mean of all chunks (Zhao et al., 2023)."""
-        if self.settings.ensemble is None:
-            del self._chunks[:-1]
-            planned_at, chunk = self._chunks[0]
-            return chunk[:, self._step - planned_at]
-        self._chunks = [(at, chunk) for at, chunk in self._chunks if self._step - at < self.chunk]
-        said = torch.stack([chunk[:, self._step - at] for at, chunk in self._chunks])  # [chunks, N, Da], oldest first
-        weights = (-self.settings.ensemble * torch.arange(len(said))).softmax(0)
-        return (weights[:, None, None] * said).sum(0)
+    def _chunk(self, observation: dict[str, Any], rows: Tensor | None) -> Tensor:
+        """What the module plans now for `rows` `[n]`, or all, in the environment's units: `[n, Ta, Da]` on the CPU."""
+        history = self._history.items()
+        batch: dict[str, Any] = {k: torch.stack(past, 1) if self.obs_steps > 1 else past[-1] for k, past in history}
+        if "task" in self.spec:
+            batch["task"] = self._tasks(observation, len(next(iter(batch.values()))))
+        if rows is not None:
+            batch = {
+                k: v[rows.to(v.device)] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in batch.items()
+            }
+        action = self._forward(self.normaliser(batch), rows)
+        action = self.normaliser.undo("action", action.float() if action.is_floating_point() else action).cpu()
+        return action if self.chunked else action[:, None]
+
+    def _replan(self, chunk: Tensor, due: Tensor, rows: Tensor | None) -> None:
+        """Put new chunks in the place of those rows' old ones."""
+        if rows is not None:
+            chunk = self._plan.clone().index_copy_(0, rows, chunk)
+        self._plan = chunk
+        if self.settings.ensemble is not None:
+            self._plans = [plan for plan in self._plans if self._step - plan[0] < self.chunk]
+            self._plans.append((self._step, due, chunk))
+
+    def _averaged(self) -> Tensor:
+        """The mean of what all chunks of this episode say of this step, `[N, Da]` (Zhao et al., 2023)."""
+        assert self._began is not None and self.settings.ensemble is not None
+        plans = [plan for plan in self._plans if self._step - plan[0] < self.chunk]
+        said = torch.stack([chunk[:, self._step - at] for at, _, chunk in plans])  # [chunks, N, Da], oldest first
+        counts = torch.stack([rows & (at >= self._began) for at, rows, _ in plans])  # [chunks, N]
+        place = counts.cumsum(0) - 1  # the oldest one's is 0
+        weights = (-self.settings.ensemble * place).masked_fill(~counts, -math.inf).softmax(0)
+        return (weights[..., None] * said).sum(0)
 
     def _tasks(self, observation: dict[str, Any], rows: int) -> list[str]:
         """The text of each row's task."""
@@ -190,12 +234,14 @@ class Policy:
     def _device(self) -> torch.device:
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
-    def _forward(self, batch: dict[str, Tensor]) -> Tensor:
+    def _forward(self, batch: dict[str, Tensor], rows: Tensor | None = None) -> Tensor:
+        """What the module gives for a batch, of all rows or of `rows` `[n]`, whose generators draw its noise."""
         shape = getattr(self.module, "noise_shape", None)
         if shape is not None:
-            rows = len(next(iter(batch.values())))
-            sources: list[torch.Generator | None] = [*self._generators] or [None] * rows
-            noise = torch.stack([torch.randn(shape, generator=source) for source in sources])
+            count = len(next(iter(batch.values())))
+            chosen = self._generators if rows is None else [self._generators[i] for i in rows if self._generators]
+            drawn = [torch.randn(shape, generator=source) for source in chosen]
+            noise = torch.stack(drawn) if drawn else torch.randn(count, *shape)
             batch = {**batch, "noise": noise.to(self._device)}
         return self.module(batch["observation.state"] if self.takes_tensor else batch)
 

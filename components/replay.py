@@ -1,4 +1,4 @@
-"""Replay buffer: resident, one packed row a transition, so that a batch is one indexed read."""
+"""Replay buffer: resident, one packed row a transition, so that a batch is one indexed read; saved piece by piece."""
 
 import math
 from typing import Any
@@ -6,119 +6,274 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint import Parts
 from .errors import UserError
-from .returns import n_step_return
+from .returns import n_step_return, returns_to_go
+
+PICTURES = "observation.images."
+
+
+def windowed(spec: dict[str, Any], window: dict[str, Any]) -> dict[str, Any]:
+    """`spec` of the batches that a buffer gives, from that of its transitions and the options of its windows."""
+    spec, action = dict(spec), spec["action"]
+    spec["discount"] = {"shape": (), "dtype": "float32"}
+    if (chunk := window.get("chunk", 1)) > 1:
+        spec["action"] = action | {"shape": (chunk, *action["shape"])}
+        spec["action_is_pad"] = {"shape": (chunk,), "dtype": "bool"}
+        spec["complete"] = {"shape": (), "dtype": "bool"}
+    if window.get("next_action"):
+        spec["next.action"] = {key: action[key] for key in ("shape", "dtype")}
+    if window.get("to_go"):
+        spec["return_to_go"] = {"shape": (), "dtype": "float32", "like": "reward"}
+    return spec
 
 
 class ReplayBuffer:
     """The newest transitions of each of this process's environments, in rings of their own.
 
-    Keys of `spec` in float32 lie side by side in one row; uint8 pictures and flags in tensors of their own. A window of
-    n steps never crosses the end of an episode, nor the newest transition of its environment.
+    Keys of `spec` in float32 lie side by side in one row; flags and discrete actions in tensors of their own; pictures
+    are kept once, where one is what follows a step and what the next step sees. A window of several steps never crosses
+    the end of an episode, nor the newest transition of its environment. Its batches are those of
+    `datasets.transitions.Transitions` with the same options.
 
     Args:
         spec: {key: {"shape", "dtype"}} of a transition: observation, action, reward, terminated, `next.` observation.
         size: Transitions to keep over all processes, divided among the environments.
         num_envs: Environments over all processes.
         mine: How many of them are this process's.
-        options: The trainer's options; its `n_step` (otherwise 1) and `discount` (otherwise 0.99) shape the batches.
+        window: `discount`, `n_step`, `chunk`, `next_action` and `to_go` as for `Transitions`.
+        rate: Updates for one step of all environments.
 
     Raises:
-        UserError: no room for one transition per environment, or not enough memory.
+        UserError: no room for one window per environment, or not enough memory.
     """
 
-    def __init__(self, spec: dict[str, Any], size: int, num_envs: int, mine: int, options: Any) -> None:
-        self.n_step, self.discount = int(getattr(options, "n_step", 1)), float(getattr(options, "discount", 0.99))
+    def __init__(
+        self, spec: dict[str, Any], size: int, num_envs: int, mine: int, window: dict[str, Any], rate: float = 1.0
+    ) -> None:
+        self.rate = rate
+        self.discount, self.n_step = window.get("discount", 0.99), window.get("n_step", 1)
+        self.chunk, self.next_action = window.get("chunk", 1), bool(window.get("next_action"))
+        self.to_go, self.steps = bool(window.get("to_go")), max(self.n_step, self.chunk, 1 + self.next_action)
         self.length, self.num_envs = size // num_envs, mine
-        if self.length < self.n_step:
-            raise UserError(f"--buffer-size {size} has no room for {self.n_step} steps of {num_envs} environments")
+        if self.length < self.steps:
+            raise UserError(f"--buffer-size {size} has no room for {self.steps} steps of {num_envs} environments")
+        if self.to_go:
+            spec = spec | {"return_to_go": {"shape": (), "dtype": "float32"}}
+        pictures = {key: f for key, f in spec.items() if PICTURES in key}
         self.packed = {key: tuple(f["shape"]) for key, f in spec.items() if f["dtype"] == "float32"}
         self.widths = [math.prod(shape) for shape in self.packed.values()]
-        self.reward_column = sum(self.widths[: list(self.packed).index("reward")])
-        shapes = {"rows": ((sum(self.widths),), torch.float32), "ended": ((), torch.bool)}
+        self.columns = {
+            key: slice(sum(self.widths[:i]), sum(self.widths[: i + 1])) for i, key in enumerate(self.packed)
+        }
+        shapes: dict[str, Any] = {"rows": ((sum(self.widths),), torch.float32), "ended": ((), torch.bool)}
         for key, feature in spec.items():
-            if key not in self.packed:
+            if key not in self.packed and key not in pictures:
                 shapes[key] = (tuple(feature["shape"]), getattr(torch, feature["dtype"]))
+        self.others = [key for key in shapes if key not in ("rows", "ended")]
         try:
+            self.pictures = Pictures(
+                {k: f for k, f in pictures.items() if not k.startswith("next.")}, mine, self.length
+            )
+            if pictures:
+                shapes |= {"at": ((), torch.int64), "after": ((), torch.int64)}
             self.data = {k: torch.empty((mine, self.length, *shape), dtype=d) for k, (shape, d) in shapes.items()}
         except RuntimeError as error:
             raise UserError(f"--buffer-size {size} needs more memory than there is; choose a smaller one") from error
         self.head = torch.zeros(mine, dtype=torch.int64)  # where each environment's next transition goes
         self.count = torch.zeros(mine, dtype=torch.int64)
+        self.running = torch.zeros(mine, dtype=torch.int64)  # transitions of the episode that goes on
+        self.total = torch.zeros(mine, dtype=torch.int64)  # transitions ever
+        self.saved_total, self.saved_cut = self.total.clone(), torch.zeros(mine, dtype=torch.bool)
+        self.parts: list[tuple[str, list[int]]] = []  # files of the last checkpoint, and `total` at the end of each
+        self.pending: tuple[str, list[int]] | None = None
+
+    between = True  # what acts may change at any time
 
     def __len__(self) -> int:
         """Transitions of this process."""
         return int(self.count.sum())
 
-    def megabytes(self, steps: int) -> float:
-        """What it takes after so many steps of each environment, on this process, in memory and in a checkpoint."""
-        full = sum(tensor.numel() * tensor.element_size() for tensor in self.data.values()) / 1e6
-        return full * min(steps, self.length) / self.length
+    def describe(self, steps: int, world: int, saved: bool) -> str:
+        """What to say of its size after so many steps of each environment, on so many processes."""
+        tensors = [*self.data.values(), *self.pictures.store.values()]
+        full = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
+        size = world * full * min(steps, self.length) / self.length
+        kept = "in memory and in checkpoints" if saved else "in memory only: a resumed run fills a new one"
+        return f"replay buffer: up to {size:.3g} MB {kept}"
 
     def add(self, transitions: dict[str, Tensor]) -> None:
         """Add a transition `[N, ...]` of each environment where `valid` `[N]` holds; `ended` `[N]` ends episodes."""
-        envs = transitions["valid"].nonzero().squeeze(1)
+        valid = transitions["valid"]
+        envs = valid.nonzero().squeeze(1)
         slots = self.head[envs]
-        rows = [transitions[key].reshape(self.num_envs, -1) for key in self.packed]
+        new = {key: transitions[key] for key in self.others}
+        if self.to_go:
+            transitions = transitions | {"return_to_go": transitions["reward"]}  # until the episode has ended
+        new["rows"] = torch.cat([transitions[key].reshape(self.num_envs, -1) for key in self.packed], 1)
+        new["ended"] = transitions["ended"]
+        if self.pictures.store:
+            new["at"], new["after"] = self.pictures.add(transitions, valid, self.running > 0)
         for key, column in self.data.items():
-            column[envs, slots] = (torch.cat(rows, 1) if key == "rows" else transitions[key])[envs]
+            column[envs, slots] = new[key][envs]
         self.head[envs] = (slots + 1) % self.length
         self.count[envs] = (self.count[envs] + 1).clamp(max=self.length)
+        self.total[envs] += 1
+        self.running[envs] += 1
+        if self.pictures.store:
+            self._forget_without_pictures()
+        self._end(transitions["ended"] & valid)
+
+    def due(self, ready: bool) -> float:
+        """Updates that one more step of all environments makes due, once there is enough to learn from."""
+        return self.rate if ready else 0.0
 
     def cut(self) -> None:
         """Mark each environment's newest transition as the last one of its episode: truncated."""
         envs = self.count.nonzero().squeeze(1)
         self.data["ended"][envs, (self.head[envs] - 1) % self.length] = True
+        self.saved_cut |= (self.total == self.saved_total) & (self.count > 0)
+        self._end(self.count > 0)
+
+    def _end(self, ended: Tensor) -> None:
+        """Episodes of the environments `ended` `[N]` are over: now their returns are known."""
+        for env in ended.nonzero().flatten().tolist() if self.to_go else ():
+            steps = min(int(self.running[env]), int(self.count[env]))
+            places = self._places(torch.tensor(env), torch.arange(steps) + self.count[env] - steps)
+            if steps:
+                rewards = self.data["rows"].flatten(0, 1)[places, self.columns["reward"]].squeeze(1)
+                terminated = self.data["terminated"].flatten()[places]
+                found = returns_to_go(rewards, terminated, torch.tensor([steps]), self.discount)
+                self.data["rows"].flatten(0, 1)[places, self.columns["return_to_go"]] = found[:, None]
+        self.running[ended] = 0
+
+    def _know_returns(self) -> None:
+        """The returns of all episodes that have ended, again: what was saved may be from before their ends."""
+        for env in range(self.num_envs):
+            places = self._places(torch.tensor(env), torch.arange(int(self.count[env])))
+            ends = self.data["ended"].flatten()[places].nonzero().flatten() + 1
+            if len(ends):
+                places = places[: int(ends[-1])]
+                rewards = self.data["rows"].flatten(0, 1)[places, self.columns["reward"]].squeeze(1)
+                found = returns_to_go(rewards, self.data["terminated"].flatten()[places], ends, self.discount)
+                self.data["rows"].flatten(0, 1)[places, self.columns["return_to_go"]] = found[:, None]
+
+    def _forget_without_pictures(self) -> None:
+        """Leave out the oldest transitions whose pictures have been written over; an episode's end takes one more."""
+        for _ in range(2):
+            oldest = self._places(torch.arange(self.num_envs), torch.zeros_like(self.count))
+            gone = (self.count > 0) & (self.data["at"].flatten()[oldest] < self.pictures.oldest)
+            self.count -= gone.long()
 
     def sample(self, batch_size: int) -> dict[str, Tensor]:
         """Draw transitions uniformly, with replacement, from torch's global generator.
 
         Returns:
-            The keys of `spec` `[B, ...]`; `reward` `[B]` is the sum over n steps, `terminated` and `next.*` those of
-            the window's last step, `discount` `[B]` the factor of the value that follows.
+            The keys of `spec` `[B, ...]`; `reward` `[B]` is the sum over the window's steps, `terminated` and `next.*`
+            those of its last one, `discount` `[B]` the factor of the value that follows.
         """
-        bounds = self.count.cumsum(0)
-        if not len(bounds) or not bounds[-1]:
-            raise RuntimeError("the replay buffer is empty; --learning-starts must leave time to fill it")
-        drawn = torch.randint(int(bounds[-1]), (batch_size,))
-        env = torch.searchsorted(bounds, drawn, right=True)  # [B]
-        age = drawn - (bounds - self.count)[env]  # [B], 0 is the oldest
-        first = self._places(env, age)
-        if self.n_step == 1:
-            last, reward, factor = first, None, torch.full((batch_size,), self.discount)
+        env, age = self._draw(batch_size)
+        first = last = self._places(env, age)
+        batch = {}
+        if self.steps == 1:
+            factor = torch.full((batch_size,), self.discount)
         else:
-            ages = age[:, None] + torch.arange(self.n_step)  # [B, n]
+            steps = torch.arange(max(self.n_step, self.chunk))
+            ages = age[:, None] + steps  # [B, n]
             newest = (self.count[env] - 1)[:, None]
             window = self._places(env[:, None], ages.minimum(newest))
             ended = self.data["ended"].flatten()[window] | (ages >= newest)
-            rewards = self.data["rows"].flatten(0, 1)[window, self.reward_column]
-            reward, step, factor = n_step_return(rewards, ended, self.discount)
-            last = window.gather(1, step[:, None]).squeeze(1)
-        batch = self._read(first)
-        if reward is not None:
-            batch |= {k: v for k, v in self._read(last).items() if k.startswith("next.") or k == "terminated"}
-            batch["reward"] = reward
-        return batch | {"discount": factor}
+            rewards = self.data["rows"].flatten(0, 1)[window, self.columns["reward"].start]
+            batch["reward"], length, factor = n_step_return(rewards, ended, self.discount)
+            last = window.gather(1, length[:, None]).squeeze(1)
+            if self.chunk > 1:
+                batch["action_is_pad"] = steps > length[:, None]
+                batch["complete"] = ~batch["action_is_pad"][:, -1] | self.data["terminated"].flatten()[last]
+                batch["action"] = self._actions(window.gather(1, steps.minimum(length[:, None])))
+            if self.next_action:
+                following = (age + 1).minimum(newest.squeeze(1))
+                batch["next.action"] = self._actions(self._places(env, following))
+        whole = self._read(first, "")
+        if last is not first:
+            whole |= {k: v for k, v in self._read(last, "next.").items() if k.startswith("next.") or k == "terminated"}
+        elif self.pictures.store:
+            whole |= self._read(first, "next.")
+        return whole | batch | {"discount": factor}
+
+    def _draw(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Environments and ages `[B]`, 0 being the oldest, of transitions about which all is known."""
+        known = self.count - self.running.minimum(self.count) if self.to_go else self.count
+        bounds = known.cumsum(0)
+        if not len(bounds) or not bounds[-1]:
+            raise RuntimeError("the replay buffer is empty; --learning-starts must leave time to fill it")
+        drawn = torch.randint(int(bounds[-1]), (batch_size,))
+        for _ in range(1000):
+            env = torch.searchsorted(bounds, drawn, right=True)  # [B]
+            age = drawn - (bounds - known)[env]  # [B]
+            if not self.next_action:
+                return env, age
+            place = self._places(env, age)
+            last = self.data["ended"].flatten()[place] | (age == self.count[env] - 1)
+            unknown = (last & ~self.data["terminated"].flatten()[place]).nonzero().squeeze(1)
+            if not len(unknown):
+                return env, age
+            drawn[unknown] = torch.randint(int(bounds[-1]), (len(unknown),))
+        raise RuntimeError("the replay buffer has no step whose next action is known; raise --learning-starts")
 
     def _places(self, env: Tensor, age: Tensor) -> Tensor:
         """Where the transitions of `env` lie that have so many older ones, in the flattened rings."""
         return env * self.length + (self.head - self.count)[env].add(age).remainder(self.length)
 
-    def _read(self, places: Tensor) -> dict[str, Tensor]:
-        """The transitions at flat `places` `[B]`."""
-        rows = self.data["rows"].flatten(0, 1).index_select(0, places).split(self.widths, 1)
-        batch = {key: row.unflatten(1, shape) if shape else row.squeeze(1) for (key, shape), row in self._zip(rows)}
-        others = (key for key in self.data if key not in ("rows", "ended"))
-        return batch | {key: self.data[key].flatten(0, 1).index_select(0, places) for key in others}
+    def _actions(self, places: Tensor) -> Tensor:
+        """The actions at flat `places` `[...]`."""
+        if "action" in self.packed:
+            return self.data["rows"].flatten(0, 1)[places][..., self.columns["action"]]
+        return self.data["action"].flatten(0, 1)[places]
 
-    def _zip(self, rows: Any) -> Any:
-        return zip(self.packed.items(), rows, strict=True)
+    def _read(self, places: Tensor, prefix: str) -> dict[str, Tensor]:
+        """The transitions at flat `places` `[B]`; of their pictures those that were seen before, or `next.`."""
+        rows = self.data["rows"].flatten(0, 1).index_select(0, places).split(self.widths, 1)
+        named = zip(self.packed.items(), rows, strict=True)
+        batch = {key: row.unflatten(1, shape) if shape else row.squeeze(1) for (key, shape), row in named}
+        batch |= {key: self.data[key].flatten(0, 1).index_select(0, places) for key in self.others}
+        if self.pictures.store:
+            numbers = self.data["after" if prefix else "at"].flatten()[places]
+            batch |= self.pictures.read(places // self.length, numbers, prefix)
+        return batch
+
+    # ---- saving: each checkpoint writes what is new, and keeps the files of the one before ----
+
+    def new_parts(self, rank: int) -> Parts:
+        """The files that a checkpoint keeps of the one before, and what is to be written now; see `saved`."""
+        oldest = (self.total - self.count).tolist()
+        kept = [part for part in self.parts if any(end > first for end, first in zip(part[1], oldest, strict=True))]
+        new, number = {}, int(self.parts[-1][0].rpartition("-")[2]) + 1 if self.parts else 0
+        self.pending = None
+        if bool((self.total > self.saved_total).any() | self.saved_cut.any()):
+            name = f"replay-rank-{rank}-{number:06d}"
+            self.pending = (name, self.total.tolist())
+            new[name] = {"envs": [self._new_of(env) for env in range(self.num_envs)], "cut": self.saved_cut.tolist()}
+        self.parts = kept
+        return Parts([name for name, _ in kept], new)
+
+    def _new_of(self, env: int) -> dict[str, Any]:
+        """What is new of one environment, oldest first."""
+        count = min(int(self.total[env] - self.saved_total[env]), int(self.count[env]))
+        places = self._places(torch.tensor(env), torch.arange(count) + self.count[env] - count)
+        columns = {key: column.flatten(0, 1)[places] for key, column in self.data.items()}
+        return columns | {"pictures": self.pictures.new_of(env), "running": int(self.running[env])}
+
+    def saved(self) -> None:
+        """What `new_parts` gave is in a checkpoint that counts."""
+        if self.pending is not None:
+            self.parts.append(self.pending)
+            self.saved_total, self.saved_cut = self.total.clone(), torch.zeros_like(self.saved_cut)
+            self.pictures.saved = self.pictures.written.clone()
 
     def state_dict(self) -> dict[str, Any]:
-        """The filled part only: for each environment its transitions, oldest first."""
-        ages = [torch.arange(int(count)) for count in self.count]
-        places = [self._places(torch.tensor(env), age) for env, age in enumerate(ages)]
-        return {"envs": [{key: c.flatten(0, 1)[p] for key, c in self.data.items()} for p in places]}
+        """How the files of a checkpoint belong together."""
+        parts = [list(part) for part in [*self.parts, *filter(None, [self.pending])]]
+        return {"parts": parts, "envs": self.num_envs, "total": self.total.tolist()}
 
     def restore(self, own: dict[str, Any], first: int) -> bool:
         """Restore from what this process saved, or, when their number has changed, from what all processes saved.
@@ -126,19 +281,105 @@ class ReplayBuffer:
         Where the rings are shorter now, the newest transitions are kept.
 
         Args:
-            own: {"buffer": its `state_dict`}, or {"ranks": [the same of every former process]}.
+            own: {"buffer": its `state_dict`, "parts": its files' trees, oldest first}, or {"ranks": [the same of every
+                former process]}.
             first: Index, over all processes, of this process's first environment.
 
         Returns:
             Whether there was a buffer; it is empty otherwise.
         """
         ranks = own.get("ranks", [own])
-        if not all("buffer" in rank for rank in ranks):
+        if not all("parts" in rank.get("buffer", ()) for rank in ranks):
             return False
-        envs = [columns for rank in ranks for columns in rank["buffer"]["envs"]]
-        for env, columns in enumerate(envs[first:][: self.num_envs] if "ranks" in own else envs):
-            count = min(len(columns["ended"]), self.length)
-            for key, column in columns.items():
-                self.data[key][env, :count] = column[len(column) - count :]
-            self.head[env], self.count[env] = count % self.length, count
+        start = -first if "ranks" in own else 0  # where the environments of the rank under way begin among ours
+        for rank in ranks:
+            for part in rank.get("parts", ()):
+                for number, (columns, cut) in enumerate(zip(part["envs"], part["cut"], strict=True), start):
+                    if 0 <= number < self.num_envs:
+                        self._append(number, columns, cut)
+            start += rank["buffer"]["envs"]
+        if self.to_go:
+            self._know_returns()
+        if "ranks" not in own:
+            self.parts = [(name, list(ends)) for name, ends in own["buffer"]["parts"]]
+            self.total = torch.tensor(own["buffer"]["total"])
+            self.saved_total = self.total.clone()
+            self.pictures.saved = self.pictures.written.clone()
         return True
+
+    def _append(self, env: int, columns: dict[str, Any], cut: bool) -> None:
+        """Add transitions of one environment that were saved together."""
+        if cut and self.count[env]:
+            self.data["ended"][env, (self.head[env] - 1) % self.length] = True
+        count = len(columns["ended"])
+        newest = torch.arange(max(count - self.length, 0), count)
+        slots = (self.head[env] + newest) % self.length
+        for key, column in self.data.items():
+            column[env, slots] = columns[key][newest]
+        self.head[env] = (self.head[env] + count) % self.length
+        self.count[env] = (self.count[env] + count).clamp(max=self.length)
+        self.total[env] += count
+        self.running[env] = columns["running"]
+        if self.pictures.store:
+            self.pictures.append(env, columns["pictures"])
+            ages = torch.arange(int(self.count[env]))
+            at = self.data["at"].flatten()[self._places(torch.tensor(env), ages)]
+            self.count[env] -= int((at < self.pictures.oldest[env]).sum())
+
+
+class Pictures:
+    """The newest pictures of each environment in rings; each is known by how many of its environment came before.
+
+    Args:
+        spec: {key: {"shape", "dtype"}} of the pictures that an observation has.
+        num_envs, length: Rings, and pictures in each.
+    """
+
+    def __init__(self, spec: dict[str, Any], num_envs: int, length: int) -> None:
+        self.length = length + 1  # a transition has two
+        shape = (num_envs, self.length)
+        self.store = {k: torch.empty((*shape, *f["shape"]), dtype=getattr(torch, f["dtype"])) for k, f in spec.items()}
+        self.written = torch.zeros(num_envs, dtype=torch.int64)
+        self.saved = torch.zeros(num_envs, dtype=torch.int64)
+
+    @property
+    def oldest(self) -> Tensor:
+        """The number of each environment's oldest picture, `[N]`."""
+        return (self.written - self.length).clamp(min=0)
+
+    def add(self, transitions: dict[str, Tensor], valid: Tensor, goes_on: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the pictures of transitions `[N, ...]` where `valid` holds; returns the numbers of both, `[N]`.
+
+        Args:
+            goes_on: `[N]`, where the step before was of the same episode: what followed it is what is seen now.
+        """
+        self._write(transitions, "", (valid & ~goes_on).nonzero().squeeze(1))
+        at = self.written - 1
+        self._write(transitions, "next.", valid.nonzero().squeeze(1))
+        return at, self.written - 1
+
+    def _write(self, transitions: dict[str, Tensor], prefix: str, envs: Tensor) -> None:
+        slots = self.written[envs] % self.length
+        for key, store in self.store.items():
+            store[envs, slots] = transitions[prefix + key][envs]
+        self.written[envs] += 1
+
+    def read(self, env: Tensor, number: Tensor, prefix: str) -> dict[str, Tensor]:
+        """The pictures of these numbers `[B]`, with `prefix` before their keys."""
+        places = env * self.length + number % self.length
+        return {prefix + key: store.flatten(0, 1).index_select(0, places) for key, store in self.store.items()}
+
+    def new_of(self, env: int) -> dict[str, Any]:
+        """What is new of one environment since the last checkpoint, and the number of its first picture."""
+        first = max(int(self.saved[env]), int(self.oldest[env]))
+        slots = torch.arange(first, int(self.written[env])) % self.length
+        return {"first": first, "store": {key: store[env, slots] for key, store in self.store.items()}}
+
+    def append(self, env: int, saved: dict[str, Any]) -> None:
+        """Add what `new_of` gave."""
+        count = len(next(iter(saved["store"].values())))
+        numbers = torch.arange(max(count - self.length, 0), count)
+        slots = (saved["first"] + numbers) % self.length
+        for key, store in self.store.items():
+            store[env, slots] = saved["store"][key][numbers]
+        self.written[env] = saved["first"] + count

@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
 
 # What a row of a results file may tell besides, and how the table calls it.
 FURTHER = {"plan_ms": "plan ms", "coverage_final": "final coverage", "coverage_max": "largest coverage"}
+FURTHER |= {"train_return": "return while it learns"}
 
 
 def runs_table(runs: list[Path]) -> str:
@@ -99,7 +100,7 @@ def runs_table(runs: list[Path]) -> str:
 
 def subject(config: dict[str, Any]) -> tuple[str, str]:
     """What a run learnt from or in: the dataset, or else the environment, and which one of its kind."""
-    option = "dataset" if "dataset" in config else "env"
+    option = "env" if "num_envs" in config else "dataset"  # of the online script or the other one
     options = config[f"{option}_options"]
     return config[option], options.get("task") or options.get("id") or Path(options.get("path") or "").name
 

@@ -38,3 +38,18 @@ def returns_to_go(reward: Tensor, terminated: Tensor, ends: Tensor, discount: fl
         row = ends[lengths > back] - 1 - back
         returns[row] += factor[row] * returns[row + 1]
     return returns.to(reward.dtype)
+
+
+def generalised_advantage(delta: Tensor, ended: Tensor, decay: float) -> Tensor:
+    """A_t = delta_t + decay A_{t+1} `[T, N]`, 0 beyond an episode's end and the rollout's (Schulman et al., 2016).
+
+    Args:
+        delta: `[T, N]`, one-step errors of the value function, which know what follows the last step of an episode.
+        ended: `[T, N]` bool, the last steps of episodes, terminated or truncated.
+        decay: gamma lambda.
+    """
+    factors, advantage = decay * (~ended).to(delta.dtype), torch.zeros_like(delta)
+    following = torch.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        following = advantage[t] = delta[t] + factors[t] * following
+    return advantage

@@ -26,6 +26,8 @@ from .progress import Progress
 from .surroundings import environment
 from .tracking import Tracker
 
+LOGS = ("metrics.jsonl", "eval.jsonl", "episodes.jsonl")
+
 
 class Run:
     """One run: its folder, its screen and its mirror, as a context that tells how the run ended.
@@ -183,6 +185,11 @@ class Run:
             self.tracker.log(record, record["step"])
         self.progress.update(record["step"], record)
 
+    def episodes(self, episodes: list[dict[str, Any]]) -> None:
+        """Lines of `episodes.jsonl`, one for each episode that ended while data was collected."""
+        for episode in episodes if self.first else ():
+            self._append("episodes.jsonl", episode)
+
     def evaluated(self, result: dict[str, Any]) -> None:
         """One line of `eval.jsonl`."""
         if self.first:
@@ -208,7 +215,7 @@ class Run:
     def settle(self) -> None:
         """Put on disk what the logs say so far; called before a checkpoint counts. Raises OSError: no room."""
         self._write_lines()
-        for name in ("metrics.jsonl", "eval.jsonl"):
+        for name in LOGS:
             if (self.path / name).exists():
                 sync(self.path / name)
 
@@ -253,7 +260,7 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Drop what the .jsonl files say of later steps, and a torn last line, before the run goes on from `step`."""
-        for name in ("metrics.jsonl", "eval.jsonl") if self.first else ():
+        for name in LOGS if self.first else ():
             path = self.path / name
             if path.exists():
                 text = path.read_text(errors="replace")

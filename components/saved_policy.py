@@ -121,6 +121,26 @@ def saved_settings(folder: str | Path) -> Inference:
         raise UserError(f"{path}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
 
 
+def normalisation_of(run: str, spec: dict[str, Any]) -> dict[str, str]:
+    """How a run normalised the keys of `spec`, which gets its statistics; {} for no run.
+
+    Raises:
+        UserError: no policy there, or keys of other shapes.
+    """
+    if not run:
+        return {}
+    path, description = describe(run)
+    there, modes = description["spec"], description["normalisation"]
+    for key, feature in spec.items():
+        stored = there.get(key, {})
+        shape = tuple(stored.get("shape", ()))
+        if key.startswith("observation.") and shape != tuple(feature["shape"]):
+            raise UserError(f"--init-from {run}: its {key!r} has shape {shape or None}, here {tuple(feature['shape'])}")
+        if "stats" in stored:
+            feature["stats"] = stored["stats"]
+    return {key: modes.get(key, "none") for key in spec if not key.startswith("next.")}
+
+
 def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path) -> nn.Module:
     """Build the acting module as the script did: one model, or the trainer's own `policy()`."""
     from . import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY

@@ -21,6 +21,19 @@ OFFLINE_RL: dict[str, Any] = {
     "eval-every": 10_000,
     "save-every": 10_000,
 }
+# What suits the online trainers with a replay buffer.
+ONLINE_RL: dict[str, Any] = {
+    "env": "gymnasium",
+    "loss": "mse",
+    "optimizer": "adam",
+    "optimizer.lr": 3e-4,
+    "normalise": ("action=scale", "observation=none"),
+    "steps": 1_000_000,
+    "batch-size": 256,
+    "num-envs": 1,
+    "eval-every": 20_000,
+    "save-every": 100_000,
+}
 # The critics of FQL, and OGBench's value functions.
 WIDE = {"hidden_dims": (512, 512, 512, 512), "activation": "gelu", "layer_norm": True, "init": "glorot"}
 GOAL_VALUE = WIDE | {"hidden_dims": (512, 512, 512)}
@@ -54,6 +67,36 @@ def frozen(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
     """Call a module through which the gradient flows, but not into its parameters: none of it is computed."""
     weights = {name: weight.detach() for name, weight in module.named_parameters()}
     return functional_call(module, weights, arguments, keywords)
+
+
+class Explorer(nn.Module):
+    """Draws actions `[B, Da]` from a policy with `sample`, with the noise that the batch brings.
+
+    Args:
+        policy: `sample(observation, noise) -> (action, log-probability)`, or the action alone.
+        encoder: Of the observations.
+        width: Da.
+    """
+
+    def __init__(self, policy: nn.Module, encoder: nn.Module, width: int) -> None:
+        super().__init__()
+        self.policy: Any = policy
+        self.encoder, self.noise_shape = encoder, (width,)
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        drawn = self.policy.sample(self.encoder(batch), noise=batch["noise"])
+        return drawn if isinstance(drawn, Tensor) else drawn[0]
+
+
+class GaussianNoise(nn.Module):
+    """The policy's action `[B, Da]` with Gaussian noise of this deviation, which the batch brings, cut to [-1, 1]."""
+
+    def __init__(self, policy: nn.Module, width: int, deviation: float) -> None:
+        super().__init__()
+        self.policy, self.noise_shape, self.deviation = policy, (width,), deviation
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        return (self.policy(batch) + self.deviation * batch["noise"]).clamp(-1, 1)
 
 
 def successors(data: dict[str, Any]) -> dict[str, Any]:

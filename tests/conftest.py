@@ -123,6 +123,20 @@ def states(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def replayed(folder: Path, rank: int = 0) -> list[dict[str, torch.Tensor]]:
+    """The replay buffer in a checkpoint, the columns of each environment's transitions, oldest first."""
+    envs: list[dict[str, list[torch.Tensor]]] = []
+    for name in checkpoint.read_tree(folder / f"rank-{rank}.safetensors")["parts"]:
+        part = checkpoint.read_tree(folder / f"{name}.safetensors")
+        envs = envs or [{} for _ in part["envs"]]
+        for env, columns, cut in zip(envs, part["envs"], part["cut"], strict=True):
+            if cut:
+                env["ended"][-1][-1] = True
+            for key in ("rows", "ended"):
+                env.setdefault(key, []).append(columns[key])
+    return [{key: torch.cat(parts) for key, parts in env.items()} for env in envs]
+
+
 def build(path: str | Path, **options: Any) -> dict[str, Any]:
     """What the reader that recognises a dataset builds; `path` from the fixtures' folder on, or absolute."""
     where = str(FIXTURES / path)

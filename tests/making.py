@@ -15,7 +15,12 @@ sys.path[:0] = [str(ROOT)]
 from components import run_record  # noqa: E402
 from components.report import result_row  # noqa: E402
 
-Runs = dict[str, tuple[str, list[str]]]  # run name -> suite and command line
+Runs = dict[str, tuple[str, list[str]]]  # run name -> suite and command line, which may begin with its script
+
+
+def words_of(line: list[str]) -> list[str]:
+    """The script, the offline one unless it is named, and its options."""
+    return line if line[0].endswith(".py") else ["offline_trainer.py", *line]
 
 
 def make(folder: Path, line: list[str]) -> bool:
@@ -25,10 +30,11 @@ def make(folder: Path, line: list[str]) -> bool:
     if status["state"] == "finished" and status["step"] >= int(steps[1] if steps else 0):
         return True
     begun = (folder / "args.json").exists()
-    options = ["--resume", str(folder), *steps] if begun else [*line, "--run-dir", str(folder)]
+    script, *options = words_of(line)
+    options = ["--resume", str(folder), *steps] if begun else [*options, "--run-dir", str(folder)]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".log"), "a") as log:
-        words = [sys.executable, "offline_trainer.py", *options]
+        words = [sys.executable, script, *options]
         done = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
     print(f"{folder.name}: {'finished' if done.returncode == 0 else f'FAILED, see {log.name}'}", flush=True)
     return done.returncode == 0
@@ -37,7 +43,7 @@ def make(folder: Path, line: list[str]) -> bool:
 def row(folder: Path, suite: str, line: list[str]) -> dict[str, Any]:
     """A row of the results; files are named without their folders."""
     words = [Path(word).name if word.endswith(".npz") else word for word in line]
-    own = {"suite": suite, "command": " ".join(["offline_trainer.py", *words])}
+    own = {"suite": suite, "command": " ".join(words_of(words))}
     return {"run": folder.name} | result_row(folder) | own
 
 

@@ -246,4 +246,4 @@ def test_a_model_is_built_from_the_spec_alone() -> None:
 
 
 def test_every_trainer_is_in_the_tests_that_run_them_all() -> None:
-    assert set(toy.TRAINERS) == {name for option, name in BUILT_IN if option == "trainer"}
+    assert {*toy.TRAINERS, *toy.ONLINE_ALONE} == {name for option, name in BUILT_IN if option == "trainer"}

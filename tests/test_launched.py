@@ -12,7 +12,7 @@ import torch
 import toy
 from components.checkpoint import newest, read_tree
 from components.curves import read_lines
-from conftest import ROOT, difference, learned, states, two_processes, weights
+from conftest import ROOT, difference, learned, replayed, states, two_processes, weights
 
 pytestmark = pytest.mark.launched
 SGD = ("--optimizer", "sgd", "--optimizer.lr", 0.1, "--steps", 50)
@@ -66,11 +66,11 @@ def test_the_online_script_on_two_processes(pair: Path, online: Callable[..., Pa
     own = [read_tree(folder / f"rank-{rank}.safetensors") for rank in range(2)]
     seeds = [seed for state in own for seed in state["collector"]["seeds"]]
     assert len(set(seeds)) == 4  # each process steps environments of its own
-    streams = [env["rows"] for state in own for env in state["buffer"]["envs"]]
+    streams = [env["rows"] for rank in range(2) for env in replayed(folder, rank)]
     assert [len(rows) for rows in streams] == [20 - 1] * 4  # every eleventh step only resets
     online("--resume", run, "--steps", 120)  # one process takes over the buffers of both
     folder, manifest = newest(run / "checkpoints")
-    envs = read_tree(folder / "rank-0.safetensors")["buffer"]["envs"]
+    envs = replayed(folder)
     assert manifest["step"] == 120 and manifest["world_size"] == 1 and len(envs) == 4
     assert all(torch.equal(env["rows"][:19], rows) for env, rows in zip(envs, streams, strict=True))
     assert all(env["ended"][18] for env in envs)  # the episodes that were cut

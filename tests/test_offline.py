@@ -653,7 +653,7 @@ def test_help_is_quick_and_shows_true_defaults(tmp_path: Path) -> None:
     assert done.returncode == 0 and seconds < 5, f"{seconds} s"  # 2.5 s is the goal on an idle machine; see the README
     for text in ("--trainer {bc", "--optimizer.lr FLOAT", "(default: 0.001)", "--dataset.demos INT", "(default: l1)"):
         assert text in done.stdout, text
-    assert "--optimizer.schedule {constant,cosine,onecycle}" in done.stdout
+    assert "--optimizer.schedule {constant,linear,cosine,onecycle}" in done.stdout
     assert "Course of the learning rate. (default: cosine)" in done.stdout
 
 

@@ -33,7 +33,7 @@ from components.curves import diverging, read_lines
 from components.datasets.episodes import build_episodes
 from components.datasets.gymnasium import GymnasiumRollouts
 from components.datasets.metaworld import MetaWorldDemonstrations
-from components.datasets.transitions import Transitions, transitions
+from components.datasets.transitions import Transitions, prepared, transitions
 from components.envs.ogbench import OGBenchEnv
 from components.features import build_models, describe, seen_by
 from components.metrics import Metrics
@@ -90,8 +90,7 @@ def trained(name: str, options: dict[str, Any], updates: int, data: dict[str, An
     torch.manual_seed(0)
     cls = TRAINER_REGISTRY[name]
     config = options_of(cls, options)
-    prepare = getattr(cls, "prepare", lambda data, config: data)
-    data = prepare(data, config)
+    data = prepared(data, cls, "test", config)
     spec = describe(data["dataset"][0], data["norm_stats"])
     modes = {"observation": "none", "action": "none"}
     normaliser = Normaliser(spec, modes)
@@ -108,7 +107,7 @@ def trained(name: str, options: dict[str, Any], updates: int, data: dict[str, An
 
     models = build_models(list(needs), build, spec, seen_by(cls, config))
     optimizers = {model: Adam(lr=1e-2).build(module.parameters()) for model, module in models.items()}
-    extras = {"spec": spec, "config": config} if hasattr(cls, "prepare") else {}
+    extras = {"spec": spec, "config": config} if hasattr(cls, "prepare") or hasattr(cls, "window") else {}
     trainer = cls(models=models, optimizers=optimizers, loss=nn.MSELoss(), **extras)
     for _, batch in zip(range(updates), Batches(data["dataset"], 64, seed=0).stream(0), strict=False):
         trainer.train_step(normaliser(batch))
@@ -466,7 +465,7 @@ def test_the_probe_measures_a_product_of_this_machine() -> None:
 def test_compiling_says_from_which_step_on_it_pays(monkeypatch: pytest.MonkeyPatch, seconds: float, said: str) -> None:
     """With a stand-in for the compiled method, which takes so long; nothing else changes."""
     trainer, _ = trained("td3_bc", METHODS["td3_bc"], 1, chain())
-    data = TRAINER_REGISTRY["td3_bc"].prepare(chain(), trainer.config)["dataset"].get_batch(torch.arange(8))
+    data = prepared(chain(), TRAINER_REGISTRY["td3_bc"], "td3_bc", trainer.config)["dataset"].get_batch(torch.arange(8))
     before = {key: value.clone() for key, value in trainer.models.state_dict().items()}
     state = torch.get_rng_state()
 

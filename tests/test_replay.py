@@ -153,12 +153,14 @@ def test_n_step_returns_by_hand(ended: list[bool], value: float, last: int, fact
     assert [x.item() for x in found] == [value, last, factor]
 
 
-def buffer(n_step: int, size: int = 100, num_envs: int = 1) -> ReplayBuffer:
+def made_spec() -> dict[str, Any]:
     spec = {key: {"shape": (1,), "dtype": "float32"} for key in ("observation.state", "action")}
     spec |= {"reward": {"shape": (), "dtype": "float32"}, "terminated": {"shape": (), "dtype": "bool"}}
-    spec |= {"next.observation.state": {"shape": (1,), "dtype": "float32"}}
-    options = type("Options", (), {"n_step": n_step, "discount": 0.5})
-    return ReplayBuffer(spec, size, num_envs, num_envs, options)
+    return spec | {"next.observation.state": {"shape": (1,), "dtype": "float32"}}
+
+
+def buffer(n_step: int, size: int = 100, num_envs: int = 1, **window: Any) -> ReplayBuffer:
+    return ReplayBuffer(made_spec(), size, num_envs, num_envs, {"n_step": n_step, "discount": 0.5, **window})
 
 
 def row(t: int, terminated: bool = False, ended: bool = False, envs: int = 1, valid: bool = True) -> dict[str, Tensor]:
@@ -240,7 +242,8 @@ def test_steps_that_only_reset_are_left_out() -> None:
     made.add(mixed)
     made.add(row(2, envs=2))
     assert made.count.tolist() == [3, 2]
-    assert [env["rows"][:, 0].tolist() for env in made.state_dict()["envs"]] == [[0, 1, 2], [0, 2]]
+    (part,) = made.new_parts(0).new.values()
+    assert [env["rows"][:, 0].tolist() for env in part["envs"]] == [[0, 1, 2], [0, 2]]
 
 
 def test_sampling_is_uniform_over_what_is_there() -> None:
@@ -254,31 +257,197 @@ def test_sampling_is_uniform_over_what_is_there() -> None:
     assert abs(float((states == 1).float().mean()) - 1 / 3) < 0.01  # 3 transitions, one of which is in state 1
 
 
-def test_pictures_stay_bytes() -> None:
-    spec = {"observation.images.camera": {"shape": (3, 4, 4), "dtype": "uint8"}}
+PICTURE = (1, 2, 2)
+
+
+def pictured(size: int, num_envs: int = 1) -> ReplayBuffer:
+    spec = {"observation.images.camera": {"shape": PICTURE, "dtype": "uint8"}}
+    spec |= {"next.observation.images.camera": {"shape": PICTURE, "dtype": "uint8"}}
     spec |= {"reward": {"shape": (), "dtype": "float32"}, "terminated": {"shape": (), "dtype": "bool"}}
-    made = ReplayBuffer(spec, 10, 1, 1, None)
-    picture = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
-    flags = {key: torch.tensor([True]) for key in ("terminated", "ended", "valid")}
-    made.add({"observation.images.camera": picture, "reward": torch.ones(1), **flags})
-    batch = made.sample(2)
-    assert batch["observation.images.camera"].dtype == torch.uint8 and batch["reward"].shape == (2,)
-    assert torch.equal(batch["observation.images.camera"][1], picture[0])
+    spec |= {"action": {"shape": (), "dtype": "int64", "classes": 3}}
+    return ReplayBuffer(spec, size, num_envs, num_envs, {})
 
 
-def test_only_the_filled_part_is_saved_and_any_number_of_processes_restores_it() -> None:
-    made = buffer(n_step=2, size=40, num_envs=4)  # rings of 10
+def frame(t: int, ended: bool = False, envs: int = 1) -> dict[str, Tensor]:
+    """The transition between pictures of brightness t and t + 1, with the reward t and the action t % 3."""
+    picture = torch.full((envs, *PICTURE), t, dtype=torch.uint8)
+    flags = {"terminated": ended, "ended": ended, "valid": True}
+    seen = {"observation.images.camera": picture, "next.observation.images.camera": picture + 1}
+    other = {"reward": torch.full((envs,), float(t)), "action": torch.full((envs,), t % 3)}
+    return seen | other | {key: torch.full((envs,), value) for key, value in flags.items()}
+
+
+def check_frames(made: ReplayBuffer, expected: set[int]) -> None:
+    batch = made.sample(500)
+    now, then = (batch[f"{prefix}observation.images.camera"] for prefix in ("", "next."))
+    assert now.dtype == torch.uint8 and now.shape == (500, *PICTURE) and batch["action"].dtype == torch.int64
+    assert torch.equal(now[:, 0, 0, 0].float(), batch["reward"]) and torch.equal(then, now + 1)
+    assert torch.equal(batch["action"], batch["reward"].long() % 3)
+    assert set(batch["reward"].int().tolist()) == expected
+
+
+def test_pictures_are_kept_once_and_go_with_their_transitions() -> None:
+    made = pictured(6)
+    assert made.pictures.store["observation.images.camera"].shape == (1, 7, *PICTURE)
+    for t in range(3):
+        made.add(frame(t))
+        check_frames(made, set(range(t + 1)))
+    assert made.pictures.written == 4  # one more than there are transitions
+    made.add(frame(3, ended=True))
+    made.add(frame(10))  # another episode: its first picture comes on top
+    assert made.pictures.written == 7
+    check_frames(made, {0, 1, 2, 3, 10})
+    made.add(frame(11))
+    check_frames(made, {1, 2, 3, 10, 11})  # the picture of 0 has gone, and the transition with it
+    for t in range(20, 40):
+        made.add(frame(t, ended=True))  # episodes of one step: two pictures each
+    check_frames(made, {37, 38, 39})
+
+
+def saved(made: ReplayBuffer, disk: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint would hold, whose files are in `disk`: names of parts, which are written once."""
+    parts = made.new_parts(0)
+    assert not set(parts.new) & set(disk) and set(parts.kept) <= set(disk)
+    disk |= parts.new
+    state = {"buffer": made.state_dict(), "parts": [*parts.kept, *parts.new]}
+    made.saved()
+    return state
+
+
+def loaded(state: dict[str, Any], disk: dict[str, Any]) -> dict[str, Any]:
+    return state | {"parts": (disk[name] for name in state["parts"])}
+
+
+@pytest.mark.parametrize("made_of", ["vectors", "pictures"])
+def test_a_save_holds_what_is_new_and_all_of_them_make_the_buffer(made_of: str) -> None:
+    make = {"vectors": lambda: buffer(n_step=2, size=6), "pictures": lambda: pictured(6)}[made_of]
+    step = {"vectors": row, "pictures": frame}[made_of]
+    made, disk = make(), {}
+    for t in range(40):
+        made.add(step(t, ended=t % 5 == 4))
+        if t % 3 == 2:
+            state = saved(made, disk)
+            newest = disk[state["parts"][-1]]["envs"][0]
+            assert len(newest["ended"]) == 3
+            assert len(state["parts"]) <= 3  # what has been written over in memory is kept no more
+            again = make()
+            assert again.restore(loaded(state, disk), 0) and again.count.tolist() == made.count.tolist()
+            torch.manual_seed(t)
+            one = made.sample(100)
+            torch.manual_seed(t)
+            other = again.sample(100)
+            assert all(torch.equal(one[key], other[key]) for key in one)
+    again.add(step(39, ended=True))  # a resumed run goes on with the same parts
+    assert list(again.new_parts(0).new) == ["replay-rank-0-000013"]
+
+
+def test_a_save_without_news_writes_nothing_and_a_failed_one_is_made_up_for() -> None:
+    made, disk = buffer(1), {}
+    made.add(row(0))
+    made.new_parts(0)  # a save that failed: `saved` was not called
+    made.add(row(1))
+    state = saved(made, disk)
+    assert [len(disk[name]["envs"][0]["ended"]) for name in state["parts"]] == [2]
+    assert saved(made, disk)["parts"] == state["parts"]
+
+
+def test_an_episode_that_is_cut_after_it_was_saved_stays_cut() -> None:
+    made, disk = buffer(n_step=2), {}
+    made.add(row(0))
+    saved(made, disk)
+    made.cut()
+    state = saved(made, disk)
+    made.add(row(7))
+    again = buffer(n_step=2)
+    again.restore(loaded(state, disk), 0)
+    again.add(row(7))
+    assert drawn(again) == drawn(made) and drawn(again)[0] == (1, 1, 0.5, False)
+
+
+STATE: dict[str, Any] = {"parts": [], "total": []}
+
+
+def test_any_number_of_processes_restores_it() -> None:
+    made, disk = buffer(n_step=2, size=40, num_envs=4), {}  # rings of 10
     for t in range(13):
         made.add(row(t, ended=t == 11, envs=4))
-    state = {"buffer": made.state_dict()}
-    assert all(len(env["rows"]) == 10 for env in state["buffer"]["envs"])
-    again = buffer(n_step=2, size=40, num_envs=4)
-    assert again.restore(state, 0) and drawn(again) == drawn(made)
-    half = {
-        "ranks": [{"buffer": {"envs": state["buffer"]["envs"][:2]}}, {"buffer": {"envs": state["buffer"]["envs"][2:]}}]
-    }
+    state = loaded(saved(made, disk), disk)
+    (part,) = state["parts"]
+    ranks = []
+    for half in (slice(0, 2), slice(2, 4)):
+        own = {"envs": part["envs"][half], "cut": part["cut"][half]}
+        ranks.append({"buffer": STATE | {"envs": 2}, "parts": [own]})
     whole = buffer(n_step=2, size=40, num_envs=4)
-    assert whole.restore(half, 0) and whole.count.tolist() == [10] * 4
+    assert whole.restore({"ranks": ranks}, 0) and whole.count.tolist() == [10] * 4
+    assert drawn(whole) == drawn(made)
+    assert len(next(iter(whole.new_parts(0).new.values()))["envs"][0]["ended"]) == 10  # all is new to its files
     shorter = buffer(n_step=2, size=24, num_envs=4)  # the newest are kept
-    assert shorter.restore(state, 0) and sorted(drawn(shorter)) == list(range(7, 13))
+    assert shorter.restore({"buffer": STATE | {"envs": 4, "total": [13] * 4}, "parts": [part]}, 0)
+    assert sorted(drawn(shorter)) == list(range(7, 13))
+    second = ReplayBuffer(made_spec(), 40, 4, 2, {"n_step": 2, "discount": 0.5})  # the second of two processes
+    assert second.restore({"ranks": [{"buffer": STATE | {"envs": 4}, "parts": [part]}]}, 2)
+    assert second.count.tolist() == [10, 10] and drawn(second) == drawn(made)
     assert not buffer(1).restore({}, 0)
+
+
+# ---- windows of other kinds ----------------------------------------------------------------------------------------
+
+
+def test_chunks_end_with_their_episodes() -> None:
+    made = buffer(1, chunk=3)
+    for t in range(4):
+        made.add(row(t, terminated=t == 3, ended=t == 3))
+    for t in range(5, 8):
+        made.add(row(t, ended=t == 7))
+    batch = made.sample(500)
+    assert batch["action"].shape == (500, 3, 1)
+    for i, state in enumerate(batch["observation.state"].flatten().int().tolist()):
+        last = 3 if state < 4 else 7
+        steps = [min(state + k, last) for k in range(3)]
+        assert batch["action"][i].flatten().tolist() == [-float(step) for step in steps]
+        assert batch["action_is_pad"][i].tolist() == [state + k > last for k in range(3)]
+        assert batch["complete"][i] == (state + 2 <= last or last == 3)  # what termination cuts is known
+        length = min(3, last - state + 1)
+        assert batch["reward"][i] == sum(2.0 ** (state + k) * 0.5**k for k in range(length))
+        assert batch["next.observation.state"][i] == state + length and batch["discount"][i] == 0.5**length
+
+
+def test_next_actions_are_of_steps_that_have_one() -> None:
+    made = buffer(1, next_action=True)
+    for t in range(3):
+        made.add(row(t, terminated=t == 2, ended=t == 2))
+    for t in range(5, 8):
+        made.add(row(t, ended=t == 7))
+    made.add(row(9))
+    batch = made.sample(500)
+    states = batch["observation.state"].flatten().int().tolist()
+    assert set(states) == {0, 1, 2, 5, 6}  # what was truncated has none, nor has the newest; what terminated needs none
+    for i, state in enumerate(states):
+        assert state == 2 or batch["next.action"][i] == -state - 1
+    empty = buffer(1, next_action=True)
+    empty.add(row(0))
+    with pytest.raises(RuntimeError, match="no step whose next action is known"):
+        empty.sample(4)
+
+
+def test_returns_to_go_are_known_when_the_episode_has_ended() -> None:
+    made = buffer(1, to_go=True)
+    for t in range(3):
+        made.add(row(t, terminated=t == 2, ended=t == 2))
+    for t in range(5, 7):
+        made.add(row(t))
+    disk: dict[str, Any] = {}
+    saved(made, disk)  # before the second episode has ended
+    assert returns(made) == {0: 3.0, 1: 4.0, 2: 4.0}  # 2^t 0.5^k makes each term 2^t
+    made.cut()
+    assert returns(made) == {0: 3.0, 1: 4.0, 2: 4.0, 5: 64.0, 6: 64.0}
+    again = buffer(1, to_go=True)
+    again.restore(loaded(saved(made, disk), disk), 0)
+    again.add(row(9))
+    assert returns(again) == returns(made)
+
+
+def returns(made: ReplayBuffer) -> dict[int, float]:
+    """State -> the return that its episode reached from there."""
+    batch = made.sample(300)
+    return dict(zip(batch["observation.state"].flatten().int().tolist(), batch["return_to_go"].tolist(), strict=True))

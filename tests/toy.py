@@ -54,9 +54,16 @@ TRAINERS: dict[str, tuple[object, ...]] = {
     "gciql": ("--trainer", "gciql", *SMALL, *SMALL_VALUE, *GOALS),
     "hiql": ("--trainer", "hiql", "--model.hidden-dims", 16, *SMALL_VALUE, *GOALS, "--trainer.subgoal-steps", 3)
     + ("--model.high.hidden-dims", 16, "--model.representation.hidden-dims", 16),
-    "sac": SAC,
+    "sac": (*SAC, *UNIT),
+    "td3": ("--trainer", "td3", *SMALL),
 }
-DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")
+# And of those that learn in an environment alone.
+ONLINE_ALONE: dict[str, tuple[object, ...]] = {
+    "ppo": ("--trainer", "ppo", "--model.hidden-dims", 16, "--model.value.hidden-dims", 16, "--trainer.rollout", 10)
+    + ("--trainer.epochs", 2),
+    "dqn": ("--trainer", "dqn", "--model.hidden-dims", 16, "--env.id", "CartPole-v1"),
+}
+DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
 
 

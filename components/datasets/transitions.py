@@ -22,6 +22,13 @@ logger = logging.getLogger(__name__)
 FLAGS = ("terminated", "action_is_pad")  # what comes out of a table as bool
 
 
+def prepared(data: dict[str, Any], trainer: type, name: str, config: Any) -> dict[str, Any]:
+    """The data as a trainer learns from it: its own `prepare`, or the transitions of its `window`, or as it is."""
+    if hasattr(trainer, "prepare"):
+        return trainer.prepare(data, config)
+    return transitions(data, name, **trainer.window(config)) if hasattr(trainer, "window") else data
+
+
 def transitions(data: dict[str, Any], trainer: str, **options: Any) -> dict[str, Any]:
     """The steps whose reward and successor are known, each with what follows it; `options` are those of `Transitions`.
 
@@ -36,7 +43,7 @@ def transitions(data: dict[str, Any], trainer: str, **options: Any) -> dict[str,
     def view(dataset: EpisodeDataset) -> Dataset:
         return Transitions(dataset, trainer, **options)
 
-    plain = options.get("n_step", 1) == 1 and set(options) <= {"discount", "n_step"}
+    plain = options.get("n_step", 1) == 1 and not any(options.get(name) for name in ("chunk", "next_action", "to_go"))
     data = through(data, view, trainer, plain)
     parts = getattr(data["dataset"], "datasets", [data["dataset"]])  # of a mixture, or the one
     if all(isinstance(part, Transitions) for part in parts):

@@ -81,9 +81,24 @@ class ObservationEncoder(nn.Module):
         }
 
 
-def encoder_of(models: nn.ModuleDict) -> nn.Module:
+def encoder_of(models: nn.ModuleDict, name: str = "encoder") -> nn.Module:
     """The model `encoder`; without one, batches stay as they are."""
-    return models["encoder"] if "encoder" in models else nn.Identity()
+    return models[name] if name in models else nn.Identity()
+
+
+def encoded(encoder: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with its pictures encoded, the successors' without gradient."""
+    if not getattr(encoder, "networks", ()):
+        return batch
+    with torch.no_grad():
+        then = {key.removeprefix("next."): value for key, value in batch.items() if key.startswith("next.")}
+        then = {f"next.{key}": value for key, value in encoder(then).items()}
+    return encoder({key: value for key, value in batch.items() if not key.startswith("next.")}) | then
+
+
+def detached(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch through whose features no gradient flows."""
+    return batch | {FEATURES: batch[FEATURES].detach()} if FEATURES in batch else batch
 
 
 class EncodedPolicy(nn.Module):

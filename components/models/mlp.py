@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..features import vector_observations, width
 from .heads import HeadOptions, Mixture
 
-Init = Literal["torch", "glorot"]
+Init = Literal["torch", "glorot", "orthogonal"]
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "elu": nn.ELU}
 
 
@@ -103,13 +103,19 @@ def flat_sizes(spec: dict[str, Any], model: str) -> tuple[list[str], int, tuple[
 
 @torch.no_grad()
 def initialise(net: nn.Module, init: Init) -> None:
-    """Initial weights of all linear layers, `[..., D, D']`: torch's own, or Glorot's uniform ones with zero biases."""
-    for layer in net.modules():
-        weight: Any = getattr(layer, "weight", None)
-        if init == "glorot" and weight is not None and weight.ndim > 1:
-            bound = math.sqrt(6 / sum(weight.shape[-2:]))
-            weight.uniform_(-bound, bound)
-            layer.bias.zero_()  # type: ignore[operator]
+    """Initial weights of all linear layers, `[..., D, D']`: torch's own, Glorot's uniform, or orthogonal ones.
+
+    The latter two have zero biases; orthogonal ones are scaled by sqrt 2 but in the last layer (Saxe et al., 2014).
+    """
+    layers: list[Any] = [layer for layer in net.modules() if getattr(getattr(layer, "weight", None), "ndim", 0) > 1]
+    for layer in layers if init != "torch" else ():
+        if init == "glorot":
+            bound = math.sqrt(6 / sum(layer.weight.shape[-2:]))
+            layer.weight.uniform_(-bound, bound)
+        else:
+            for weight in layer.weight if layer.weight.ndim > 2 else [layer.weight]:
+                nn.init.orthogonal_(weight, 1.0 if layer is layers[-1] else math.sqrt(2))
+        layer.bias.zero_()
 
 
 def concatenated(observation: dict[str, Tensor] | Tensor, keys: list[str], prefix: str = "") -> Tensor:

@@ -26,7 +26,7 @@ class QEnsemble:
     layer_norm: bool = False
     """LayerNorm after the nonlinearity of each hidden layer, as in ReBRAC and FQL."""
     init: Init = "torch"
-    """Initial weights: torch's, or Glorot's, which JAX code has and which are larger."""
+    """Initial weights: torch's, Glorot's, which JAX code has and which are larger, or PPO's orthogonal ones."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the networks for the keys and shapes of `spec`; an action may be a chunk.

@@ -32,7 +32,8 @@ class TanhGaussian:
         """
         if not self.hidden_dims or any(dim < 1 for dim in self.hidden_dims):
             raise UserError(f"--model.hidden-dims {self.hidden_dims} must be positive")
-        if len(spec.get("action", {"shape": (1,)})["shape"]) != 1:
+        outputs = width(spec, "action")
+        if len(spec["action"]["shape"]) != 1:
             raise UserError(f"this policy gives single actions; the data has {tuple(spec['action']['shape'])}")
         keys = vector_observations(spec)
         inputs = sum(math.prod(spec[key]["shape"]) for key in keys)
@@ -40,7 +41,7 @@ class TanhGaussian:
         for hidden in self.hidden_dims:
             layers += [nn.Linear(inputs, hidden), ACTIVATIONS[self.activation]()]
             inputs = hidden
-        return TanhGaussianPolicy(nn.Sequential(*layers, nn.Linear(inputs, 2 * width(spec, "action"))), keys)
+        return TanhGaussianPolicy(nn.Sequential(*layers, nn.Linear(inputs, 2 * outputs)), keys)
 
 
 class TanhGaussianPolicy(nn.Module):

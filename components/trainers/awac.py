@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..datasets.transitions import transitions
 from ..optimizers import update
 from ..value_learning import (
     OFFLINE_RL,
@@ -80,9 +79,9 @@ class AWAC:
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
-    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
-        """The data as single transitions."""
-        return transitions(data, "awac", discount=config.discount, n_step=config.n_step)
+    def window(config: Any) -> dict[str, Any]:
+        """Single transitions, or n steps."""
+        return {"discount": config.discount, "n_step": config.n_step}
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q."""

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..datasets.transitions import transitions
 from ..optimizers import update
 from ..value_learning import (
     OFFLINE_RL,
@@ -95,15 +94,9 @@ class CQL:
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
-    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
-        """The data as single transitions; Cal-QL's know the return to go."""
-        return transitions(
-            data,
-            "cql",
-            discount=config.discount,
-            n_step=config.n_step,
-            **({"to_go": True} if config.calibrated else {}),
-        )
+    def window(config: Any) -> dict[str, Any]:
+        """Single transitions, or n steps; Cal-QL's know the return to go."""
+        return {"discount": config.discount, "n_step": config.n_step, "to_go": config.calibrated}
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q; one pass of the critics serves the data's actions and all that are drawn."""

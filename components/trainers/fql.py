@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..datasets.transitions import transitions
 from ..models.fitting import check_chunks
 from ..optimizers import update
 from ..parallel import global_mean
@@ -94,9 +93,9 @@ class FQL:
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
-    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
-        """The data as single transitions."""
-        return transitions(data, "fql", discount=config.discount, n_step=config.n_step)
+    def window(config: Any) -> dict[str, Any]:
+        """Single transitions, or n steps."""
+        return {"discount": config.discount, "n_step": config.n_step}
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q."""

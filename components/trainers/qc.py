@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..datasets.transitions import transitions
 from ..losses import zero_padding
 from ..models.fitting import check_chunks
 from ..optimizers import update
@@ -104,9 +103,9 @@ class QC:
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
-    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
-        """The data as chunks with what follows them."""
-        return transitions(data, "qc", discount=config.discount, chunk=config.chunk)
+    def window(config: Any) -> dict[str, Any]:
+        """Chunks of actions, and what follows them."""
+        return {"discount": config.discount, "chunk": config.chunk}
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q, over the chunks whose return is known."""

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..datasets.transitions import transitions
 from ..optimizers import delay, update
 from ..parallel import global_mean
 from ..value_learning import (
@@ -93,9 +92,9 @@ class ReBRAC:
             models[f"target_{name}"] = copy.deepcopy(models[name]).requires_grad_(False)
 
     @staticmethod
-    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
-        """The data as single transitions that know the next action."""
-        return transitions(data, "rebrac", discount=config.discount, next_action=True)
+    def window(config: Any) -> dict[str, Any]:
+        """Single transitions that know the next action."""
+        return {"discount": config.discount, "next_action": True}
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q."""

@@ -7,6 +7,8 @@ Equation numbers are the paper's. a' and a are drawn from the policy pi, Q_i are
     J_pi    = E alpha log pi(a|s) - min_i Q_i(s, a)                                           eq. 7, 9
     J_alpha = E -alpha (log pi(a|s) + H)        H: the target entropy                         eq. 18
 
+From pictures the encoder learns by J_Q alone, as in DrQ-v2 (Yarats et al., 2022), whose random shift they get.
+
 Deviation: the three gradients are taken at the same weights, before any of them steps (the paper's algorithm 1 steps
 one after the other), so that one backward pass serves all.
 """
@@ -19,23 +21,36 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..datasets.transitions import transitions
+from ..augmentation import random_shift
+from ..models.encoder import EncodedPolicy, detached, encoded, encoder_of
 from ..optimizers import update
-from ..value_learning import bootstrapped, check_rates, check_transitions, follow, frozen
+from ..value_learning import (
+    Explorer,
+    bootstrapped,
+    check_actions,
+    check_rates,
+    check_transitions,
+    data_summary,
+    follow,
+    frozen,
+)
 
 
 class SAC:
     """Soft actor-critic on single transitions or n-step returns, from a replay buffer or a dataset with rewards."""
 
-    needs = {"policy": "tanh_gaussian", "critic": "q_ensemble", "temperature": "temperature"}
+    name = "sac"
+    needs = {"policy": "tanh_gaussian", "critic": "q_ensemble", "temperature": "temperature", "encoder": "cnn"}
     defaults = {
         "env": "gymnasium",
         "loss": "mse",
         "optimizer": "adam",
         "optimizer.lr": 1e-3,
+        "normalise": ("action=scale", "observation=none"),
         "steps": 10_000,
         "batch-size": 256,
     }
+    cycle = 1
 
     @dataclass(frozen=True)
     class Config:
@@ -49,6 +64,8 @@ class SAC:
         """Fraction of the critics mixed into their targets after each update (tau)."""
         target_entropy: float | None = None
         """Entropy H that the temperature steers to; None takes minus the width of the action."""
+        shift: int = 4
+        """Largest random shift of pictures in pixels."""
 
     def __init__(
         self,
@@ -60,19 +77,21 @@ class SAC:
     ) -> None:
         self.models: Any = models
         self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
-        check_rates(self.config, n_step=(1, 1e9))
+        check_rates(self.config, n_step=(1, 1e9), shift=(0, 1e3))
+        self.encoder = encoder_of(models)
         if spec is None:  # built without data, to look at
             return
-        check_transitions(spec, "sac")
+        check_transitions(spec, self.name)
+        check_actions(spec, self.name)
         entropy = self.config.target_entropy
         self.action_width = int(spec["action"]["shape"][-1])
         self.target_entropy = -float(self.action_width) if entropy is None else entropy
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
-    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
-        """A dataset as single transitions, in the place of a replay buffer."""
-        return transitions(data, "sac", discount=config.discount, n_step=config.n_step)
+    def window(config: Any) -> dict[str, Any]:
+        """Single transitions, or n steps."""
+        return {"discount": config.discount, "n_step": config.n_step}
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q, with the targets that need no gradient."""
@@ -84,7 +103,7 @@ class SAC:
         q = self.models["critic"](data, data["action"])  # [E, B]
         y = y.expand_as(q)
         loss = 0.5 * len(q) * self.loss(q, y)  # the mean over members and samples, times the members
-        return loss, {"critic_loss": loss.detach(), "q": q.detach().mean(), "reward": data["reward"].mean()}
+        return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()} | data_summary(data)
 
     def actor_losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_pi + J_alpha, at actions drawn now; neither moves the critics, nor J_pi the temperature."""
@@ -99,8 +118,9 @@ class SAC:
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of all losses, whose gradients do not meet, and what is logged."""
+        data = encoded(self.encoder, random_shift(data, self.config.shift))
         critic_loss, metrics = self.critic_loss(data)
-        actor_losses, more = self.actor_losses(data)
+        actor_losses, more = self.actor_losses(detached(data))
         return critic_loss + actor_losses, metrics | more
 
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
@@ -109,18 +129,10 @@ class SAC:
         follow(self.models["target_critic"], self.models["critic"], self.config.target_rate)
         return metrics
 
+    def policy(self) -> nn.Module:
+        """What acts when it is evaluated: the action of the mean."""
+        return EncodedPolicy(self.encoder, self.models["policy"])
+
     def explorer(self) -> nn.Module:
         """What acts while data is collected: a draw from the policy."""
-        return Explorer(self.models["policy"], self.action_width)
-
-
-class Explorer(nn.Module):
-    """Draws actions `[B, Da]`, with the noise that the batch brings."""
-
-    def __init__(self, policy: nn.Module, action_width: int) -> None:
-        super().__init__()
-        self.policy: Any = policy
-        self.noise_shape = (action_width,)
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.policy.sample(batch, batch["noise"])[0]
+        return Explorer(self.models["policy"], self.encoder, self.action_width)

@@ -28,6 +28,7 @@ from offline_updates import SIZES, random_data, spread  # noqa: E402
 
 import offline_trainer  # noqa: E402
 from components import TRAINER_REGISTRY, captured, features  # noqa: E402
+from components.datasets.transitions import prepared  # noqa: E402
 from components.metrics import Metrics  # noqa: E402
 from components.normalisation import Normaliser  # noqa: E402
 from components.sampling import Batches, to_device  # noqa: E402
@@ -43,7 +44,7 @@ def updates(name: str, compile_: bool, graphs: bool) -> tuple[Callable[[], None]
     sizes, options = TASKS[name]
     args, _, _ = offline_trainer.parse_args(["--trainer", name, *options, *(["--compile"] if compile_ else [])])
     accelerator, cls = Accelerator(), TRAINER_REGISTRY[name]
-    data = cls.prepare(random_data(*SIZES[sizes]), args.trainer_options)
+    data = prepared(random_data(*SIZES[sizes]), cls, "benchmark", args.trainer_options)
     spec = features.describe(data["dataset"][0], data["norm_stats"])
     normaliser = Normaliser(spec, dict(mode.split("=") for mode in cls.defaults["normalise"])).to(accelerator.device)
     data["dataset"].to(accelerator.device)

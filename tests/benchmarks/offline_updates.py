@@ -45,7 +45,9 @@ from bc_updates import ACTION, BATCH, ROWS, STATE, random_episodes, repeated  # 
 from measuring import SWITCHES, Figure, compare, describe_machine, measure  # noqa: E402
 
 from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, features  # noqa: E402
+from components.command_line import options_of  # noqa: E402
 from components.datasets.episodes import build_episodes  # noqa: E402
+from components.datasets.transitions import prepared  # noqa: E402
 from components.normalisation import Normaliser  # noqa: E402
 from components.optimizers import Adam  # noqa: E402
 from components.sampling import Batches  # noqa: E402
@@ -123,7 +125,7 @@ def our_steps(name: str, task: Task, compiled: bool) -> tuple[dict[str, Step], i
     """Our updates by name, the compiled one ready for every switch; and how many numbers they learn."""
     cls: Any = TRAINER_REGISTRY[name]
     data = random_data(*SIZES[task.peer])
-    data = cls.prepare(data, cls.Config()) if hasattr(cls, "prepare") else data
+    data = prepared(data, cls, "benchmark", options_of(cls))
     spec = features.describe(data["dataset"][0], data["norm_stats"])
     normaliser = Normaliser(spec, dict(mode.split("=") for mode in cls.defaults.get("normalise", ())))
     spec = normaliser.with_ranges(spec)

@@ -1,0 +1,52 @@
+"""Q(s, .) of discrete actions."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..features import vector_observations
+from .mlp import ACTIVATIONS, concatenated
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscreteQ:
+    """Multi-layer perceptron to a value for each action."""
+
+    hidden_dims: tuple[int, ...] = (120, 84)
+    """Widths of the hidden layers; none after an encoder of pictures is Nature's network."""
+    activation: Literal["relu", "gelu", "silu", "tanh", "elu"] = "relu"
+    """Nonlinearity of the hidden layers."""
+    dueling: bool = False
+    """Add up the value of the state and the advantages of the actions (Wang et al., 2016, eq. 9)."""
+
+    def build(self, spec: dict[str, Any]) -> nn.Module:
+        """Size the network for `spec`. Raises UserError: actions that are not discrete, no observation, bad options."""
+        if "classes" not in spec.get("action", ()):
+            raise UserError("this network values discrete actions, and these are not")
+        if any(dim < 1 for dim in self.hidden_dims):
+            raise UserError(f"--model.hidden-dims {self.hidden_dims} must be positive")
+        keys = vector_observations(spec)
+        inputs = sum(math.prod(spec[key]["shape"]) for key in keys)
+        layers: list[nn.Module] = []
+        for hidden in self.hidden_dims:
+            layers += [nn.Linear(inputs, hidden), ACTIVATIONS[self.activation]()]
+            inputs = hidden
+        actions = spec["action"]["classes"]
+        value = nn.Linear(inputs, 1) if self.dueling else None
+        return DiscreteValues(nn.Sequential(*layers), nn.Linear(inputs, actions), value, keys)
+
+
+class DiscreteValues(nn.Module):
+    """Values `[B, n]` of all actions; observations are a batch, or the one tensor itself."""
+
+    def __init__(self, net: nn.Sequential, advantage: nn.Linear, value: nn.Linear | None, keys: list[str]) -> None:
+        super().__init__()
+        self.net, self.advantage, self.value, self.keys = net, advantage, value, keys
+
+    def forward(self, observation: dict[str, Tensor] | Tensor) -> Tensor:
+        x = self.net(concatenated(observation, self.keys))
+        advantage = self.advantage(x)
+        return advantage if self.value is None else self.value(x) + advantage - advantage.mean(1, keepdim=True)

@@ -1,0 +1,182 @@
+"""Proximal policy optimisation (Schulman et al., 2017, arXiv:1707.06347), for continuous and discrete actions.
+
+Equation numbers are the paper's. r_t is the ratio of the new policy's probability of a_t to that of the policy that
+acted, A_t the advantage, V' the value before the update, R_t = A_t + V'(s_t):
+
+    delta_t = reward_t + gamma (1 - terminated_t) V'(s_{t+1}) - V'(s_t)                          eq. 12
+    A_t     = delta_t + gamma lambda (1 - ended_t) A_{t+1}                                       eq. 11
+    J_pi    = -E min(r_t A_t, clip(r_t, 1 - eps, 1 + eps) A_t)                                   eq. 7
+    J_V     = 1/2 E max((V - R_t)^2, (V' + clip(V - V', -eps, eps) - R_t)^2)
+    J       = J_pi + c_1 J_V - c_2 E entropy                                                     eq. 9
+
+An episode that is cut (truncated, or where the rollout ends) bootstraps from the value of the state that followed, one
+that terminates does not. Advantages are normalised over the minibatch of all processes. The clipped J_V, these
+networks, their weights and the numbers below are those of the authors' code and of CleanRL, not in the paper.
+
+Deviations from CleanRL: truncated episodes bootstrap; the gradients of policy and value function are clipped apart from
+each other; eight environments make 256 steps each, where there one makes 2048; observations are normalised by what came
+before the rollout, not within it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import UserError
+from ..models.encoder import EncodedPolicy, encoder_of
+from ..optimizers import update
+from ..parallel import global_mean, global_moments
+from ..returns import generalised_advantage
+from ..value_learning import check_rates, check_transitions, networks, successors, summary
+
+
+class PPO:
+    """Proximal policy optimisation on rollouts."""
+
+    needs = {"policy": "actor", "value": "v_ensemble", "encoder": "nature_cnn"}
+    defaults: dict[str, Any] = {
+        "env": "gymnasium",
+        "loss": "mse",
+        "optimizer": "adam",
+        "optimizer.lr": 3e-4,
+        "optimizer.eps": 1e-5,
+        "optimizer.schedule": "linear",
+        "grad-clip": 0.5,
+        "steps": 1_000_000,
+        "batch-size": 64,
+        "num-envs": 8,
+        "learning-starts": 0,
+        "normalise-observations": True,
+        "normalise-rewards": True,
+        "eval-every": 50_000,
+        "save-every": 100_000,
+        **networks("", "value", hidden_dims=(64, 64), activation="tanh", init="orthogonal"),
+        **networks("", squash="none", std="learned", final_scale=0.01),
+    }
+    compiles = ("losses",)
+
+    @dataclass(frozen=True)
+    class Config:
+        """Proximal policy optimisation; the values of the paper's MuJoCo experiments."""
+
+        rollout: int = 256
+        """Steps of each environment between updates."""
+        epochs: int = 10
+        """Passes over a rollout."""
+        discount: float = 0.99
+        """Discount factor gamma per environment step."""
+        gae_lambda: float = 0.95
+        """Decay lambda of the generalised advantage."""
+        clip: float = 0.2
+        """Largest change eps of the probability ratio that is rewarded, and of the value."""
+        clip_value: bool = True
+        """Clip the value function's change, too."""
+        value_weight: float = 0.5
+        """Weight c_1 of the value function's loss."""
+        entropy_weight: float = 0.0
+        """Weight c_2 of the policy's entropy."""
+        normalise_advantage: bool = True
+        """Give the advantages of each minibatch mean 0 and deviation 1."""
+        target_kl: float | None = None
+        """Divergence from the policy that acted at which the rollout is learnt from no more; None for no limit."""
+
+    def __init__(
+        self,
+        models: nn.ModuleDict,
+        optimizers: dict[str, Optimizer],
+        loss: nn.Module,
+        spec: dict[str, Any] | None = None,
+        config: Any = None,
+    ) -> None:
+        self.models: Any = models
+        self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
+        bounds = {"rollout": (1, 1e9), "epochs": (1, 1e9), "gae_lambda": (0, 1), "clip": (0, 1e9)}
+        check_rates(self.config, value_weight=(0, 1e9), entropy_weight=(0, 1e9), **bounds)
+        self.encoder, self.stopped = encoder_of(models), False
+        if self.config.target_kl is None:
+            self.cycle = 1  # otherwise a divergence is looked at
+        if spec is not None:
+            check_transitions(spec, "ppo")
+
+    @staticmethod
+    def rollout(config: Any) -> dict[str, int]:
+        """What it learns from: so many steps of each environment, in so many passes."""
+        return {"steps": config.rollout, "epochs": config.epochs}
+
+    @staticmethod
+    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
+        """Raises UserError: it does not learn from a dataset."""
+        raise UserError("ppo learns from rollouts of its own policy; run it by online_trainer.py")
+
+    @torch.no_grad()
+    def estimate(self, rollout: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`rollout` `[T, N, ...]` with `log_prob`, `value`, `advantage`, `return` `[T, N]` of the policy that acted."""
+        shape = rollout["reward"].shape
+        flat = {key: value.flatten(0, 1) for key, value in rollout.items()}
+        seen = self.encoder(flat)
+        log_prob, _ = self.models["policy"].evaluate(seen, flat["action"])
+        value = self.models["value"](seen).view(shape)
+        following = self.models["value"](self.encoder(successors(flat))).view(shape)
+        delta = rollout["reward"] + self.config.discount * (1 - rollout["terminated"].float()) * following - value
+        decay = self.config.discount * self.config.gae_lambda
+        advantage = generalised_advantage(delta, rollout["ended"], decay)
+        self.stopped = False
+        rollout = {key: value for key, value in rollout.items() if not key.startswith("next.")}
+        estimated = {"log_prob": log_prob.view(shape), "value": value, "advantage": advantage}
+        return rollout | estimated | {"return": advantage + value}
+
+    def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """J of a minibatch, and what is logged."""
+        seen, clip = self.encoder(data), self.config.clip
+        log_prob, entropy = self.models["policy"].evaluate(seen, data["action"])  # [B], [B]
+        advantage = data["advantage"]
+        if self.config.normalise_advantage:
+            mean, deviation = global_moments(advantage)
+            advantage = (advantage - mean) / (deviation + 1e-8)
+        log_ratio = log_prob - data["log_prob"]
+        ratio = log_ratio.exp()
+        policy_loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+        value, before = self.models["value"](seen).squeeze(0), data["value"]
+        error = (value - data["return"]).square()
+        if self.config.clip_value:
+            clipped = before + (value - before).clamp(-clip, clip)
+            error = torch.maximum(error, (clipped - data["return"]).square())
+        value_loss = 0.5 * error.mean()
+        loss = policy_loss + self.config.value_weight * value_loss - self.config.entropy_weight * entropy.mean()
+        with torch.no_grad():
+            metrics = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy.mean()}
+            metrics |= {"kl": (ratio - 1 - log_ratio).mean(), "clipped": ((ratio - 1).abs() > clip).float().mean()}
+        return loss, {k: v.detach() for k, v in metrics.items()} | summary("v", value)
+
+    def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
+        if self.stopped:
+            return {}
+        loss, metrics = self.losses(data)
+        limit = self.config.target_kl
+        self.stopped = limit is not None and float(global_mean(metrics["kl"])) > limit
+        if not self.stopped:
+            update(self.optimizers, loss)
+        return metrics
+
+    def policy(self) -> nn.Module:
+        """What acts when it is evaluated: the mean, or the most likely action."""
+        return EncodedPolicy(self.encoder, self.models["policy"])
+
+    def explorer(self) -> nn.Module:
+        """What acts while data is collected: a draw from the policy."""
+        return Draw(self.encoder, self.models["policy"])
+
+
+class Draw(nn.Module):
+    """Draws actions `[B, Da]`, which are not cut, or `[B]`, with the noise that the batch brings."""
+
+    def __init__(self, encoder: nn.Module, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy: Any = policy
+        self.encoder, self.noise_shape = encoder, (self.policy.noise_width,)
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        return self.policy.draw(self.encoder(batch), batch["noise"])

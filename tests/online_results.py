@@ -1,0 +1,113 @@
+"""Make tests/results/online.json: every run that the README's tables of online RL show, and CleanRL's own beside them.
+
+python tests/online_results.py --runs runs/online --jobs 2 --only mujoco
+python tests/online_results.py --runs runs/online --jobs 2 --only cleanrl --cleanrl PATH --cleanrl-python PYTHON
+
+Finished runs are left out, so a run of this script that was stopped is gone on with. CleanRL's scripts run as they are,
+from a checkout, by the Python of an environment of their own (gymnasium 0.29.1, mujoco 3.2.7), and cannot be resumed.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from components.curves import read_lines
+from making import ROOT, Runs, collect, row
+
+SEEDS = (1, 2, 3)
+ENVS = ("HalfCheetah", "Hopper")
+STEPS = {"sac": 100_000, "td3": 100_000, "ppo": 500_000}
+OFTEN = ["--eval-every", "20000", "--eval-episodes", "10", "--log-every", "1000", "--matmul", "auto"]
+# CleanRL's numbers where they are not this trainer's defaults.
+LIKE_CLEANRL = {"sac": ["--num-envs", "1", "--learning-starts", "5000", "--optimizer.lr-scale", "policy=0.3"]}
+LAST = 0.1  # share of a run over whose episodes the return while it learns is taken
+
+
+def mujoco() -> Runs:
+    """Online RL alone."""
+    runs: Runs = {}
+    for seed in SEEDS:
+        for env in ENVS:
+            for trainer, steps in STEPS.items():
+                line = ["online_trainer.py", "--trainer", trainer, "--env.id", f"{env}-v5", "--steps", str(steps)]
+                line += [*LIKE_CLEANRL.get(trainer, []), *OFTEN, "--seed", str(seed)]
+                runs[f"mujoco-{env}-{trainer}-{seed}"] = ("mujoco", line)
+    return runs
+
+
+def with_training_return(folder: Path, suite: str, line: list[str]) -> dict[str, Any]:
+    """A row of the results with the mean return of the last tenth's episodes, while it learns."""
+    found = row(folder, suite, line)
+    episodes = [(e["step"], e["episode_return"]) for e in read_lines(folder / "episodes.jsonl")]
+    return found | {"train_return": last_mean(episodes, found["steps"])}
+
+
+def last_mean(episodes: list[tuple[int, float]], steps: int) -> float:
+    """Mean return of the episodes that ended in the last tenth."""
+    returns = [value for step, value in episodes if step > (1 - LAST) * steps]
+    return sum(returns) / len(returns)
+
+
+def cleanrl(folder: Path, checkout: Path, python: str, jobs: int, out: Path) -> None:
+    """CleanRL's own scripts with their defaults but for the steps; their rows hold the return while they learn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = [(t, f"{env}-v4", seed, STEPS[t]) for seed in SEEDS for env in ENVS for t in STEPS]
+
+    def make(trainer: str, env: str, seed: int, steps: int) -> dict[str, Any]:
+        words = [f"cleanrl/{trainer}_continuous_action.py", "--env-id", env, "--seed", str(seed)]
+        words += ["--total-timesteps", str(steps), "--no-cuda"]
+        log = folder / f"{trainer}_continuous_action-{env}-{seed}.log"
+        if not log.with_suffix(".done").exists():
+            environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout.resolve())}
+            command = [python, str(checkout.resolve() / words[0]), *words[1:]]
+            with open(log, "w") as file:
+                subprocess.run(command, cwd=folder, env=environ, stdout=file, stderr=file, check=True)
+            log.with_suffix(".done").touch()
+        value = last_mean(list(episodes_of(log)), steps)
+        own = {"run": f"cleanrl-{log.stem}", "suite": "cleanrl", "task": env, "trainer": trainer, "seed": seed}
+        own |= {"steps": steps, "metric": "return_mean", "value": value, "train_return": value, "train_seconds": 0.0}
+        own |= {"episodes": 0, "command": "python " + " ".join(words), "commit": commit(checkout)}
+        return own
+
+    with ThreadPoolExecutor(jobs) as pool:
+        made = list(pool.map(lambda one: make(*one), wanted))
+    rows = {one["run"]: one for one in (json.loads(out.read_text()) if out.exists() else [])}
+    rows |= {one["run"]: one for one in made}
+    out.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+
+
+def episodes_of(log: Path) -> Iterator[tuple[int, float]]:
+    """(step, return) of every episode that a script of CleanRL's has printed."""
+    for step, value in re.findall(r"global_step=(\d+), episodic_return=\[?(-?[\d.e+]+)", log.read_text()):
+        yield int(step), float(value)
+
+
+def commit(checkout: Path) -> str:
+    """Of a checkout."""
+    words = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the run folders")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one thread each")
+    parser.add_argument("--only", choices=("mujoco", "cleanrl"), help="a part alone")
+    parser.add_argument("--cleanrl", type=Path, help="checkout of CleanRL")
+    parser.add_argument("--cleanrl-python", default="python", help="Python that its scripts run with")
+    parser.add_argument("--out", type=Path, default=ROOT / "tests" / "results" / "online.json")
+    args = parser.parse_args()
+    if args.only in (None, "mujoco"):
+        collect(mujoco(), args.runs, args.out, args.jobs, with_training_return)
+    if args.cleanrl:
+        cleanrl(args.runs / "cleanrl", args.cleanrl, args.cleanrl_python, args.jobs, args.out)
+
+
+if __name__ == "__main__":
+    main()
