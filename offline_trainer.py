@@ -509,7 +509,9 @@ def make_evaluator(args: Args, actor: Any, name: str, env: Any, rank: int, world
     seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
     slots = min(args.eval_envs, -(-len(seeds) // world))
     with cli.one_line(f"env {name!r}"):
-        envs = Environments(partial(build, "env", name, env), slots, args.eval_seed, args.env_timeout)
+        make: Any = partial(build, "env", name, env)
+        make = actor.base.under(make) if actor.base else make
+        envs = Environments(make, slots, args.eval_seed, args.env_timeout)
         run.cleanup.callback(envs.close)
         return evaluation.Evaluator(actor, envs, {"name": name, **asdict(env)}, seeds, rank, world, run.tick)
 

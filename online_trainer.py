@@ -41,6 +41,7 @@ from components import (
     parallel,
     policy,
     process,
+    residual,
     run_record,
     saved_policy,
 )
@@ -119,7 +120,8 @@ class Args(Names):
     normalise_rewards: bool = False
     """Divide the rewards by the deviation of the discounted return so far."""
     reward_shift: float | None = None
-    """Added to every reward that is learnt from; None takes what the dataset adds, or the run of --init-from."""
+    """Added to every reward that is learnt from; None takes what the dataset adds, or that of the run that this one
+    begins from."""
     reward_scale: float | None = None
     """Factor on every reward that is learnt from, after the shift; None as for the shift."""
     save_buffer: bool = True
@@ -526,7 +528,9 @@ def make_evaluator(args: Args, actor: Any, name: str, env: Any, rank: int, world
     seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
     slots = min(args.eval_envs, -(-len(seeds) // world))
     with cli.one_line(f"env {name!r}"):
-        envs = Environments(partial(build, "env", name, env), slots, args.eval_seed, args.env_timeout)
+        make: Any = partial(build, "env", name, env)
+        make = actor.base.under(make) if actor.base else make
+        envs = Environments(make, slots, args.eval_seed, args.env_timeout)
         run.cleanup.callback(envs.close)
         return evaluation.Evaluator(actor, envs, {"name": name, **asdict(env)}, seeds, rank, world, run.tick)
 
@@ -629,11 +633,14 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     num_envs, note = fit_envs(args.num_envs, world, given("num-envs"))
     mine = num_envs // world
     with cli.one_line(f"env {env_name!r}"):
-        make = partial(build, "env", env_name, env)
+        base = parallel.in_turns(rank == 0, lambda: residual.base_of(learns, args.trainer_options, run.path, rank == 0))
+        make: Any = partial(build, "env", env_name, env)
+        make = base.under(make) if base else make
         environments = Environments(make, mine, derive_seed(args.seed, rank) % 2**31, args.env_timeout)
         run.cleanup.callback(environments.close)
         spec = describe_env(environments)
-    rewards = experience.reward_scale(args.reward_shift, args.reward_scale, args.dataset_options, args.init_from)
+    before = args.init_from or (learns.base(args.trainer_options)[0] if base else "")
+    rewards = experience.reward_scale(args.reward_shift, args.reward_scale, args.dataset_options, before)
     collector = Collector(environments, args.seed, rank * mine, args.env_restarts, run.tell, rewards)
 
     # What the models see: normalised as in the run that they come from, or by what the environment has given so far.
@@ -670,6 +677,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     actor = policy.acting_policy(trainer, models, normaliser, described, args.policy, given)
     if actor is None:
         raise UserError(f"trainer {args.trainer!r} has nothing that acts: no policy(), and no model named 'policy'")
+    actor.base = base
     explorer = trainer.explorer() if hasattr(trainer, "explorer") else actor.module
     explorer = policy.Policy(explorer, normaliser, described)  # its own history: evaluations come between its steps
     evaluator = make_evaluator(args, actor, env_name, env, rank, world, run)
@@ -678,7 +686,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     set_seed(derive_seed(args.seed, rank) % 2**32)
     training_mode(models, opts, args)
     progress: dict[str, Any] = {"step": 0, "updates": 0, "owed": 0.0, "filled_from": 0, "best_step": -1}
-    progress |= {"learning_starts": learning_starts, "unevaluated": bool(args.init_from)}
+    progress |= {"learning_starts": learning_starts, "unevaluated": bool(args.init_from or base)}
     progress["statistics"] = running.state_dict()
     own: dict[str, Any] = {}
     ended: list[dict[str, Any]] = []  # episodes since the last line of the log

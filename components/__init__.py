@@ -54,6 +54,8 @@ from .trainers.iql import IQL
 from .trainers.ppo import PPO
 from .trainers.qc import QC
 from .trainers.rebrac import ReBRAC
+from .trainers.residual import Residual
+from .trainers.rlpd import RLPD
 from .trainers.sac import SAC
 from .trainers.td3 import TD3
 from .trainers.td3_bc import TD3BC
@@ -80,6 +82,8 @@ TRAINER_REGISTRY: dict[str, type] = {
     "sac": SAC,
     "td3": TD3,
     "dqn": DQN,
+    "rlpd": RLPD,
+    "residual": Residual,
 }
 
 DATASET_BUILDER_REGISTRY: dict[str, type] = {

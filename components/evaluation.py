@@ -275,7 +275,8 @@ class Evaluator:
         """Film the first three episodes in an environment made from `options`; returns why there is no film, or ""."""
         if "rgb_array" not in (getattr(self.environments.envs, "metadata", None) or {}).get("render_modes", ()):
             return "the environment has no render mode 'rgb_array'"
-        return record_video(self.policy, options, self.seeds[:3], path, self.environments.timeout, self.tick)
+        around = self.policy.base.under if self.policy.base else lambda make: make
+        return record_video(self.policy, options, self.seeds[:3], path, self.environments.timeout, self.tick, around)
 
 
 @torch.no_grad()
@@ -403,6 +404,7 @@ def record_video(
     path: Path,
     timeout: float,
     tick: Callable[[], None],
+    around: Callable[[Any], Any] = lambda make: make,
     every: int = 3,
 ) -> str:
     """Film one episode per seed as H.264. Returns "" or, in one line, why there is no video.
@@ -411,6 +413,7 @@ def record_video(
         factory: An environment factory with the option `render_mode`.
         timeout: Seconds that a step of the environment may take.
         tick: Called at each step; what it raises ends the film.
+        around: What `factory.build` is put into.
         every: Keep one frame in so many.
     """
     if not (is_dataclass(factory) and hasattr(factory, "render_mode")):
@@ -422,7 +425,7 @@ def record_video(
         with preserved(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # whatever a graphics library warns of, the line below says
             filming: Any = replace(factory, render_mode="rgb_array")  # type: ignore[type-var]
-            envs = Environments(filming.build, 1, seeds[0], timeout)
+            envs = Environments(around(filming.build), 1, seeds[0], timeout)
             try:
                 run_episodes(policy, envs, seeds, frames, tick, every)
                 fps = max(1, round(envs.metadata.get("render_fps", 30) / every))

@@ -56,11 +56,11 @@ def check_options(trainer: type, name: str, dataset: str, given: Callable[[str],
         raise UserError("--dataset.ratio is a share of a dataset; choose one with --dataset")
 
 
-def reward_scale(shift: float | None, scale: float | None, dataset: Any, init_from: str) -> tuple[float, float]:
-    """(shift, scale) of the rewards that are learnt from: as asked, or else as the data's, or another run's."""
+def reward_scale(shift: float | None, scale: float | None, dataset: Any, before: str) -> tuple[float, float]:
+    """(shift, scale) of the rewards that are learnt from: as asked, or else as the data's, or those of the run before."""
     options = vars(dataset)
-    if "reward_scale" not in options and init_from:
-        stored = read_args(Path(init_from))["args"]
+    if "reward_scale" not in options and before and (Path(before) / "args.json").exists():
+        stored = read_args(Path(before))["args"]
         options = stored.get("dataset_options") or {}
         if stored.get("reward_scale") is not None:  # an online run's own
             options = stored

@@ -53,6 +53,7 @@ class Policy:
         self, module: nn.Module, normaliser: Normaliser, spec: dict[str, Any], settings: Inference | None = None
     ) -> None:
         self.module, self.normaliser, self.spec = module, normaliser, spec
+        self.base: Any = None  # of a policy that corrects another one
         # History and chunk steps are the extra leading axis of the items; a bool mask comes with every chunk.
         self.chunked = "action_is_pad" in spec
         self.chunk = int(spec["action"]["shape"][0]) if self.chunked else 1
@@ -115,92 +116,104 @@ class Policy:
     def reset(self, seeds: Sequence[int] | None = None) -> None:
         """Start new episodes: forget the history and the chunk. `seeds` fix a stochastic policy's noise, one a row."""
         self._history: dict[str, list[Tensor]] = {}
-        self._began: Tensor | None = None  # [N], the step at which each row's episode began
+        self._age: Tensor | None = None  # [N], steps since each row's episode began
         self._plan = torch.empty(0)  # [N, Ta, Da], each row's newest chunk
-        self._plans: list[tuple[int, Tensor, Tensor]] = []  # ensembling: (step, rows that planned [N] bool, chunk)
-        self._step = 0
+        self._plans: list[tuple[Tensor, Tensor]] = []  # ensembling: (each row's age then [N], -1 for none; chunk)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
 
     def restart(self, rows: Tensor) -> None:
         """Start new episodes in some rows `[n]` of a batch, while the others go on."""
-        if self._began is not None and len(rows):
-            self._began[rows] = self._step
+        if self._age is not None and len(rows):
+            self._age[rows] = 0
+            for ages, _ in self._plans:
+                ages[rows] = -1
 
     @torch.no_grad()
-    def act(self, observation: dict[str, Any]) -> np.ndarray:
+    def act(self, observation: dict[str, Any], rows: Tensor | None = None) -> np.ndarray:
         """Next action, `[Da]` for one observation or `[N, Da]` for a batch, in the environment's units, float32.
 
         Discrete actions are their numbers, one or `[N]` int64.
 
         Args:
             observation: key -> array of one frame, or of N frames (the same N until `reset`); `task`, a text or N.
+            rows: `[n]`, those of a batch that act, whose frames these are; the others stay where they are.
 
         Raises:
             UserError: an observation key is missing or has another width than the policy was trained with.
         """
         frames, batched = self._frames(observation)
-        count = len(next(iter(frames.values())))
-        if self._began is None:
-            self._began = torch.zeros(count, dtype=torch.int64)
+        if self._age is None:
+            self._age = torch.zeros(len(next(iter(frames.values()))), dtype=torch.int64)
         for key, frame in frames.items():
-            if len(frame) != len(self._began):
-                found = f"{key!r} has {len(frame)} rows after {len(self._began)}"
+            if len(frame) != (len(self._age) if rows is None else len(rows)):
+                found = f"{key!r} has {len(frame)} rows after {len(self._age)}"
                 raise UserError(f"{found}; call reset() for other episodes")
-        age = self._step - self._began  # [N], steps since each row's episode began
-        self._remember(frames, age)
+        chosen = torch.arange(len(self._age)) if rows is None else rows
+        age = self._age[chosen]  # [n]
+        self._remember(frames, chosen, age)
         due = age % self.action_steps == 0
         if due.any():
-            rows = None if due.all() else due.nonzero().squeeze(1)
-            self._replan(self._chunk(observation, rows), due, rows)
+            self._replan(observation, chosen[due], age[due], due)
         if self.settings.ensemble is None:
-            action = self._plan[:, 0] if self.chunk == 1 else self._plan[torch.arange(count), age % self.action_steps]
+            action = self._plan[chosen, age % self.action_steps]
         else:
-            action = self._averaged()
-        self._step += 1
+            action = self._averaged(chosen, age)
+        self._age[chosen] += 1
         return action.numpy() if batched else action[0].numpy()
 
-    def _remember(self, frames: dict[str, Tensor], age: Tensor) -> None:
-        """Add the newest frames to the history; a row's first one stands in the place of what came before."""
+    def _remember(self, frames: dict[str, Tensor], rows: Tensor, age: Tensor) -> None:
+        """Add frames of `rows` to the history; a row's first one stands in the place of what came before."""
         for key, frame in frames.items():
-            past = self._history.setdefault(key, [frame] * self.obs_steps)
+            past = self._history.get(key, [frame] * self.obs_steps)
+            everything, at = len(rows) == len(past[0]), rows.to(frame.device)
+            newer = [*(before if everything else before[at] for before in past[1:]), frame]
             if self.obs_steps > 1 and not age.all():
                 first = (age == 0).to(frame.device).view(-1, *[1] * (frame.ndim - 1))
-                past[:] = [torch.where(first, frame, before) for before in past]
-            past.append(frame)
-            del past[: -self.obs_steps]
+                newer = [torch.where(first, frame, before) for before in newer]
+            if not everything:
+                newer = [before.index_copy(0, at, now) for before, now in zip(past, newer, strict=True)]
+            self._history[key] = newer
 
-    def _chunk(self, observation: dict[str, Any], rows: Tensor | None) -> Tensor:
-        """What the module plans now for `rows` `[n]`, or all, in the environment's units: `[n, Ta, Da]` on the CPU."""
-        history = self._history.items()
-        batch: dict[str, Any] = {k: torch.stack(past, 1) if self.obs_steps > 1 else past[-1] for k, past in history}
+    def _replan(self, observation: dict[str, Any], rows: Tensor, age: Tensor, due: Tensor) -> None:
+        """Put new chunks in the place of those of `rows` `[n]`, in the environment's units, on the CPU."""
+        everything = len(rows) == len(next(iter(self._history.values()))[0])
+        batch: dict[str, Any] = {}
+        for key, past in self._history.items():
+            seen = past if everything else [frame[rows.to(frame.device)] for frame in past]
+            batch[key] = torch.stack(seen, 1) if self.obs_steps > 1 else seen[-1]
         if "task" in self.spec:
-            batch["task"] = self._tasks(observation, len(next(iter(batch.values()))))
-        if rows is not None:
-            batch = {
-                k: v[rows.to(v.device)] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in batch.items()
-            }
+            texts = self._tasks(observation, len(due))
+            batch["task"] = [text for text, now in zip(texts, due.tolist(), strict=True) if now]
         action = self._forward(self.normaliser(batch), rows)
         action = self.normaliser.undo("action", action.float() if action.is_floating_point() else action).cpu()
-        return action if self.chunked else action[:, None]
-
-    def _replan(self, chunk: Tensor, due: Tensor, rows: Tensor | None) -> None:
-        """Put new chunks in the place of those rows' old ones."""
-        if rows is not None:
-            chunk = self._plan.clone().index_copy_(0, rows, chunk)
-        self._plan = chunk
+        chunk = action if self.chunked else action[:, None]
+        if everything:
+            self._plan = chunk
+        else:
+            if not len(self._plan):
+                assert self._age is not None
+                self._plan = chunk.new_zeros(len(self._age), *chunk.shape[1:])
+            self._plan = self._plan.index_copy(0, rows, chunk)
         if self.settings.ensemble is not None:
-            self._plans = [plan for plan in self._plans if self._step - plan[0] < self.chunk]
-            self._plans.append((self._step, due, chunk))
+            assert self._age is not None
+            ages = torch.full_like(self._age, -1)
+            ages[rows] = age
+            self._plans.append((ages, self._plan))
 
-    def _averaged(self) -> Tensor:
-        """The mean of what all chunks of this episode say of this step, `[N, Da]` (Zhao et al., 2023)."""
-        assert self._began is not None and self.settings.ensemble is not None
-        plans = [plan for plan in self._plans if self._step - plan[0] < self.chunk]
-        said = torch.stack([chunk[:, self._step - at] for at, _, chunk in plans])  # [chunks, N, Da], oldest first
-        counts = torch.stack([rows & (at >= self._began) for at, rows, _ in plans])  # [chunks, N]
-        place = counts.cumsum(0) - 1  # the oldest one's is 0
-        weights = (-self.settings.ensemble * place).masked_fill(~counts, -math.inf).softmax(0)
-        return (weights[..., None] * said).sum(0)
+    def _averaged(self, rows: Tensor, age: Tensor) -> Tensor:
+        """The mean of what all chunks of these rows' episodes say of this step, `[n, Da]` (Zhao et al., 2023)."""
+        assert self.settings.ensemble is not None and self._age is not None
+        said, counts = [], []
+        for ages, chunk in self._plans:  # the oldest first
+            planned = age - ages[rows]  # steps ago
+            counts.append((ages[rows] >= 0) & (planned < self.chunk))
+            said.append(chunk[rows, planned.clamp(0, self.chunk - 1)])
+        valid = torch.stack(counts)  # [chunks, n]
+        place = valid.cumsum(0) - 1  # the oldest one's is 0
+        weights = (-self.settings.ensemble * place).masked_fill(~valid, -math.inf).softmax(0)
+        kept = [bool(((self._age - ages < self.chunk) & (ages >= 0)).any()) for ages, _ in self._plans]
+        self._plans = [plan for plan, alive in zip(self._plans, kept, strict=True) if alive]
+        return (weights[..., None] * torch.stack(said)).sum(0)
 
     def _tasks(self, observation: dict[str, Any], rows: int) -> list[str]:
         """The text of each row's task."""

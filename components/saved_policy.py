@@ -58,6 +58,8 @@ def save_policy(
     weights = {key: value.detach().cpu().clone().contiguous() for key, value in policy.module.state_dict().items()}
     save_file(weights, temporary / "model.safetensors")
     (temporary / "policy.json").write_text(json.dumps(description, indent=1) + "\n")
+    if policy.base is not None:
+        policy.base.save(temporary)
     old = folder.with_name(f".{folder.name}-old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -66,7 +68,7 @@ def save_policy(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_policy(folder: str | Path, **settings: Any) -> Policy:
+def load_policy(folder: str | Path, **settings: Any) -> Any:
     """Load a policy from a run folder, or from its `policy/` folder alone.
 
         policy = load_policy("runs/x"); policy.reset(); action = policy.act({"observation.state": array})
@@ -81,6 +83,8 @@ def load_policy(folder: str | Path, **settings: Any) -> Policy:
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    from . import residual
 
     path, description = describe(folder)
     try:
@@ -97,7 +101,8 @@ def load_policy(folder: str | Path, **settings: Any) -> Policy:
     module.load_state_dict(weights)
     known = saved_settings(folder)
     complete = {key: modes.get(key, "none") for key in spec}
-    return Policy(module.eval(), Normaliser(spec, complete), spec, known).configure(**settings)
+    policy = Policy(module.eval(), Normaliser(spec, complete), spec, known)
+    return residual.with_base(path.parent, policy).configure(**settings)
 
 
 def describe(folder: str | Path) -> tuple[Path, dict[str, Any]]:

@@ -74,14 +74,13 @@ class Explorer(nn.Module):
 
     Args:
         policy: `sample(observation, noise) -> (action, log-probability)`, or the action alone.
-        encoder: Of the observations.
-        width: Da.
+        encoder: Of the observations, where they have pictures.
     """
 
-    def __init__(self, policy: nn.Module, encoder: nn.Module, width: int) -> None:
+    def __init__(self, policy: nn.Module, encoder: nn.Module | None = None) -> None:
         super().__init__()
         self.policy: Any = policy
-        self.encoder, self.noise_shape = encoder, (width,)
+        self.encoder, self.noise_shape = encoder or nn.Identity(), (self.policy.noise_width,)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         drawn = self.policy.sample(self.encoder(batch), noise=batch["noise"])
@@ -91,9 +90,10 @@ class Explorer(nn.Module):
 class GaussianNoise(nn.Module):
     """The policy's action `[B, Da]` with Gaussian noise of this deviation, which the batch brings, cut to [-1, 1]."""
 
-    def __init__(self, policy: nn.Module, width: int, deviation: float) -> None:
+    def __init__(self, policy: nn.Module, deviation: float) -> None:
         super().__init__()
-        self.policy, self.noise_shape, self.deviation = policy, (width,), deviation
+        self.policy: Any = policy
+        self.noise_shape, self.deviation = (self.policy.noise_width,), deviation
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         return (self.policy(batch) + self.deviation * batch["noise"]).clamp(-1, 1)

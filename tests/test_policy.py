@@ -74,6 +74,43 @@ def test_a_chunk_is_played_before_the_next_one_is_planned() -> None:
     assert float(policy.act(observe(12.0))[0, 0]) == 105.0
 
 
+def test_some_rows_begin_again_while_the_others_go_on() -> None:
+    """A row's actions are those of a policy that plays its episodes alone, whatever the others do."""
+    one = spec(obs_steps=3, action_steps=4)
+    states = np.random.default_rng(0).normal(10, 2, (12, 3)).astype(np.float32)
+    begins = {0: (5, 7), 1: (3,), 2: ()}  # the steps at which each row's episodes begin anew
+    for settings in (Inference(action_steps=3), Inference(action_steps=2, ensemble=0.3)):
+        together, alone = (Policy(Sum(4), Normaliser(one), one, settings) for _ in range(2))
+        found = []
+        for t, state in enumerate(states):
+            together.restart(torch.tensor([row for row, steps in begins.items() if t in steps]))
+            found.append(together.act({"observation.state": state[:, None]}))
+        for row, steps in begins.items():
+            alone.reset()
+            for t, state in enumerate(states):
+                if t in steps:
+                    alone.reset()
+                expected = alone.act({"observation.state": state[[row]]})
+                assert found[t][row] == pytest.approx(expected, abs=1e-4), (settings, row, t)
+
+
+def test_some_rows_act_while_the_others_wait() -> None:
+    one = spec(obs_steps=2, action_steps=3)
+    policy, alone = (Policy(Sum(3), Normaliser(one), one) for _ in range(2))
+    states = np.arange(10, 30, dtype=np.float32).reshape(10, 2)
+    turns = [[0, 1], [1], [0, 1], [0], [1], [0, 1]]
+    found: dict[int, list[float]] = {0: [], 1: []}
+    for t, rows in enumerate(turns):
+        seen = {"observation.state": states[t, rows][:, None]}
+        actions = policy.act(seen, None if len(rows) == 2 else torch.tensor(rows))
+        for row, action in zip(rows, actions, strict=True):
+            found[row].append(float(action[0]))
+    for row in (0, 1):
+        alone.reset()
+        seen_by = [states[t, row] for t, rows in enumerate(turns) if row in rows]
+        assert found[row] == [float(alone.act({"observation.state": s[None]})[0]) for s in seen_by]
+
+
 def test_another_number_of_rows_needs_a_reset() -> None:
     policy = Policy(Sum(), Normaliser(spec()), spec())
     policy.act(observe(1.0, 2.0))
@@ -361,6 +398,7 @@ EXPORTED: dict[str, tuple[object, ...]] = {
     "act": toy.TRAINERS["act"],
     "diffusion": (*toy.TRAINERS["diffusion"], *DENOISER, "--policy.sampler", "ddpm"),
     "flow": (*toy.TRAINERS["flow"], *DENOISER, "--policy.sampler", "midpoint"),
+    "sac": toy.TRAINERS["sac"],
     "td3_bc": toy.TRAINERS["td3_bc"],  # actions of another scale
     "fql": toy.TRAINERS["fql"],
     "qc": (*toy.TRAINERS["qc"], "--trainer.method", "best_of_n", "--trainer.flow-steps", 2),

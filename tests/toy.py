@@ -63,6 +63,7 @@ ONLINE_ALONE: dict[str, tuple[object, ...]] = {
     + ("--trainer.epochs", 2),
     "dqn": ("--trainer", "dqn", "--model.hidden-dims", 16, "--env.id", "CartPole-v1"),
 }
+ONLINE_ALONE["rlpd"] = ("--trainer", "rlpd", *SMALL, "--dataset", "toy", "--model.critic.members", 3)
 DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from ..errors import UserError
@@ -73,14 +74,13 @@ class BatchedLinear(nn.Module):
     def __init__(self, members: int, inputs: int, outputs: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(inputs)
-        self.members = members
         self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(members * outputs).uniform_(-bound, bound))  # flat: no weight decay
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
-        bias = self.bias.view(self.members, 1, -1)
-        if len(x) < self.members:
+        bias = self.bias.view(len(weight), 1, -1)
+        if len(x) < len(weight):
             weight, bias = weight[: len(x)], bias[: len(x)]
         if weight.shape[2] == 1:  # CPU libraries take six times as long for a product with one column
             return (x * weight.transpose(1, 2)).sum(2, keepdim=True) + bias
@@ -92,13 +92,13 @@ class BatchedLayerNorm(nn.Module):
 
     def __init__(self, members: int, width: int) -> None:
         super().__init__()
-        self.members, self.width = members, width
+        self.width = width
         self.weight = nn.Parameter(torch.ones(members * width))
         self.bias = nn.Parameter(torch.zeros(members * width))
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, shift = (p.view(self.members, 1, self.width) for p in (self.weight, self.bias))
-        if len(x) < self.members:
+        scale, shift = (p.view(-1, 1, self.width) for p in (self.weight, self.bias))
+        if len(x) < len(scale):
             scale, shift = scale[: len(x)], shift[: len(x)]
         return torch.addcmul(shift, functional.layer_norm(x, (self.width,)), scale)
 
@@ -129,3 +129,9 @@ class Functions(nn.Module):
             x = torch.cat([x, action.flatten(1)], dim=1)  # [B, Ds + Da]
         rows, members = x.flatten(0, -2), first or self.members
         return self.net(rows.expand(members, *rows.shape)).view(members, *x.shape[:-1])
+
+    def of(self, chosen: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        """The values of the members `chosen` `[n]` alone, `[n, B]`, without gradient into their parameters."""
+        split = {key: value.detach().unflatten(0, (self.members, -1)) for key, value in self.named_parameters()}
+        weights = {key: value.index_select(0, chosen).flatten(0, 1) for key, value in split.items()}
+        return functional_call(self, weights, arguments, keywords | {"first": len(chosen)})

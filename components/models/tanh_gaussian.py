@@ -23,6 +23,8 @@ class TanhGaussian:
     """Widths of the hidden layers."""
     activation: Literal["relu", "gelu", "silu", "tanh", "elu"] = "relu"
     """Nonlinearity of the hidden layers."""
+    final_scale: float = 1.0
+    """Factor on the initial weights and biases of the last layer's mean; small ones begin with small actions."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for the keys and shapes of `spec`.
@@ -32,6 +34,8 @@ class TanhGaussian:
         """
         if not self.hidden_dims or any(dim < 1 for dim in self.hidden_dims):
             raise UserError(f"--model.hidden-dims {self.hidden_dims} must be positive")
+        if not self.final_scale > 0:
+            raise UserError(f"--model.final-scale {self.final_scale} must be above 0")
         outputs = width(spec, "action")
         if len(spec["action"]["shape"]) != 1:
             raise UserError(f"this policy gives single actions; the data has {tuple(spec['action']['shape'])}")
@@ -41,7 +45,11 @@ class TanhGaussian:
         for hidden in self.hidden_dims:
             layers += [nn.Linear(inputs, hidden), ACTIVATIONS[self.activation]()]
             inputs = hidden
-        return TanhGaussianPolicy(nn.Sequential(*layers, nn.Linear(inputs, 2 * outputs)), keys)
+        last = nn.Linear(inputs, 2 * outputs)
+        with torch.no_grad():
+            last.weight[:outputs].mul_(self.final_scale)
+            last.bias[:outputs].mul_(self.final_scale)
+        return TanhGaussianPolicy(nn.Sequential(*layers, last), keys, outputs)
 
 
 class TanhGaussianPolicy(nn.Module):
@@ -50,9 +58,9 @@ class TanhGaussianPolicy(nn.Module):
     Observations are a batch, or the one tensor itself; `prefix` "next." acts on the successors of a batch.
     """
 
-    def __init__(self, net: nn.Sequential, keys: list[str]) -> None:
+    def __init__(self, net: nn.Sequential, keys: list[str], width: int) -> None:
         super().__init__()
-        self.net, self.keys = net, keys
+        self.net, self.keys, self.noise_width = net, keys, width
 
     def forward(self, observation: dict[str, Tensor] | Tensor) -> Tensor:
         return self.gaussian(observation)[0].tanh()

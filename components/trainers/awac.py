@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from ..optimizers import update
 from ..value_learning import (
     OFFLINE_RL,
+    Explorer,
     advantage_weight,
     bootstrapped,
     check_actions,
@@ -118,3 +119,7 @@ class AWAC:
         update(self.optimizers, loss, "policy")
         follow(self.models["target_critic"], self.models["critic"], self.config.target_rate)
         return metrics | more
+
+    def explorer(self) -> nn.Module:
+        """What acts while data is collected: a draw from the policy."""
+        return Explorer(self.models["policy"])

@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 from ..optimizers import update
 from ..value_learning import (
     OFFLINE_RL,
+    Explorer,
     bootstrapped,
     check_actions,
     check_rates,
@@ -145,3 +146,7 @@ class CQL:
         update(self.optimizers, loss)
         follow(self.models["target_critic"], self.models["critic"], self.config.target_rate)
         return metrics
+
+    def explorer(self) -> nn.Module:
+        """What acts while data is collected: a draw from the policy."""
+        return Explorer(self.models["policy"])

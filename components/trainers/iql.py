@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from ..optimizers import update
 from ..value_learning import (
     OFFLINE_RL,
+    Explorer,
     advantage_weight,
     bootstrapped,
     check_actions,
@@ -119,3 +120,7 @@ class IQL:
         update(self.optimizers, loss)
         follow(self.models["target_critic"], self.models["critic"], self.config.target_rate)
         return metrics
+
+    def explorer(self) -> nn.Module:
+        """What acts while data is collected: a draw from the policy."""
+        return Explorer(self.models["policy"])

@@ -26,6 +26,7 @@ from ..optimizers import delay, update
 from ..parallel import global_mean
 from ..value_learning import (
     OFFLINE_RL,
+    GaussianNoise,
     bootstrapped,
     check_actions,
     check_rates,
@@ -69,6 +70,8 @@ class ReBRAC:
         """Largest size of that noise."""
         policy_every: int = 2
         """Steps of the critics for each step of policy and targets."""
+        exploration_noise: float = 0.1
+        """Deviation of the noise on the actions that collect data, online."""
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class ReBRAC:
         self.optimizers, self.loss, self.config, self.updates = optimizers, loss, config or self.Config(), 0
         self.cycle = self.config.policy_every
         bounds = {"actor_penalty": (0, 1e9), "critic_penalty": (0, 1e9), "policy_every": (1, 1e9)}
-        check_rates(self.config, policy_noise=(0, 1e9), noise_clip=(0, 1e9), **bounds)
+        check_rates(self.config, policy_noise=(0, 1e9), noise_clip=(0, 1e9), exploration_noise=(0, 1e9), **bounds)
         if spec is None:  # built without data, to look at
             return
         check_transitions(spec, "rebrac", more=["next.action"])
@@ -137,6 +140,10 @@ class ReBRAC:
                 follow(self.models[f"target_{name}"], self.models[name], self.config.target_rate)
             metrics |= more
         return metrics
+
+    def explorer(self) -> nn.Module:
+        """What acts while data is collected: the policy with noise."""
+        return GaussianNoise(self.models["policy"], self.config.exploration_noise)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates}

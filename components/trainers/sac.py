@@ -76,7 +76,8 @@ class SAC:
         config: Any = None,
     ) -> None:
         self.models: Any = models
-        self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
+        self.config: Any = config or self.Config()
+        self.optimizers, self.loss = optimizers, loss
         check_rates(self.config, n_step=(1, 1e9), shift=(0, 1e3))
         self.encoder = encoder_of(models)
         if spec is None:  # built without data, to look at
@@ -84,8 +85,7 @@ class SAC:
         check_transitions(spec, self.name)
         check_actions(spec, self.name)
         entropy = self.config.target_entropy
-        self.action_width = int(spec["action"]["shape"][-1])
-        self.target_entropy = -float(self.action_width) if entropy is None else entropy
+        self.target_entropy = -float(spec["action"]["shape"][-1]) if entropy is None else entropy
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
@@ -108,13 +108,17 @@ class SAC:
     def actor_losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_pi + J_alpha, at actions drawn now; neither moves the critics, nor J_pi the temperature."""
         action, log_prob = self.models["policy"].sample(data)  # [B, Da], [B]
-        q = frozen(self.models["critic"], data, action).amin(0)  # [B]
+        q = self.together(frozen(self.models["critic"], data, action))  # [B]
         alpha = self.models["temperature"]()
         actor_loss = (alpha.detach() * log_prob - q).mean()
         temperature_loss = -alpha * (log_prob.detach().mean() + self.target_entropy)
         metrics = {"actor_loss": actor_loss, "temperature_loss": temperature_loss, "temperature": alpha}
         metrics = {name: value.detach() for name, value in metrics.items()} | {"entropy": -log_prob.detach().mean()}
         return actor_loss + temperature_loss, metrics
+
+    def together(self, q: Tensor) -> Tensor:
+        """What the policy takes for the value of its action, of those of the critics `[E, B]`."""
+        return q.amin(0)
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of all losses, whose gradients do not meet, and what is logged."""
@@ -135,4 +139,4 @@ class SAC:
 
     def explorer(self) -> nn.Module:
         """What acts while data is collected: a draw from the policy."""
-        return Explorer(self.models["policy"], self.encoder, self.action_width)
+        return Explorer(self.models["policy"], self.encoder)

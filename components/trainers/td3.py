@@ -81,7 +81,6 @@ class TD3:
             return
         check_transitions(spec, self.name)
         check_actions(spec, self.name)
-        self.action_width = int(spec["action"]["shape"][-1])
         delay(optimizers, "policy", self.config.policy_every)
         for name in ("policy", "critic"):
             models[f"target_{name}"] = copy.deepcopy(models[name]).requires_grad_(False)
@@ -128,7 +127,7 @@ class TD3:
 
     def explorer(self) -> nn.Module:
         """What acts while data is collected: the policy with noise."""
-        return GaussianNoise(self.models["policy"], self.action_width, self.config.exploration_noise)
+        return GaussianNoise(self.models["policy"], self.config.exploration_noise)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates}

@@ -1,0 +1,52 @@
+"""A residual policy on top of a frozen imitation policy (Johannink et al., 2019; Silver et al., 2018).
+
+The frozen policy pi_0, from a run folder, is a part of the environment here (`components/residual.py`): the state s
+holds its action a_0, and what is executed is clip(a_0 + scale a), a being drawn from the residual policy pi(. | s).
+Policy and critics learn by soft actor-critic (`sac.py`) with LayerNorm in the critics and several updates of them for
+each of the policy (as in Yuan et al., 2024, "Policy Decorator", arXiv:2412.13630, and Ball et al., 2023).
+
+The residual policy's last layer begins small, so that what acts first is the frozen policy; that one's weights are
+copied into the run, and checked when it ends.
+
+Deviations from Policy Decorator: the critics value (s, a), not s and the sum of both actions; there is no schedule by
+which corrections set in, but for `learning_starts` steps, at which they are small.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..value_learning import ONLINE_RL, networks
+from .rlpd import RLPD
+
+
+class Residual(RLPD):
+    """A residual policy on top of a frozen one, by soft actor-critic."""
+
+    name = "residual"
+    needs_data = False
+    defaults: dict[str, Any] = ONLINE_RL | {
+        "steps": 100_000,
+        "learning-starts": 2000,
+        "updates-per-step": 2,
+        "eval-every": 5000,
+        **networks("", final_scale=0.01),
+        **networks("critic", members=2, layer_norm=True),
+    }
+
+    @dataclass(frozen=True)
+    class Config(RLPD.Config):
+        """A residual policy on top of a frozen one."""
+
+        base: str = ""
+        """Run folder of the policy that is corrected."""
+        scale: float = 0.2
+        """Largest correction, as a fraction of half the range of an action."""
+        policy_every: int = 2
+        """Updates of the critics for each of policy and temperature."""
+        backup_entropy: bool = False
+        """Add the entropy to the targets."""
+
+    @staticmethod
+    def base(config: Any) -> tuple[str, float]:
+        """The policy that is corrected, and by how much at most."""
+        return config.base, config.scale
