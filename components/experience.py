@@ -57,7 +57,7 @@ def check_options(trainer: type, name: str, dataset: str, given: Callable[[str],
 
 
 def reward_scale(shift: float | None, scale: float | None, dataset: Any, before: str) -> tuple[float, float]:
-    """(shift, scale) of the rewards that are learnt from: as asked, or else as the data's, or those of the run before."""
+    """(shift, scale) of the rewards that are learnt from: as asked, else as the data's, or those of the run before."""
     options = vars(dataset)
     if "reward_scale" not in options and before and (Path(before) / "args.json").exists():
         stored = read_args(Path(before))["args"]

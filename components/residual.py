@@ -1,9 +1,9 @@
 """A frozen policy with a small one on top: what both do is their sum, within what the environment takes.
 
-To whatever learns the small policy the frozen one is a part of the environment: it observes what that one would do
-(`observation.base_action`, in [-1, 1]), and its own actions, in [-1, 1] too, are corrections of at most `scale` times half
-the range of the actions (Johannink et al., 2019; Silver et al., 2018). So the frozen policy may plan in chunks, look back
-and draw noise.
+To whatever learns the small policy the frozen one is a part of the environment: it observes what that one would do, in
+[-1, 1] (`observation.base_action`), and its own actions, in [-1, 1] too, are corrections of at most `scale` times half
+the range of the actions (Johannink et al., 2019; Silver et al., 2018). So the frozen policy may plan in chunks, look
+back and draw noise.
 """
 
 import hashlib
