@@ -47,6 +47,7 @@ from components import (
 )
 from components import command_line as cli
 from components.collection import Collector, describe_env, random_actions
+from components.datasets import recording
 from components.environments import Environments
 from components.errors import StoppedError
 from components.metrics import Metrics
@@ -169,6 +170,14 @@ class Args(Names):
     """Minutes after which a checkpoint is due anyway; 0 for never."""
     keep_last: int = 2
     """Checkpoints to keep, besides the best."""
+    save_dataset: str = ""
+    """Folder of a dataset to write when the run has finished; empty for none."""
+    save_format: Literal["minari", "lerobot"] = "minari"
+    """Format of that dataset."""
+    save_what: Literal["policy", "collected"] = "policy"
+    """Its contents: episodes of the final policy, or what the replay buffer still holds."""
+    save_episodes: int = 50
+    """Episodes of the final policy."""
     track: bool = False
     """Mirror the metrics to Weights & Biases."""
     track_project: str = "tendon"
@@ -188,7 +197,7 @@ class Args(Names):
 LEAST = {"steps": 1, "batch_size": 1, "grad_accumulation": 1, "grad_clip": 0, "seed": 0, "num_envs": 1, "log_every": 1}
 LEAST |= {"learning_starts": 0, "updates_per_step": 0, "buffer_size": 1, "env_restarts": 0}
 LEAST |= {"eval_every": 0, "eval_episodes": 0, "eval_envs": 1, "eval_seed": 0}
-LEAST |= {"save_every": 0, "save_minutes": 0, "keep_last": 1, "env_timeout": 0, "hang_timeout": 0}
+LEAST |= {"save_episodes": 1, "save_every": 0, "save_minutes": 0, "keep_last": 1, "env_timeout": 0, "hang_timeout": 0}
 RESUME_MAY_CHANGE = {"steps", "log_every", "eval_every", "save_every", "eval_episodes", "keep_last", "track", "resume"}
 RESUME_MAY_CHANGE |= {"env_timeout", "env_restarts", "hang_timeout"}
 CHOICES = [option for option in REGISTRIES if hasattr(Args, option)]  # the options that choose a component
@@ -618,6 +627,9 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     given = partial(cli.given, argv)
     learns: Any = REGISTRIES["trainer"][args.trainer]
     experience.check_options(learns, args.trainer, args.dataset, given)
+    if not args.resume:
+        keeps = not experience.on_policy(learns)
+        recording.check_destination(args.save_dataset, args.save_format, args.save_what, keeps)
 
     # Data, where there is some: old transitions beside the new ones, from an environment that it may know.
     env_name, env, data = args.env, args.env_options, {}
@@ -822,8 +834,20 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     described.update(running.describe(described))  # what the policy is saved with
     if step < args.steps or progress["unevaluated"]:
         run.preempted()
-    else:
-        finish(args, learner, run, actor, evaluator, env)
+        return
+    if args.save_dataset:
+        fps, how = environments.metadata.get("render_fps", 30), (args.eval_envs, args.eval_seed, args.env_timeout)
+        parts = parallel.gather(memory.transitions()) if args.save_what == "collected" else []
+        with evaluation_mode(models, opts, args):
+            if run.first and parts:
+                saved: Any = recording.collected(parts, spec, environments.single_action_space, rewards)
+            elif run.first:
+                acting = base.corrected(actor) if base else actor
+                saved = recording.play(acting, partial(build, "env", env_name, env), args.save_episodes, *how, run.beat)
+            if run.first:
+                origin = f"{args.trainer}, {args.save_what}, step {step}"
+                run.say(recording.write(saved, args.save_dataset, args.save_format, (env_name, env), origin, fps))
+    finish(args, learner, run, actor, evaluator, env)
 
 
 learn = learn_in_environment  # for `main`, which is the same in both scripts

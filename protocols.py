@@ -9,6 +9,7 @@ Shapes: B samples, To observation steps, Ta action steps, Ds state width, Da act
     observation.environment_state   like observation.state                        float32
     observation.images.<camera>     [B, C, H, W], or [B, To, C, H, W]              uint8
     action                          [B, Da], or [B, Ta, Da] when chunked          float32
+                                    [B], the number of a discrete one              int64
     action_is_pad                   [B, Ta], only when chunked                    bool
     reward, terminated, truncated   [B]                                           float32, bool, bool
     next.<observation key>          the successor, never across an episode's end
@@ -41,13 +42,21 @@ class Trainer(Protocol):
     acts), `explorer() -> nn.Module` (the same, for what acts while the online script collects; otherwise the policy
     does), `state_dict()` and `load_state_dict()` (tensors and JSON values), `cycle` (after so many calls the Python of
     `train_step` repeats, and it waits for no tensor's value, so that `--compile` may record its kernels in CUDA graphs;
-    it may count its calls in `updates`).
+    it may count its calls in `updates`), `needs_data = True` (it learns online only with a dataset beside). An explorer
+    with an attribute `env_step` finds there how many steps its environments have made.
 
-    Optional and static: `prepare(data, config) -> data` (what a dataset's `build` returned, as this trainer learns from
-    it: transitions, goals, ...) and `sees(model, spec, config) -> spec` (what one of its models is built for, where
-    that is not the data's spec). Of the options in `Config`, `n_step` and `discount` also shape the online script's
+    Optional and static: `window(config) -> options` (it learns from transitions, of a dataset or of the replay buffer,
+    and these options of `datasets.transitions.Transitions` say what one of them is: `discount`, `n_step`, `chunk`,
+    `next_action`, `to_go`), `prepare(data, config) -> data` (otherwise, what a dataset's `build` returned as this
+    trainer learns from it: goals, ...), `sees(model, spec, config) -> spec` (what one of its models is built for, where
+    that is not the data's spec), and `base(config) -> (run folder, scale)` (a frozen policy that its actions correct,
+    see `components/residual.py`). Without `window`, `n_step` and `discount` in `Config` shape the online script's
     batches: `reward` is the sum over n steps, `next.*` and `terminated` are those of the last of them, and `discount`
     [B] is the factor of the value that follows.
+
+    A trainer learns on policy when it has `estimate(rollout) -> rollout` and the static `rollout(config) -> {"steps",
+    "epochs"}`: it is given so many steps of each environment `[T, N, ...]`, normalised, with the actions as they were
+    drawn and the flags `ended` and `valid`, adds what it learns from, and then gets that in minibatches.
     """
 
     def __init__(self, models: nn.ModuleDict, optimizers: dict[str, Optimizer], loss: nn.Module) -> None: ...

@@ -19,14 +19,16 @@ SMALL |= {"save_every": 20, "num_envs": 2, "learning_starts": 20, "buffer_size":
 # Under --debug, whatever the command line says: no processes beside this one, no clocks, nothing between the debugger
 # and the code.
 PLAIN = {"workers": 0, "compile": False, "hang_timeout": 0.0, "env_timeout": 0.0}
-PLAIN_COMPONENT = {"workers": 1, "vectorization_mode": "sync"}
+PLAIN_COMPONENT = {"workers": 1}
+PLAIN_ENV = {"workers": 0}
 
 
 def plain(options: Any, values: dict[str, Any] = PLAIN) -> Any:
-    """Set what `PLAIN` names in the script's options, and `PLAIN_COMPONENT` in those of the components."""
+    """Set what `PLAIN` names in the script's options, and the others in those of the components."""
     changes = {name: value for name, value in values.items() if hasattr(options, name)}
     nested = {name: value for name, value in vars(options).items() if is_dataclass(value)}
-    return replace(options, **changes, **{name: plain(value, PLAIN_COMPONENT) for name, value in nested.items()})
+    own = {"env_options": PLAIN_ENV}
+    return replace(options, **changes, **{n: plain(value, own.get(n, PLAIN_COMPONENT)) for n, value in nested.items()})
 
 
 def show_models(models: nn.ModuleDict, say: Callable[[str], None]) -> None:

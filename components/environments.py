@@ -137,6 +137,8 @@ class Environments:
                 answer = call(*arguments, **keywords)
             self.answering = True
             return answer
+        except FaultyEnvError:  # told by a worker that knows which one it was
+            raise
         except LateError as error:
             problem = f"did not come back from {name} within {time.monotonic() - began:.0f} s (--env-timeout)"
             raise FaultyEnvError(self._culprit(error), problem) from error
@@ -151,11 +153,12 @@ class Environments:
         pipes = getattr(getattr(self.envs, "unwrapped", None), "parent_pipes", None)
         if not pipes:
             return self.turn
+        firsts = getattr(self.envs.unwrapped, "firsts", range(len(pipes)))  # of the environments of each
         for frame, _ in traceback.walk_tb(error.__traceback__):
             for index, pipe in enumerate(pipes):
                 if pipe is not None and frame.f_locals.get("self") is pipe:
-                    return index
-        return pipes.index(None) if None in pipes else -1
+                    return firsts[index]
+        return firsts[pipes.index(None)] if None in pipes else -1
 
     def close(self) -> None:
         """Close them, within seconds. Worker processes that have failed, or do not end by themselves, are killed."""

@@ -35,7 +35,7 @@ def own_options(options: Any) -> dict[str, Any]:
 
 def on_policy(trainer: type) -> bool:
     """Whether a trainer learns from rollouts of its own policy."""
-    return hasattr(trainer, "rollout")
+    return hasattr(trainer, "estimate")
 
 
 def window_of(trainer: type, config: Any) -> dict[str, Any]:

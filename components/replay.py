@@ -241,6 +241,16 @@ class ReplayBuffer:
             batch |= self.pictures.read(places // self.length, numbers, prefix)
         return batch
 
+    def transitions(self) -> dict[str, Tensor]:
+        """Everything that there is, `[n, ...]`, environment after environment and oldest first; the newest ones end."""
+        envs = torch.arange(self.num_envs).repeat_interleave(self.count)
+        ages = torch.cat([torch.arange(int(count)) for count in self.count])
+        places = self._places(envs, ages)
+        found = self._read(places, "") | (self._read(places, "next.") if self.pictures.store else {})
+        found["ended"] = self.data["ended"].flatten()[places]
+        found["ended"][self.count.cumsum(0)[self.count > 0] - 1] = True
+        return found
+
     # ---- saving: each checkpoint writes what is new, and keeps the files of the one before ----
 
     def new_parts(self, rank: int) -> Parts:

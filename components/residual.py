@@ -57,6 +57,10 @@ class Base:
 
         return made
 
+    def corrected(self, correction: Policy) -> "CorrectedPolicy":
+        """This policy with one that corrects it."""
+        return CorrectedPolicy(self.new(), correction, Middle(self.low, self.high, self.scale))
+
     def save(self, folder: Path) -> None:
         """Put the policy beside the one that corrects it, and say in `residual.json` how both go together.
 

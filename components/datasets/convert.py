@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,19 +64,24 @@ def main(argv: list[str]) -> int:
     dataset = source.built(factory)["dataset"]
     if not isinstance(dataset, EpisodeDataset):
         raise UserError(f"{type(factory).__name__} has no episodes to write; convert its sources one by one")
+    print(write(dataset.episodes, dest, options))
+    return 0
+
+
+def write(episodes: Episodes, dest: Path, options: Options) -> str:
+    """Write episodes to a folder, whole or not at all; returns a line about it. Raises UserError: it cannot be."""
     temporary = dest.with_name(f".{dest.name}-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        write = write_lerobot if options.format == "lerobot" else write_minari
-        write(dataset.episodes, temporary, options, dest)
+        (write_lerobot if options.format == "lerobot" else write_minari)(episodes, temporary, options, dest)
+        if dest.exists():
+            raise UserError(f"{dest}: exists already; give another folder")
         temporary.rename(dest)  # a run that is killed leaves nothing that looks complete
     except OSError as error:
         raise UserError(f"{dest}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    count = len(dataset.episodes.ends)
-    print(f"{dest}: {count} episodes, {len(dataset)} steps as {options.format}")
-    return 0
+    return f"{dest}: {len(episodes.ends)} episodes, {len(episodes.at)} steps as {options.format}"
 
 
 def episode_slices(episodes: Episodes) -> Iterator[slice]:
@@ -293,7 +299,10 @@ def write_minari(episodes: Episodes, root: Path, options: Any, dest: Path) -> No
     observation_space = spaces["state"] if plain else gym.spaces.Dict(spaces)
     bounds = episodes.stored.get("action_space", {"low": -np.inf, "high": np.inf})
     low, high = (np.broadcast_to(np.float32(bounds[b]), episodes.columns["action"].shape[1:]) for b in ("low", "high"))
-    _create(episodes, root, options, dest, observation_space, gym.spaces.Box(low, high, dtype=np.float32), plain, alone)
+    action_space: Any = gym.spaces.Box(low, high, dtype=np.float32)
+    if "classes" in episodes.stored:
+        action_space = gym.spaces.Discrete(episodes.stored["classes"])
+    _create(episodes, root, options, dest, observation_space, action_space, plain, alone)
 
 
 def _create(
@@ -312,6 +321,9 @@ def _create(
     buffers = []
     columns = episodes.columns
     zeros = torch.zeros(len(episodes.at))
+    actions = columns["action"].float().numpy()
+    if "classes" in episodes.stored:
+        actions = actions[:, 0].astype(np.int64)
     for number, rows in enumerate(episode_slices(episodes)):
         last = rows.stop - 1
         final = episodes.after[last] if episodes.after[last] >= 0 else episodes.at[last]
@@ -331,7 +343,7 @@ def _create(
             EpisodeBuffer(
                 id=number,
                 observations=observed["state"] if plain else observed,
-                actions=columns["action"][rows].float().numpy(),
+                actions=actions[rows],
                 rewards=columns.get("reward", zeros)[rows].tolist(),
                 terminations=columns.get("terminated", zeros.bool())[rows].tolist(),
                 truncations=truncated.tolist(),
@@ -343,6 +355,7 @@ def _create(
     store_at.mkdir()
     os.environ["MINARI_DATASETS_PATH"] = str(store_at.resolve())  # where the library writes
     try:
+        warnings.filterwarnings("ignore", message=".*env", category=UserWarning, module="minari")  # it says so of files
         minari.create_dataset_from_buffers(
             name,
             buffers,
@@ -367,7 +380,22 @@ def _create(
     shutil.rmtree(store_at)
     path = root / "data" / "metadata.json"
     known = {"rewards": "reward" in columns, "final_observations": bool((episodes.after >= 0).all())}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"converted": known}))  # the reader looks there
+    more = {"converted": known} | environment_metadata(episodes.stored.get("environment"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))  # the reader looks there
+
+
+def environment_metadata(env: dict[str, Any] | None) -> dict[str, Any]:
+    """What Minari's metadata say of an environment, {"name", options}: its own `env_spec` where it is Gymnasium's."""
+    if env is None or env.get("wrappers"):  # without its wrappers it would be another one
+        return {}
+    if env["name"] != "gymnasium":
+        return {"environment": env}
+    import gymnasium as gym
+
+    spec = gym.spec(env["id"])
+    spec.kwargs = spec.kwargs | json.loads(env.get("kwargs") or "{}")
+    spec.max_episode_steps = env.get("max_episode_steps") or spec.max_episode_steps
+    return {"env_spec": spec.to_json()}
 
 
 if __name__ == "__main__":

@@ -3,25 +3,33 @@
 import json
 import logging
 import math
+import string
 from typing import Any
 
-from ..envs.gymnasium import GymnasiumEnv
+from ..command_line import options_of
 from .episodes import Episodes
 
 logger = logging.getLogger(__name__)
+WORD = string.ascii_letters + string.digits + "-_/."
+BUILT_IN = ("gymnasium", "metaworld", "ogbench", "pusht")
 
 
 def recoverable(episodes: Episodes, options: dict[str, Any]) -> dict[str, Any] | None:
-    """{"name", options} of a Gymnasium environment, or None, with a word about why, when it does not fit the data.
+    """{"name", options} of an environment, or None, with a word about why, when it does not fit the data.
 
     Args:
-        options: Of `GymnasiumEnv`.
+        options: Registry name (otherwise Gymnasium's) and options, which must be numbers, plain words or lists of such.
     """
+    from .. import ENV_BUILDER_REGISTRY
     from ..evaluation import observation_batch
 
-    name = options["id"]
+    options = {key: value for key, value in options.items() if key != "workers"}
+    family, name = options.pop("name", "gymnasium"), options.get("id") or options.get("task") or ""
     try:
-        envs = GymnasiumEnv(**options).build(1, 0)
+        odd = [key for key, value in options.items() if key != "kwargs" and not is_plain(value)]
+        if family not in BUILT_IN or odd:
+            raise ValueError(f"the environment {family!r} with {odd[0] if odd else name!r}")
+        envs = options_of(ENV_BUILDER_REGISTRY[family], options).build(1, 0)
         try:
             observation, _ = envs.reset(seed=0)
             found = {key: math.prod(value.shape[1:]) for key, value in observation_batch(observation).items()}
@@ -39,7 +47,16 @@ def recoverable(episodes: Episodes, options: dict[str, Any]) -> dict[str, Any] |
         reason = " ".join(str(error).split())[:160]
         logger.info("%s: the environment %s cannot be made again here (%s); no evaluation", episodes.name, name, reason)
         return None
-    return {"name": "gymnasium", **options}
+    return {"name": family, **options}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value from a file is a number, a flag, a plain word, or a list of such."""
+    if isinstance(value, list):
+        return all(is_plain(part) for part in value)
+    if isinstance(value, str):
+        return not value.strip(WORD) and len(value) < 100
+    return value is None or isinstance(value, bool) or (isinstance(value, (int, float)) and abs(value) <= 100_000)
 
 
 def plain_words(values: Any) -> str:

@@ -379,6 +379,9 @@ def recovered(episodes: Episodes, meta: dict[str, Any]) -> dict[str, Any] | None
     """
     import importlib
 
+    env = meta.get("environment")
+    if isinstance(env, dict) and env.get("name") != "gymnasium":  # of another family, as `convert` writes it
+        return recoverable(episodes, env)
     text = meta.get("eval_env_spec") or meta.get("env_spec")
     if not text:
         logger.info("%s: it names no environment; no evaluation", episodes.name)
@@ -389,7 +392,11 @@ def recovered(episodes: Episodes, meta: dict[str, Any]) -> dict[str, Any] | None
         package = str(spec.get("entry_point", "")).partition(".")[0].partition(":")[0]
         if not all(part.replace("_", "").replace("-", "").isalnum() for part in name.split("/")):
             raise ValueError(f"the id {name!r}")
-        options = {"id": name, "max_episode_steps": limit if isinstance(limit, int) and limit > 0 else None}
+        options = {
+            "name": "gymnasium",
+            "id": name,
+            "max_episode_steps": limit if isinstance(limit, int) and limit > 0 else None,
+        }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         logger.info("%s: its environment is not understood (%s); no evaluation", episodes.name, error)
         return None

@@ -3,10 +3,11 @@
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import UserError, nearest, require
+from .workers import spread
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,11 @@ class GymnasiumEnv:
     """Registered id, such as Pendulum-v1, HalfCheetah-v5, or module:MyEnv-v0."""
     max_episode_steps: int | None = None
     """Steps until an episode is cut; None keeps the limit that is registered with the id."""
-    vectorization_mode: Literal["sync", "async"] = "sync"
-    """All environments in this process, or each in one of its own: for slow ones."""
+    workers: int = 0
+    """Processes that step the environments, each its share: for slow ones; 0 steps them in this one."""
+    wrappers: tuple[str, ...] = ()
+    """Wrappers of gymnasium.wrappers around each environment, the innermost first, as NAME or NAME:JSON with their
+    arguments, such as RescaleAction:{"min_action": -1, "max_action": 1}."""
     render_mode: Literal["rgb_array"] | None = None
     """Draw frames off screen."""
     kwargs: str = ""
@@ -30,7 +34,11 @@ class GymnasiumEnv:
         Raises:
             UserError: an unknown id, or a package that the environment needs is missing.
         """
+        if self.workers:
+            return spread(replace(self, workers=0).build, num_envs, seed, self.workers)
         gym = require("gymnasium", "gymnasium")
+        if self.id.startswith("ALE/"):  # it registers its games, and needs no screen
+            gym.register_envs(require("ale_py", "ale-py"))
         if self.max_episode_steps is not None and self.max_episode_steps < 1:
             raise UserError(f"--env.max-episode-steps {self.max_episode_steps} must be 1 or more")
         if self.render_mode is not None and sys.platform == "linux":
@@ -41,7 +49,8 @@ class GymnasiumEnv:
         options |= self._kwargs()
         try:
             options["vector_kwargs"] = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
-            envs = gym.make_vec(self.id, num_envs, vectorization_mode=self.vectorization_mode, **options)
+            wrappers = [self._wrapper(gym, text) for text in self.wrappers]
+            envs = gym.make_vec(self.id, num_envs, vectorization_mode="sync", wrappers=wrappers, **options)
         except gym.error.DependencyNotInstalled as error:
             raise UserError(f"--env.id {self.id}: {error}") from error
         except ModuleNotFoundError as error:
@@ -50,6 +59,29 @@ class GymnasiumEnv:
             raise UserError(f"--env.id {self.id}: {error}; {nearest(self.id, gym.registry)}") from error
         envs.reset(seed=seed)
         return envs
+
+    def _wrapper(self, gym: Any, text: str) -> Any:
+        """One of `wrappers`: environment -> environment. Raises UserError: no such one, or arguments that misfit."""
+        name, colon, arguments = text.partition(":")
+        known = [word for word in gym.wrappers.__all__ if word != "vector"]
+        if name not in known:
+            raise UserError(f"--env.wrappers {name}: no wrapper of gymnasium.wrappers; {nearest(name, known)}")
+        try:
+            options = json.loads(arguments) if colon else {}
+            if not isinstance(options, dict):
+                raise ValueError(f"found {type(options).__name__}")
+        except ValueError as error:
+            raise UserError(f"--env.wrappers {text}: expected NAME:JSON with an object ({error})") from error
+
+        def wrap(env: Any) -> Any:
+            try:
+                return getattr(gym.wrappers, name)(env, **options)
+            except gym.error.DependencyNotInstalled as error:
+                raise UserError(f"--env.wrappers {name}: {error}") from error
+            except Exception as error:
+                raise UserError(f"--env.wrappers {text}: {type(error).__name__}: {error}") from error
+
+        return wrap
 
     def _kwargs(self) -> dict[str, Any]:
         try:

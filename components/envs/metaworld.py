@@ -2,10 +2,11 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import UserError
+from .workers import spread
 
 
 def draw_off_screen() -> None:
@@ -28,13 +29,17 @@ class MetaWorldEnv:
     """Cameras that are observed, such as behindGripper or corner2; the state is then hand and gripper alone."""
     image_size: int = 64
     """Height and width of their pictures."""
+    workers: int = 0
+    """Processes that step the environments, each its share; 0 steps them in this one."""
 
     def build(self, num_envs: int, seed: int) -> Any:
-        """Make a vector environment in this process.
+        """Make a vector environment.
 
         Raises:
             UserError: an unknown task, steps outside 1 to 500, or the package is missing.
         """
+        if self.workers:
+            return spread(replace(self, workers=0).build, num_envs, seed, self.workers)
         if not 1 <= self.max_episode_steps <= 500:
             raise UserError(
                 f"--env.max-episode-steps {self.max_episode_steps} must be 1 to 500, Meta-World's own limit"

@@ -1,11 +1,12 @@
 """OGBench's environments (Park et al., 2025): five tasks with goals each, and their single-task variants."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import UserError, nearest, require
 from .metaworld import draw_off_screen
+from .workers import spread
 
 TASKS = 5
 
@@ -24,13 +25,17 @@ class OGBenchEnv:
     """Of a single task: its reward is judged before an action, as ogbench does since 1.2, or after it."""
     render_mode: Literal["rgb_array"] | None = None
     """Draw frames off screen."""
+    workers: int = 0
+    """Processes that step the environments, each its share; 0 steps them in this one."""
 
     def build(self, num_envs: int, seed: int) -> Any:
-        """Make a vector environment in this process.
+        """Make a vector environment.
 
         Raises:
             UserError: an unknown id or task, or the package is missing.
         """
+        if self.workers:
+            return spread(replace(self, workers=0).build, num_envs, seed, self.workers)
         if not 0 <= self.task <= TASKS:
             raise UserError(f"--env.task {self.task} must be 1 to {TASKS}, or 0 for all in turn")
         if self.max_episode_steps is not None and self.max_episode_steps < 1:

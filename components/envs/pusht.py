@@ -2,10 +2,11 @@
 
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import UserError, require
+from .workers import spread
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,17 @@ class PushTEnv:
     """Steps until an episode is cut, at 10 a second."""
     render_mode: Literal["rgb_array"] | None = None
     """Draw frames off screen."""
+    workers: int = 0
+    """Processes that step the environments, each its share; 0 steps them in this one."""
 
     def build(self, num_envs: int, seed: int) -> Any:
-        """Make a vector environment in this process; `coverage` of its info is tracked, the share of the goal covered.
+        """Make a vector environment; `coverage` of its info is tracked, the share of the goal covered.
 
         Raises:
             UserError: no steps, or gym-pusht is missing.
         """
+        if self.workers:
+            return spread(replace(self, workers=0).build, num_envs, seed, self.workers)
         if self.max_episode_steps < 1:
             raise UserError(f"--env.max-episode-steps {self.max_episode_steps} must be 1 or more")
         if "pygame" not in sys.modules:  # which greets, and warns of its own packaging
