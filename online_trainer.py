@@ -664,6 +664,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     normaliser = Normaliser(spec, modes | running.modes).to(device)
     described = normaliser.with_ranges(windowed(spec, window))
     with cli.one_line(f"dataset {args.dataset!r}"):
+        data = residual.relabelled(data, base)
         old = experience.old_transitions(data, learns, args.trainer, args.trainer_options, described, normaliser)
 
     # What learns, what acts, what explores, and what evaluates.

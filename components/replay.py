@@ -20,7 +20,7 @@ def windowed(spec: dict[str, Any], window: dict[str, Any]) -> dict[str, Any]:
     if (chunk := window.get("chunk", 1)) > 1:
         spec["action"] = action | {"shape": (chunk, *action["shape"])}
         spec["action_is_pad"] = {"shape": (chunk,), "dtype": "bool"}
-        spec["complete"] = {"shape": (), "dtype": "bool"}
+        spec["complete"] = {"shape": (), "dtype": "float32"}
     if window.get("next_action"):
         spec["next.action"] = {key: action[key] for key in ("shape", "dtype")}
     if window.get("to_go"):
@@ -188,7 +188,8 @@ class ReplayBuffer:
             last = window.gather(1, length[:, None]).squeeze(1)
             if self.chunk > 1:
                 batch["action_is_pad"] = steps > length[:, None]
-                batch["complete"] = ~batch["action_is_pad"][:, -1] | self.data["terminated"].flatten()[last]
+                complete = ~batch["action_is_pad"][:, -1] | self.data["terminated"].flatten()[last]
+                batch["complete"] = complete.float()
                 batch["action"] = self._actions(window.gather(1, steps.minimum(length[:, None])))
             if self.next_action:
                 following = (age + 1).minimum(newest.squeeze(1))

@@ -10,12 +10,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from .datasets.episodes import EpisodeDataset, take
 from .errors import UserError
 from .evaluation import observation_batch
 from .policy import Policy
@@ -96,6 +98,47 @@ def base_of(trainer: Any, config: Any, run: Path, first: bool) -> Base | None:
             raise UserError("--trainer.base is needed: the run folder of the policy to correct")
         shutil.copytree(describe(folder)[0].parent, kept)
     return Base(kept, scale)
+
+
+def relabelled(data: dict[str, Any], base: Base | None) -> dict[str, Any]:
+    """Demonstrations as `OnTop` would show them: what the frozen policy would have done, and how it would be corrected.
+
+    Corrections beyond what is allowed are cut.
+
+    Args:
+        data: What a dataset's factory returned.
+
+    Raises:
+        UserError: no episodes, chunks, or observations that the frozen policy lacks.
+    """
+    if base is None or not data:
+        return data
+    dataset = data["dataset"]
+    if not isinstance(dataset, EpisodeDataset) or dataset.action_steps > 1:
+        raise UserError("a residual policy learns from single actions of episodes; name a plain dataset")
+    episodes, policy = dataset.episodes, base.new()
+    acted = torch.zeros(len(next(iter(episodes.observations.values()))), episodes.columns["action"].shape[1])
+    known = torch.zeros(len(acted), dtype=torch.bool)
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), episodes.ends[:-1]])
+    for step in range(int(episodes.lengths.max()) + 1):  # all episodes together; the last one acts on what followed
+        at = episodes.at[(starts + step).clamp(max=len(episodes.at) - 1)]
+        at = torch.where(episodes.lengths == step, episodes.after[episodes.ends - 1], at)
+        at[episodes.lengths < step] = -1
+        rows = (at >= 0).nonzero().squeeze(1)
+        if len(rows):
+            seen = {key: take(store, at[rows]).numpy() for key, store in episodes.observations.items()}
+            acted[at[rows]] = torch.from_numpy(policy.act(seen, rows if step else None))
+            known[at[rows]] = True
+    seen_at = torch.cat([episodes.at, episodes.after[episodes.after >= 0]])
+    if not bool(known[seen_at].all()):
+        raise UserError("a residual policy needs the observations of whole episodes; name a plain dataset")
+    low, high = torch.tensor(base.low), torch.tensor(base.high)
+    middle, half = (high + low) / 2, (high - low) / 2
+    correction = (episodes.columns["action"] - acted[episodes.at]) / (base.scale * half)
+    columns = episodes.columns | {"action": correction.clamp(-1, 1)}
+    observations = episodes.observations | {BASE_ACTION: ((acted - middle) / half).clamp(-1, 1)}
+    whole = replace(episodes, columns=columns, observations=observations)
+    return data | {"dataset": EpisodeDataset(whole, dataset.rows, dataset.obs_steps), "norm_stats": {}}
 
 
 class Middle:

@@ -87,7 +87,9 @@ def online(tmp_path: Path) -> Callable[..., Path]:
     """Run the online script in this process on the toy environment, with small networks; returns its run folder."""
 
     def run(*options: object, folder: str = "run") -> Path:
-        argv = fill([str(option) for option in options], {"--run-dir": tmp_path / folder, **ONLINE})
+        argv = [str(option) for option in options]
+        own = {k: v for k, v in ONLINE.items() if k != "--learning-starts" or "ppo" not in argv}
+        argv = fill(argv, {"--run-dir": tmp_path / folder, **own})
         if "--resume" not in argv and argv[argv.index("--env") + 1] == "gymnasium" and "--env.id" not in argv:
             argv += ["--env.id", "TendonToy-v0", "--env.max-episode-steps", "10"]
         if "--resume" not in argv and argv[argv.index("--trainer") + 1] == "sac":

@@ -61,9 +61,11 @@ TRAINERS: dict[str, tuple[object, ...]] = {
 ONLINE_ALONE: dict[str, tuple[object, ...]] = {
     "ppo": ("--trainer", "ppo", "--model.hidden-dims", 16, "--model.value.hidden-dims", 16, "--trainer.rollout", 10)
     + ("--trainer.epochs", 2),
-    "dqn": ("--trainer", "dqn", "--model.hidden-dims", 16, "--env.id", "CartPole-v1"),
+    "dqn": ("--trainer", "dqn", "--model.hidden-dims", 16, "--env", "savable", "--env.discrete")
+    + ("--updates-per-step", 1),
 }
 ONLINE_ALONE["rlpd"] = ("--trainer", "rlpd", *SMALL, "--dataset", "toy", "--model.critic.members", 3)
+ONLINE_ALONE["rlpd"] += ("--updates-per-step", 2, "--trainer.policy-every", 2)
 DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
 
@@ -98,6 +100,17 @@ class ToyEnv(gym.Env):
         self.count += 1
         self.state = (0.5 * self.state + self.np_random.normal(size=STATE)).astype(np.float32)
         return self.state, -error, False, self.count == LENGTH, {"success": self.good}
+
+
+class ChoiceEnv(ToyEnv):
+    """The right one of three actions is the number of the largest of the first three entries of the state."""
+
+    action_space = gym.spaces.Discrete(3)
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        right = int(action) == int(self.state[:3].argmax())
+        state, _, terminated, truncated, _ = super().step(np.zeros(ACTION, np.float32))
+        return state, float(right), terminated, truncated, {"success": right}
 
 
 class PairEnv(ToyEnv):
@@ -155,9 +168,11 @@ class Savable:
 
     mode: str = "NextStep"
     """Autoreset mode."""
+    discrete: bool = False
+    """Actions are chosen among three."""
 
     def build(self, num_envs: int, seed: int) -> Any:
-        return SavableEnvs([ToyEnv] * num_envs, autoreset_mode=self.mode)
+        return SavableEnvs([ChoiceEnv if self.discrete else ToyEnv] * num_envs, autoreset_mode=self.mode)
 
 
 ENV_BUILDER_REGISTRY["savable"] = Savable
