@@ -22,6 +22,7 @@ from components import (
     TRAINER_REGISTRY,
 )
 from components.datasets.episodes import Episodes, Scales, build, from_columns
+from components.envs.workers import spread
 
 # tyro reads the options' docstrings from their source for each command line: a fifth of the time of a small training.
 inspect.getsource = lru_cache(maxsize=None)(inspect.getsource)  # type: ignore[assignment]
@@ -242,6 +243,65 @@ class Faulty:
 
 
 ENV_BUILDER_REGISTRY["faulty"] = Faulty
+
+
+@dataclass(frozen=True)
+class SpreadFaulty:
+    """The same toys in two processes."""
+
+    kind: str = "raise"
+    """What the faulty one does."""
+    at: int = 7
+    """At which of its steps."""
+    index: int = 1
+    """Which one."""
+
+    def build(self, num_envs: int, seed: int) -> Any:
+        def part(count: int, own_seed: int) -> Any:
+            one = Faulty(self.kind, self.at, self.index - (own_seed - seed))  # their seeds tell how many come before
+            return one.build(count, own_seed)
+
+        return spread(part, num_envs, seed, 2)
+
+
+ENV_BUILDER_REGISTRY["spread_faulty"] = SpreadFaulty
+
+
+class PictureEnv(gym.Env):
+    """A picture of one brightness; the right action is the darker or the lighter one."""
+
+    observation_space = gym.spaces.Box(0, 255, (12, 12, 3), np.uint8)
+
+    def __init__(self, discrete: bool) -> None:
+        self.action_space: Any = gym.spaces.Discrete(2) if discrete else ToyEnv.action_space
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.count = 0
+        return self._draw(), {}
+
+    def _draw(self) -> np.ndarray:
+        self.light = float(self.np_random.integers(2))
+        return np.full((12, 12, 3), 255 * self.light, np.uint8)
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        reward = -abs(float(np.ravel(action)[0]) - self.light)
+        return self._draw(), reward, False, self.count == LENGTH, {}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Environments that are seen."""
+
+    discrete: bool = False
+    """Actions are chosen among two."""
+
+    def build(self, num_envs: int, seed: int) -> Any:
+        return gym.vector.SyncVectorEnv([lambda: PictureEnv(self.discrete)] * num_envs, autoreset_mode="SameStep")
+
+
+ENV_BUILDER_REGISTRY["pictures"] = Pictures
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,8 @@ class GymnasiumEnv:
         except ValueError as error:
             raise UserError(f"--env.wrappers {text}: expected NAME:JSON with an object ({error})") from error
 
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+
         def wrap(env: Any) -> Any:
             try:
                 return getattr(gym.wrappers, name)(env, **options)

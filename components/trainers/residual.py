@@ -15,7 +15,13 @@ which corrections set in, but for `learning_starts` steps, at which they are sma
 from dataclasses import dataclass
 from typing import Any
 
-from ..value_learning import ONLINE_RL, networks
+import torch
+from torch import Tensor
+
+from ..augmentation import random_shift
+from ..models.encoder import detached, encoded
+from ..parallel import global_mean
+from ..value_learning import ONLINE_RL, frozen, networks
 from .rlpd import RLPD
 
 
@@ -37,6 +43,8 @@ class Residual(RLPD):
     class Config(RLPD.Config):
         """A residual policy on top of a frozen one."""
 
+        penalty: float = 0.5
+        """Weight of the squared correction against the values, which are divided by their mean size."""
         base: str = ""
         """Run folder of the policy that is corrected."""
         scale: float = 0.2
@@ -45,6 +53,19 @@ class Residual(RLPD):
         """Updates of the critics for each of policy and temperature."""
         backup_entropy: bool = False
         """Add the entropy to the targets."""
+
+    def actor_losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """J_pi + J_alpha, with the values divided by their mean size, and the corrections held small."""
+        with torch.no_grad():
+            data = detached(encoded(self.encoder, random_shift(data, self.config.shift)))
+        action, log_prob = self.models["policy"].sample(data)  # [B, Da], [B]
+        q, alpha = self.together(frozen(self.models["critic"], data, action)), self.models["temperature"]()
+        size = global_mean(q.abs()).clamp(min=1e-8)
+        actor_loss = ((alpha.detach() * log_prob - q) / size).mean() + self.config.penalty * action.square().mean()
+        temperature_loss = -alpha * (log_prob.detach().mean() + self.target_entropy)
+        metrics = {"actor_loss": actor_loss, "temperature_loss": temperature_loss, "temperature": alpha}
+        metrics |= {"entropy": -log_prob.mean(), "correction": action.abs().mean()}
+        return actor_loss + temperature_loss, {name: value.detach() for name, value in metrics.items()}
 
     @staticmethod
     def base(config: Any) -> tuple[str, float]:
