@@ -752,7 +752,7 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
             while transitions is None and not len(memory):  # a fault before there is anything to learn from
                 transitions, episodes = collector.step(action)
             if transitions is None:  # a fault: the episodes are cut, new ones begin
-                memory.cut()
+                memory.miss()
                 running.cut()
                 explorer.reset()
             else:

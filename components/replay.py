@@ -135,6 +135,8 @@ class ReplayBuffer:
         self.saved_cut |= (self.total == self.saved_total) & (self.count > 0)
         self._end(self.count > 0)
 
+    miss = cut  # a step of the environments was lost
+
     def _end(self, ended: Tensor) -> None:
         """Episodes of the environments `ended` `[N]` are over: now their returns are known."""
         for env in ended.nonzero().flatten().tolist() if self.to_go else ():

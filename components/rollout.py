@@ -50,6 +50,7 @@ class Rollout:
             )
         self.epochs, self.per_epoch = epochs, steps * num_envs // minibatch
         self.rows: list[dict[str, Tensor]] = []
+        self.missed = 0  # steps of this rollout that a fault of the environments has taken
         self.fresh = 0.0  # updates that the rollout which has just ended makes due
         self.data: dict[str, Tensor] = {}
         self.order: list[Tensor] = []
@@ -62,7 +63,17 @@ class Rollout:
         """Add a step of each environment."""
         kept = {key: value for key, value in transitions.items() if key not in ("action", "drawn")}
         self.rows.append(kept | {"action": transitions["drawn"]})
-        if len(self.rows) == self.steps:
+        if len(self.rows) + self.missed == self.steps:
+            self._finish()
+
+    def miss(self) -> None:
+        """A step of the environments was lost: their episodes are cut, and this process has fewer samples this time.
+
+        So rollouts end at the same step on all processes, which learn from them together.
+        """
+        self.cut()
+        self.missed += 1
+        if len(self.rows) + self.missed == self.steps:
             self._finish()
 
     def due(self, ready: bool) -> float:
@@ -78,7 +89,7 @@ class Rollout:
     def _finish(self) -> None:
         """Let the trainer estimate what it learns from, and lay out the minibatches."""
         rollout = {key: torch.stack([row[key] for row in self.rows]).to(self.device) for key in self.rows[0]}
-        self.rows = []
+        self.rows, self.missed = [], 0
         valid = rollout["valid"].flatten()
         estimated = self.trainer.estimate(self.normaliser(rollout))
         self.data = {key: value.flatten(0, 1)[valid] for key, value in estimated.items() if key not in UNLEARNT}
@@ -108,16 +119,16 @@ class Rollout:
     @property
     def between(self) -> bool:
         """Whether no rollout has begun, so that what acts may change."""
-        return not self.rows
+        return not (self.rows or self.missed)
 
     def state_dict(self) -> dict[str, Any]:
         """The rollout that has begun."""
-        return {"rows": self.rows}
+        return {"rows": self.rows, "missed": self.missed}
 
     def restore(self, own: dict[str, Any], first: int) -> bool:
         """Go on with what this process saved; with another number of processes the rollout begins anew."""
         if "buffer" in own:
-            self.rows = own["buffer"]["rows"]
+            self.rows, self.missed = own["buffer"]["rows"], own["buffer"]["missed"]
         return True
 
 

@@ -16,9 +16,9 @@ SMALL = 1e-8  # added to a variance, as Gymnasium's wrappers do
 class RunningStatistics:
     """Mean and deviation of the observations, and the deviation of the discounted return, which divides the rewards.
 
-    What is added counts from `settle` on, so that nothing changes between acting and learning from it. The return is
-    that of gymnasium.wrappers.NormalizeReward; deviation from there: it begins anew at every episode's end, also at a
-    truncated one.
+    What is added counts from `settle` on, so that nothing changes between acting and learning from it. The return
+    begins anew after an episode's last step, terminated or truncated; that of gymnasium.wrappers.NormalizeReward
+    forgets what came before at a terminating step, goes on with its reward, and through truncations.
 
     Args:
         spec: Of the transitions; the keys that are normalised get the statistics of a normal distribution.
@@ -67,12 +67,16 @@ class RunningStatistics:
 
     def settle(self, normaliser: Normaliser) -> None:
         """Let what was added on all processes count, by Chan's update (Chan et al., 1979)."""
-        for key, parts in self.new.items():
-            x = torch.cat(parts).double()
-            sums = torch.stack([torch.full_like(x[0], len(x)), x.sum(0), x.square().sum(0)])  # [3, D]
+        for key, (count, mean, squares) in self.moments.items():  # the same on all processes, whatever they have added
+            sums = torch.zeros_like(self.moments[key])
+            if key in self.new:
+                x = torch.cat(self.new[key]).double()
+                sums = torch.stack([torch.full_like(mean, len(x)), x.sum(0), x.square().sum(0)])  # [3, D]
             if world_size() > 1:
                 dist.all_reduce(sums)
-            (count, mean, squares), (more, total, square) = self.moments[key], sums
+            more, total, square = sums
+            if not float(more[0]):
+                continue
             other = total / more
             delta, whole = other - mean, count + more
             squares = squares + (square - more * other.square()).clamp(min=0) + delta.square() * count * more / whole

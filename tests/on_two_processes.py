@@ -27,7 +27,8 @@ def run(name: str, *options: object, resume: bool = False, script: Any = offline
     """Run the script on both processes; returns what it raised."""
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
-    data = ("--dataset", "toy") if script is offline_trainer else ("--env", "savable", "--num-envs", 4)
+    data = ("--dataset", "toy") if script is offline_trainer else ("--num-envs", 4)
+    data += ("--env", "savable") * (script is online_trainer and "--env" not in options)
     where = ("--resume", FOLDER / name) if resume else ("--run-dir", FOLDER / name, *data)
     small = () if resume else ("--batch-size", 16, "--eval-episodes", 0)
     try:
@@ -129,6 +130,10 @@ if __name__ == "__main__":
     run("evaluated", "--trainer", "bc", *SGD, "--eval-episodes", 7, "--eval-envs", 2)
     learning = ("--steps", 80, "--learning-starts", 20, *toy.SAC)
     run("online", *learning, "--eval-episodes", 3, "--save-every", 40, script=online_trainer)
+    fault = ("--env", "faulty", "--env.rank", 1, "--env.at", 17, "--steps", 120, "--log-every", 20)
+    statistics = ("--normalise-observations", "--normalise-rewards")
+    run("ppo_fault", *toy.ONLINE_ALONE["ppo"], *fault, "--eval-episodes", 2, "--save-every", 40, script=online_trainer)
+    run("sac_fault", *toy.SAC, *fault, *statistics, "--learning-starts", 20, script=online_trainer)
     resumable = ("--trainer", "bc", "--steps", 30, "--save-every", 10, "--log-every", 7, "--model.dropout", 0.3)
     run("whole", *resumable)
     dying(15, lambda: run("resumed", *resumable))

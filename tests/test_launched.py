@@ -76,6 +76,20 @@ def test_the_online_script_on_two_processes(pair: Path, online: Callable[..., Pa
     assert all(env["ended"][18] for env in envs)  # the episodes that were cut
 
 
+@pytest.mark.parametrize("name", ["ppo_fault", "sac_fault"])
+def test_a_fault_on_one_process_keeps_the_others_in_step(pair: Path, name: str) -> None:
+    """Rollouts end together, and statistics are shared, also where one process has a step less."""
+    run = pair / name
+    assert json.loads((run / "status.json").read_text()) == {"state": "finished", "step": 120, "reason": ""}
+    folder, _ = newest(run / "checkpoints")
+    replaced = [read_tree(folder / f"rank-{rank}.safetensors")["collector"]["replaced"] for rank in range(2)]
+    assert replaced == [0, 1]
+    updates = read_lines(run / "metrics.jsonl")[-1]["updates"]
+    assert updates == (3 * 2 * 2 if name == "ppo_fault" else 100)  # 3 rollouts of 40 steps, 2 epochs of 2 minibatches
+    statistics = read_tree(folder / "trainer.safetensors")["progress"]["statistics"]
+    assert statistics["observation.state"][0, 0] == 120 - 2  # of the two environments that were replaced together
+
+
 @pytest.mark.parametrize("name", ["minimal", "with_keywords"])
 def test_minimal_components_on_two_processes(pair: Path, name: str) -> None:
     status = json.loads((pair / name / "status.json").read_text())

@@ -582,13 +582,14 @@ def test_a_rollout_goes_on_where_it_was_saved(tmp_path: Path, begun: int) -> Non
 def test_a_cut_ends_every_episode_at_the_newest_step() -> None:
     memory, trainer = rollout()
     memory.cut()  # nothing has begun
-    own = step(0)
+    memory.add(step(0))
+    own = step(1)
     memory.add(own)
     memory.cut()
     assert own["ended"].tolist() == [False, False]  # others have it, too
-    for t in range(1, 6):
+    for t in range(2, 6):
         memory.add(step(t))
-    assert trainer.seen["ended"].tolist() == [[True, True], [False, False], [True, False], *[[False, False]] * 3]
+    assert trainer.seen["ended"].tolist() == [[False, False], [True, True], [True, False], *[[False, False]] * 3]
     assert not trainer.seen["terminated"].any()
 
 

@@ -197,6 +197,7 @@ class FaultyEnv(ToyEnv):
         self.own += 1
         observation, reward, terminated, truncated, info = super().step(action)
         faulty = self.index == self.options.index and self.own == self.options.at
+        faulty = faulty and self.options.rank in (-1, int(os.environ.get("RANK", "0")))
         if faulty and not (self.options.once and FaultyEnv.faults):
             FaultyEnv.faults += 1
             match self.options.kind:
@@ -231,6 +232,8 @@ class Faulty:
     """Misbehave no second time."""
     missing: int = 0
     """How many fewer than asked for."""
+    rank: int = -1
+    """On which process alone."""
 
     def build(self, num_envs: int, seed: int) -> Any:
         """Two of the kinds are faults of this method: on the second process, and from the third call on."""

@@ -96,6 +96,8 @@ class PPO:
         bounds = {"rollout": (1, 1e9), "epochs": (1, 1e9), "gae_lambda": (0, 1), "clip": (0, 1e9)}
         check_rates(self.config, value_weight=(0, 1e9), entropy_weight=(0, 1e9), **bounds)
         self.encoder, self.stopped = encoder_of(models), False
+        if any(getattr(models[name], "members", 1) != 1 for name in models):
+            raise UserError("ppo has one value function; set --model.value.members 1")
         if self.config.target_kl is None:
             self.cycle = 1  # otherwise a divergence is looked at
         if spec is not None:

@@ -2,7 +2,7 @@
 
 python tests/benchmarks/online_speed.py --profile
 python tests/benchmarks/online_speed.py --cleanrl ../cleanrl --cleanrl-python PYTHON --compile --json rows.json
-python tests/benchmarks/online_speed.py --only ppo --sb3 --sb3-python PYTHON     # of an environment that has it
+python tests/benchmarks/online_speed.py --only ppo --sb3 --sb3-python PYTHON     # pip install stable-baselines3
 python tests/benchmarks/online_speed.py --cleanrl ../cleanrl --cleanrl-python PYTHON --gpu
 
 Measured are whole loops as anybody would start them: `online_trainer.py` in HalfCheetah-v5, CleanRL's own script, run
@@ -11,8 +11,9 @@ Each is a process of its own, on one thread of the CPU, without evaluations and 
 PPO once a rollout. A figure is environment steps a second from the first line of the log once learning goes on (500
 updates, PPO one rollout) to the last one, so that neither start, compiling nor the random steps count. It is taken on
 two clocks: the CPU time of the process, which the goals are for, since other programs hardly change it, and the wall
-clock; with `--gpu` on the latter alone. Figures of a trainer are measured in turns, in reverse order every second
-round; of several rounds the first does not count. A ratio is the median of the rounds' own ratios.
+clock; with `--gpu` on the latter alone, where the goal is what LeanRL has published over CleanRL. Figures of a trainer
+are measured in turns, in reverse order every second round; of several rounds the first does not count. A ratio is the
+median of the rounds' own ratios. The goals are over CleanRL; stable-baselines3 is held against the same ones.
 
 SAC and TD3: one environment, 1000 random steps, one update of 256 samples per step, two layers of 256, CleanRL's
 learning rates. CleanRL's SAC moves the policy twice in every second update, ours once in each. PPO: rollouts of 2048
@@ -22,11 +23,12 @@ of 2048, as the peers have. stable-baselines3's PPO normalises no observations, 
 "auto" is our `--matmul auto`, which takes torch.set_float32_matmul_precision("medium") where that is faster and still
 float32; "medium" and "highest", torch's default, are what is set in the process of the peer before its code runs.
 
-How our time divides is what our script logs, by the wall clock: collecting is everything but the updates, PPO's
-estimate of advantages included. In a run "without updates" the policy acts and what it meets is kept, and nothing
-learns. The peers' scripts do not tell their parts apart. `--profile` runs our script in this process and tells of 320
-updates, and of the steps between them, the shares in the CPU time: matrix products, the environment's own step, the
-optimizers' steps with the script's hooks; by torch.profiler, which makes everything that is small look larger.
+How our time divides is what our script logs, by the wall clock: updating is the updates, collecting all the rest, the
+drawing of batches and PPO's estimate of advantages included. In a run "without updates" the policy acts and what it
+meets is kept, and nothing learns. The peers' scripts do not tell their parts apart. `--profile` runs our script in this
+process and tells of 320 updates, and of the steps between them, the shares of the time: matrix products, the
+environment's own step, the optimizers' steps with the script's hooks; by torch.profiler, which makes everything that is
+small look larger.
 """
 
 import argparse
@@ -39,7 +41,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,9 +67,9 @@ Row = dict[str, Any]
 Speed = dict[str, float]  # environment steps a second: by each clock, and in our parts of a step
 PAUSE = 0.01  # seconds between two looks at a log
 PROFILED = 320  # updates that are profiled, after as many that are not; those of a PPO rollout
-PEERS = {"default": "highest", "auto": "medium"}  # our --matmul -> the peer's switch
+# Our --matmul, the precision that is set for the peer, and who has a switch.
 PAIRS = (("default", "highest", "none"), ("auto", "medium", "both"), ("auto", "highest", "ours alone"))
-RUN = "--env.id HalfCheetah-v5 --eval-episodes 0 --save-every 0 --save-minutes 0 --no-save-buffer"
+RUN = "--env.id HalfCheetah-v5 --eval-episodes 0 --save-every 0 --save-minutes 0 --no-save-buffer --run-dir run"
 REPLAY = ("--num-envs", "1", "--learning-starts", "1000")
 
 CLEANRL = """
@@ -88,13 +90,12 @@ class Marks(BaseCallback):
 
 precision, name, steps, every = sys.argv[1:]
 torch.set_float32_matmul_precision(precision)
-options = {"learning_starts": 1000, "batch_size": 256, "train_freq": 1, "gradient_steps": 1}
-options |= {"policy_kwargs": {"net_arch": [256, 256]}}
+layers, options = [256, 256], {"learning_starts": 1000, "batch_size": 256, "train_freq": 1, "gradient_steps": 1}
 if name == "PPO":
-    options = {"n_steps": 2048, "batch_size": 64, "n_epochs": 10}
-    options |= {"policy_kwargs": {"net_arch": {"pi": [64, 64], "vf": [64, 64]}}}
+    layers, options = {"pi": [64, 64], "vf": [64, 64]}, {"n_steps": 2048, "batch_size": 64, "n_epochs": 10}
 env = "HalfCheetah-v5" if "HalfCheetah-v5" in gymnasium.registry else "HalfCheetah-v4"
-model = getattr(stable_baselines3, name)("MlpPolicy", env, learning_rate=3e-4, **options)
+options |= {"learning_rate": 3e-4, "policy_kwargs": {"net_arch": layers}}
+model = getattr(stable_baselines3, name)("MlpPolicy", env, **options)
 model.learn(int(steps), callback=Marks())
 """
 
@@ -130,45 +131,36 @@ TASKS = {
 
 
 class Script(NamedTuple):
-    """What is run, where it logs, and which step that file has come to."""
+    """What is run, and what tells its steps: the file where it logs, and what is in there once for each logged step."""
 
     command: list[str]
     log: str
-    step: Callable[[Path], int]
+    mark: str
+    before: int = 0  # steps that are not logged
     environment: dict[str, str] = {}
-
-
-def our_options(name: str, task: Task, options: tuple[str, ...], last: int, folder: str = "run") -> list[str]:
-    """The command line of our script."""
-    lines = ["--steps", str(last), "--log-every", str(task.every), "--run-dir", folder]
-    return ["--trainer", name, *RUN.split(), *options, *lines]
 
 
 def our_script(name: str, task: Task, options: tuple[str, ...], last: int) -> Script:
     """Ours; `options` beside those that all runs have."""
-    command = [sys.executable, str(ROOT / "online_trainer.py"), *our_options(name, task, options, last)]
-    return Script(command, "run/metrics.jsonl", lambda log: [0, *(line["step"] for line in read_lines(log))][-1])
+    command = [sys.executable, str(ROOT / "online_trainer.py"), "--trainer", name, *RUN.split(), *options]
+    command += ["--steps", str(last), "--log-every", str(task.every)]
+    return Script(command, "run/metrics.jsonl", "\n")
 
 
 def cleanrl_script(name: str, task: Task, args: argparse.Namespace, precision: str, last: int) -> Script:
-    """CleanRL's, as it is, under a switch; a line with SPS comes with every step that it logs."""
+    """CleanRL's, as it is, under a switch."""
     checkout = args.cleanrl.absolute()
     file = checkout / "cleanrl" / f"{name}_continuous_action.py"
     command = [str(args.cleanrl_python.absolute()), "-c", CLEANRL, precision, str(file), "--env-id", "HalfCheetah-v4"]
     command += ["--total-timesteps", str(last + 1)]  # its first step is 0
     command += ["--learning-starts", str(task.starts)] if task.starts else []
-
-    def step(log: Path) -> int:
-        lines = log.read_text().count("SPS:")
-        return task.starts + lines * task.every if lines else 0
-
-    return Script(command, "output.txt", step, {"PYTHONPATH": str(checkout)})
+    return Script(command, "output.txt", "SPS:", task.starts, {"PYTHONPATH": str(checkout)})
 
 
 def sb3_script(name: str, task: Task, args: argparse.Namespace, precision: str, last: int) -> Script:
     """The lines above in a Python that has stable-baselines3."""
     command = [str(args.sb3_python.absolute()), "-c", SB3, precision, name.upper(), str(last), str(task.every)]
-    return Script(command, "output.txt", lambda log: task.every * log.read_text().count("MARK"))
+    return Script(command, "output.txt", "MARK")
 
 
 def speed(script: Script, task: Task, last: int, gpu: bool) -> Speed:
@@ -180,7 +172,7 @@ def speed(script: Script, task: Task, last: int, gpu: bool) -> Speed:
         with output.open("w") as file:
             process = subprocess.Popen(script.command, cwd=folder, env=environment, stdout=file, stderr=file)
         try:
-            marks = watch(process, log, script.step, task.begin, last)
+            marks = watch(process, log, script, task, last)
         finally:
             process.kill()
             process.wait()
@@ -198,14 +190,15 @@ def speed(script: Script, task: Task, last: int, gpu: bool) -> Speed:
     return found
 
 
-def watch(process: Any, log: Path, step_of: Callable[[Path], int], begin: int, last: int) -> dict[int, Speed]:
-    """Both clocks, in seconds, when the log of a running process has come to a step, from `begin` on."""
+def watch(process: Any, log: Path, script: Script, task: Task, last: int) -> dict[int, Speed]:
+    """Both clocks, in seconds, when a running script has logged a step, from the first one that counts."""
     marks: dict[int, Speed] = {}
     times, size = psutil.Process(process.pid).cpu_times, 0
     while last not in marks:
         time.sleep(PAUSE)
         before, size = size, log.stat().st_size if log.exists() else 0
-        if size != before and (step := step_of(log)) >= begin:
+        step = script.before + task.every * log.read_text().count(script.mark) if size != before else 0
+        if step >= task.begin:
             used = times()
             marks.setdefault(step, {"cpu": used.user + used.system, "wall": time.monotonic()})
         elif process.poll() is not None:
@@ -235,7 +228,7 @@ def run(name: str, task: Task, args: argparse.Namespace, peers: dict[str, Callab
     if args.compile or args.gpu:
         ours |= {f"{label}, compiled": (*options, "--compile") for label, options in ours.items()}
     figures: dict[str, Callable[[], Speed]] = {}
-    for mine, theirs in list(PEERS.items())[: 1 if args.gpu else 2]:
+    for mine, theirs, _ in PAIRS[: 1 if args.gpu else 2]:
         for label, options in ours.items():
             figures[f"{label}, {mine}"] = partial(measured, our_script(name, task, (*options, "--matmul", mine), last))
         for peer, script in peers.items():
@@ -247,7 +240,8 @@ def run(name: str, task: Task, args: argparse.Namespace, peers: dict[str, Callab
     print(f"\n{name}: steps {task.begin} to {last}, {args.rounds} rounds")
     speeds = in_turns(figures, args.rounds)
     rows = [tell(label, found, task) for label, found in speeds.items()]
-    for clock in ("wall",) if args.gpu else ("cpu", "wall"):
+    clocks = ("wall",) if args.gpu else ("cpu", "wall")
+    for clock in clocks if peers else ():
         print(f"environment steps a second, ours / peer, {clock} clock:")
         rates = {label: [one[clock] for one in found] for label, found in speeds.items()}
         for peer, label, (mine, theirs, switch) in itertools.product(peers, ours, PAIRS[: 1 if args.gpu else 3]):
@@ -255,11 +249,10 @@ def run(name: str, task: Task, args: argparse.Namespace, peers: dict[str, Callab
             row = compare(rates, f"{label}, {mine}", f"{peer} {name}, {theirs}", goal)
             row |= {"name": f"{row['name']}, {clock} clock", "switch": switch, "compile": "--compile" in ours[label]}
             rows.append(row | {"clock": clock, "rounds": len(rates[f"{label}, {mine}"])})
-    more = {"trainer": name}
     if args.gpu:
         print(f"LeanRL has published {task.published:g}x of CleanRL's speed on an H100")
-        more["device"] = torch.cuda.get_device_name()
-    return [row | more for row in rows]
+    device = {"device": torch.cuda.get_device_name()} if args.gpu else {}
+    return [row | {"trainer": name} | device for row in rows]
 
 
 def in_turns(figures: dict[str, Callable[[], Speed]], rounds: int) -> dict[str, list[Speed]]:
@@ -290,7 +283,7 @@ def tell(label: str, found: list[Speed], task: Task) -> Row:
 
 
 def profile(name: str, task: Task, switch: str) -> Row:
-    """Run our script in this process and print the shares of its CPU time; returns the row."""
+    """Run our script in this process and print the shares of its time; returns the row."""
     cls: Any = TRAINER_REGISTRY[name]
     calls, learn, act = itertools.count(1), cls.train_step, Environments.step
     profiler, loop = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]), record_function("loop")
@@ -314,20 +307,19 @@ def profile(name: str, task: Task, switch: str) -> Row:
     variant, options = next(iter(task.variants.items()))
     with (
         tempfile.TemporaryDirectory() as folder,
+        chdir(folder),
         redirect_stdout(io.StringIO()),
         redirect_stderr(io.StringIO()),
         mock.patch.object(cls, "train_step", train_step),
         mock.patch.object(Environments, "step", step),
     ):
-        online_trainer.main(our_options(name, task, options, last, f"{folder}/run"))
-    events = {event.key: event for event in profiler.key_averages()}
-    times = {key: event.cpu_time_total for key, event in events.items()}
-    shares = {
-        "products": sum(events[key].self_cpu_time_total for key in PRODUCTS if key in events),
-        "environment": times["environment"],
-        "optimizer": sum(total for key, total in times.items() if key.startswith("Optimizer.step#")),
-    }
-    shares = {part: microseconds / times["loop"] for part, microseconds in shares.items()}
+        online_trainer.main(our_script(name, task, options, last).command[2:])
+    events = profiler.key_averages()
+    times = {event.key: event.cpu_time_total for event in events}
+    shares = {"products": sum(event.self_cpu_time_total for event in events if event.key in PRODUCTS)}
+    shares["environment"] = times["environment"]
+    shares["optimizer"] = sum(seconds for key, seconds in times.items() if key.startswith("Optimizer.step#"))
+    shares = {part: seconds / times["loop"] for part, seconds in shares.items()}
     shares["rest"] = 1 - sum(shares.values())
     print(f"{name}{variant}, {switch}: " + ", ".join(f"{share:.0%} {part}" for part, share in shares.items()))
     return {"name": f"{name}{variant}, {switch}, profile", "trainer": name, "switch": switch} | shares
