@@ -195,7 +195,7 @@ def save(
     def write() -> None:
         names = [*parts.kept, *parts.new]
         write_tree(temporary / f"rank-{rank}.safetensors", mine | ({"parts": names} if names else {}))
-        earlier = [path for path in reversed(steps(root)) if path < final]
+        earlier = [*(path for path in reversed(steps(root)) if path < final), final]  # the step may be saved again
         for name in parts.kept:
             link(next(path for path in earlier if (path / f"{name}.safetensors").exists()), temporary, name)
         for name, tree in parts.new.items():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .environments import Environments, FaultyEnvError, check_finite, executed
 from .errors import UserError
-from .evaluation import observation_batch, success_of
+from .evaluation import SUCCESSES, observation_batch, success_of
 from .features import describe
 from .sampling import derive_seed
 
@@ -58,11 +58,18 @@ def _parts(space: Any) -> list[Any]:
     return [part for key, own in named.items() for part in (_parts(own) if key == "pixels" else [own])]
 
 
-def as_tensor(array: Any) -> Tensor:
-    """A copy as a tensor; pictures stay uint8 and discrete actions int64, everything else becomes float32."""
-    array = np.asarray(array)
-    kept = {np.dtype(np.uint8): torch.uint8, np.dtype(np.int64): torch.int64}
-    return torch.tensor(array, dtype=kept.get(array.dtype, torch.float32))
+def as_tensor(array: np.ndarray) -> Tensor:
+    """The same numbers as a tensor; pictures stay uint8 and discrete actions int64, everything else becomes float32."""
+    return torch.from_numpy(array if array.dtype in KEPT else array.astype(np.float32))
+
+
+KEPT = (np.dtype(np.float32), np.dtype(np.uint8), np.dtype(np.int64))
+
+
+def own(observation: Any) -> dict[str, np.ndarray]:
+    """Observations by the names of the data, in memory of their own: an environment may write over what it gave."""
+    named = observation_batch(observation)  # whose vectors are copies
+    return {key: value if value.dtype == np.float32 else np.array(value) for key, value in named.items()}
 
 
 class Collector:
@@ -97,14 +104,11 @@ class Collector:
         self.rewards = rewards
         self.started_at, self.replaced = 0, 0
 
-    @property
-    def _mode(self) -> str:
-        mode = (getattr(self.environments.envs, "metadata", None) or {}).get("autoreset_mode", "NextStep")
-        return str(getattr(mode, "value", mode)).replace("_", "").lower()
-
     def start(self, step: int) -> None:
         """Begin new episodes in all environments. Raises RuntimeError beyond the limit of replacements."""
         self.started_at = step
+        mode = (getattr(self.environments.envs, "metadata", None) or {}).get("autoreset_mode", "NextStep")
+        self.mode = str(getattr(mode, "value", mode)).replace("_", "").lower()
         while True:
             indices = range(self.first, self.first + self.environments.num_envs)
             self.seeds = [derive_seed(self.seed, i, step, self.replaced) % 2**31 for i in indices]
@@ -114,7 +118,7 @@ class Collector:
             self.resetting = np.zeros(n, dtype=bool)  # under NEXT_STEP: the next step only resets
             try:
                 observation, _ = self.environments.reset(seed=self.seeds)
-                self.observation = {key: np.array(value) for key, value in observation_batch(observation).items()}
+                self.observation = own(observation)
                 check_finite(self.observation, self.returns, range(n))
                 return
             except FaultyEnvError as fault:
@@ -157,39 +161,43 @@ class Collector:
         try:
             observation, reward, terminated, truncated, info = envs.step(done)
             ended = np.asarray(terminated) | np.asarray(truncated)
-            after = observation_batch(observation)
-            successor = after
-            if self._mode == "samestep" and ended.any():
-                successor = {key: np.array(value) for key, value in after.items()}
+            after = successor = own(observation)
+            if self.mode == "samestep" and ended.any():
+                successor = {key: value.copy() for key, value in after.items()}
                 for i in np.flatnonzero(ended):
                     for key, value in observation_batch(_row(info["final_obs"], int(i))).items():
                         successor[key][i] = value[0]
-            elif self._mode == "disabled" and ended.any():
-                after = {key: np.array(value) for key, value in after.items()}
+            elif self.mode == "disabled" and ended.any():
                 check_finite(after, reward, np.flatnonzero(~resetting))
                 fresh, _ = envs.reset(options={"reset_mask": np.array(ended)})
-                successor, after = after, observation_batch(fresh)
-            check_finite(successor, reward, np.flatnonzero(~resetting))
+                after = own(fresh)
             check_finite(after, reward, range(len(ended)))
+            if successor is not after:
+                check_finite(successor, reward, np.flatnonzero(~resetting))
         except FaultyEnvError as fault:
             self._replace(fault, done)
             self.start(self.started_at)
             return None, []
-        self.observation = {key: np.array(value) for key, value in after.items()}
-        self.resetting = ended if self._mode == "nextstep" else np.zeros_like(ended)
+        self.observation = after
+        self.resetting = ended if self.mode == "nextstep" else np.zeros_like(ended)
         transitions = {key: as_tensor(value) for key, value in before.items()}
         transitions |= {f"next.{key}": as_tensor(value) for key, value in successor.items()}
         shift, scale = self.rewards
+        valid = ~resetting
         transitions |= {"action": as_tensor(done - getattr(space, "start", 0)), "drawn": as_tensor(action)}
-        transitions["reward"] = torch.tensor((np.asarray(reward) + shift) * scale, dtype=torch.float32)
-        transitions |= {"terminated": torch.tensor(np.asarray(terminated, dtype=bool)), "ended": torch.tensor(ended)}
-        return transitions | {"valid": torch.tensor(~resetting)}, self._count(reward, ended, ~resetting, info)
+        transitions["reward"] = torch.from_numpy(((np.asarray(reward) + shift) * scale).astype(np.float32))
+        flags = {"terminated": np.array(terminated, dtype=bool), "ended": ended, "valid": valid}
+        return transitions | {key: torch.from_numpy(flag) for key, flag in flags.items()}, self._count(
+            reward, ended, valid, info
+        )
 
     def _count(self, reward: np.ndarray, ended: np.ndarray, valid: np.ndarray, info: Any) -> list[dict[str, float]]:
         """Add up the episodes; returns those that ended: return, length, and success where it is told."""
         self.returns += np.where(valid, reward, 0.0)
         self.lengths += valid
-        episodes = []
+        episodes: list[dict[str, float]] = []
+        if not (ended.any() or info.keys() & SUCCESSES or "final_info" in info):
+            return episodes
         for i in range(len(ended)):
             if valid[i] and (success := success_of(info, i)) is not None:
                 self.succeeded[i] = bool(self.succeeded[i]) or success

@@ -190,9 +190,12 @@ def run_episodes(
     return episodes
 
 
+SUCCESSES = ("success", "is_success")
+
+
 def success_of(info: dict[str, Any], slot: int) -> bool | None:
     """`info["success"]` of one slot, under either of its names."""
-    for key in ("success", "is_success"):
+    for key in SUCCESSES:
         if (value := told(info, key, slot)) is not None:
             return bool(np.all(np.asarray(value) > 0.5))
     return None

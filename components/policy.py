@@ -97,6 +97,8 @@ class Policy:
             raise UserError(f"--policy.task {wanted.task!r}: the policy does not know it; {have}")
         self.settings = wanted
         self.action_steps = wanted.action_steps or self.chunk
+        # Whether nothing but the newest observation matters.
+        self.plain = self.chunk == self.obs_steps == 1 and wanted.ensemble is None and "task" not in self.spec
         if wanted.sampler is not None:
             module.sampler = wanted.sampler
         if wanted.sampling_steps is not None:
@@ -148,6 +150,9 @@ class Policy:
             if len(frame) != (len(self._age) if rows is None else len(rows)):
                 found = f"{key!r} has {len(frame)} rows after {len(self._age)}"
                 raise UserError(f"{found}; call reset() for other episodes")
+        if self.plain:
+            only = self._planned(frames, rows).numpy()
+            return only if batched else only[0]
         chosen = torch.arange(len(self._age)) if rows is None else rows
         age = self._age[chosen]  # [n]
         self._remember(frames, chosen, age)
@@ -160,6 +165,11 @@ class Policy:
             action = self._averaged(chosen, age)
         self._age[chosen] += 1
         return action.numpy() if batched else action[0].numpy()
+
+    def _planned(self, batch: dict[str, Any], rows: Tensor | None) -> Tensor:
+        """What the module gives for a batch, in the environment's units, on the CPU."""
+        action = self._forward(self.normaliser(batch), rows)
+        return self.normaliser.undo("action", action.float() if action.is_floating_point() else action).cpu()
 
     def _remember(self, frames: dict[str, Tensor], rows: Tensor, age: Tensor) -> None:
         """Add frames of `rows` to the history; a row's first one stands in the place of what came before."""
@@ -184,8 +194,7 @@ class Policy:
         if "task" in self.spec:
             texts = self._tasks(observation, len(due))
             batch["task"] = [text for text, now in zip(texts, due.tolist(), strict=True) if now]
-        action = self._forward(self.normaliser(batch), rows)
-        action = self.normaliser.undo("action", action.float() if action.is_floating_point() else action).cpu()
+        action = self._planned(batch, rows)
         chunk = action if self.chunked else action[:, None]
         if everything:
             self._plan = chunk

@@ -54,12 +54,14 @@ class RunningStatistics:
         if not self.modes:
             return
         valid = transitions["valid"]
-        for key in self.keys:
-            self.new.setdefault(key, []).append(transitions[key][valid])
+        new = {key: transitions[key] for key in self.keys}
         if self.rewards:
             self.returns = torch.where(self.ended, 0.0, self.returns * self.discount) + transitions["reward"]
             self.ended = transitions["ended"] | ~valid
-            self.new.setdefault("reward", []).append(self.returns[valid, None])
+            new["reward"] = self.returns[:, None]
+        everything = bool(valid.all())
+        for key, value in new.items():
+            self.new.setdefault(key, []).append(value if everything else value[valid])
 
     def cut(self) -> None:
         """All episodes were broken off."""

@@ -120,9 +120,20 @@ def learned(run: Path) -> list[dict[str, Any]]:
 
 
 def states(run: Path) -> dict[str, bytes]:
-    """Every file of the newest checkpoint."""
-    folder, _ = checkpoint.newest(run / "checkpoints")
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Every file of the newest checkpoint; a replay buffer's parts as one, since they depend on the saves before."""
+    folder, manifest = checkpoint.newest(run / "checkpoints")
+    whole = [path for path in sorted(folder.iterdir()) if not path.name.startswith(("replay-", "manifest", "rank-"))]
+    found = {path.name: path.read_bytes() for path in whole}
+    found["manifest"] = json.dumps({k: v for k, v in manifest.items() if k not in ("files", "sha256")}).encode()
+    for rank in range(manifest["world_size"]):
+        own = checkpoint.read_tree(folder / f"rank-{rank}.safetensors")
+        if own.pop("parts", None):
+            for env, columns in enumerate(replayed(folder, rank)):
+                found |= {f"replay-{rank}-{env}-{k}": column.numpy().tobytes() for k, column in columns.items()}
+            own["buffer"].pop("parts")
+        tensors, tree = checkpoint.flatten(own)
+        found[f"rank-{rank}"] = json.dumps(tree).encode() + b"".join(t.numpy().tobytes() for t in tensors.values())
+    return found
 
 
 def replayed(folder: Path, rank: int = 0) -> list[dict[str, torch.Tensor]]:

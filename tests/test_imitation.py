@@ -655,8 +655,8 @@ def test_part_by_part_fine_tuning(script: Script) -> None:
         (("--trainer", "bc", "--model", "mlp", "gru"), "'mlp' and 'gru' are both for the model 'policy'"),
         (("--trainer", "bc", "--model", "critic=mlp"), "the trainer has no model 'critic'; it has policy, encoder"),
         (
-            ("--trainer", "sac", "--model", "cnn"),
-            "the trainer has no model 'encoder'; it has policy, critic, temperature",
+            ("--trainer", "iql", "--model", "cnn"),
+            "the trainer has no model 'encoder'; it has policy, critic, value",
         ),
         (("--trainer", "bc", "--model", "encodr=cnn"), "the trainer has no model 'encodr'"),
         (("--trainer", "bc", "--model", "unet2d"), "--model unet2d: unknown model; nearest: unet1d"),

@@ -271,11 +271,11 @@ def test_debug_walks_the_whole_path(
         return whole(self, data)
 
     monkeypatch.setattr(TRAINER_REGISTRY[trainer], "train_step", train_step)
-    options = () if which == "script" else ("--env.vectorization-mode", "async", "--steps", "40")
+    options = () if which == "script" else ("--env.workers", 2, "--steps", "40")
     run = request.getfixturevalue(which)("--trainer", trainer, "--debug", "--eval-episodes", 2, *options)
     out = capsys.readouterr().out
     args = json.loads((run / "args.json").read_text())["args"]
-    assert args["hang_timeout"] == 0 and args["env_options"].get("vectorization_mode", "sync") == "sync"
+    assert args["hang_timeout"] == 0 and args["env_options"].get("workers", 0) == 0
     assert all(anomaly) and not torch.is_anomaly_enabled()
     assert re.search(r"batch observation.state: \(16, 5\) float32  min -?\d.*mean.*max", out)
     assert re.search(r"model policy: \d+ parameters, \d+ learn", out) and "gradient norms: policy " in out

@@ -120,7 +120,7 @@ def test_push_t_is_simulated(script: Script, tmp_path: Path) -> None:
     run = script("--trainer", "bc", *data, "--eval-episodes", 2, "--env.max-episode-steps", 20)
     line = read_lines(run / "eval.jsonl")[-1]
     assert 0 <= line["coverage_final"] <= line["coverage_max"] <= 1 and line["length_mean"] <= 20
-    assert line["env"] == {"name": "pusht", "max_episode_steps": 20, "render_mode": None}
+    assert line["env"] == {"name": "pusht", "max_episode_steps": 20, "render_mode": None, "workers": 0}
 
 
 # ---- tracked numbers -----------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ ONLINE_ALONE: dict[str, tuple[object, ...]] = {
     "dqn": ("--trainer", "dqn", "--model.hidden-dims", 16, "--env", "savable", "--env.discrete")
     + ("--updates-per-step", 1),
 }
+ONLINE_ALONE["residual"] = ("--trainer", "residual")  # it needs a run to begin from
 ONLINE_ALONE["rlpd"] = ("--trainer", "rlpd", *SMALL, "--dataset", "toy", "--model.critic.members", 3)
 ONLINE_ALONE["rlpd"] += ("--updates-per-step", 2, "--trainer.policy-every", 2)
 DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")
