@@ -30,7 +30,7 @@ def run(name: str, *options: object, resume: bool = False, script: Any = offline
     data = ("--dataset", "toy") if script is offline_trainer else ("--num-envs", 4)
     data += ("--env", "savable") * (script is online_trainer and "--env" not in options)
     where = ("--resume", FOLDER / name) if resume else ("--run-dir", FOLDER / name, *data)
-    small = () if resume else ("--batch-size", 16, "--eval-episodes", 0)
+    small = () if resume else ("--eval-episodes", 0) + ("--batch-size", 16) * ("--batch-size" not in options)
     try:
         script.main([str(word) for word in (*where, *small, *options)])
     except Exception as error:
@@ -112,6 +112,7 @@ def crashing_on_rank_1(action: Callable[[], str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    own_randn = torch.randn
     own = {name: getattr(torch, name) for name in toy.sliced_noise(RANK, 2)}
     for trainer, options in toy.TRAINERS.items():
         for name, draw in toy.sliced_noise(RANK, 2).items():
@@ -134,6 +135,9 @@ if __name__ == "__main__":
     statistics = ("--normalise-observations", "--normalise-rewards")
     run("ppo_fault", *toy.ONLINE_ALONE["ppo"], *fault, "--eval-episodes", 2, "--save-every", 40, script=online_trainer)
     run("sac_fault", *toy.SAC, *fault, *statistics, "--learning-starts", 20, script=online_trainer)
+    torch.randn = toy.sliced_randn(RANK, 2)
+    run("ppo", *toy.WHOLE_ROLLOUTS, script=online_trainer)
+    torch.randn = own_randn
     resumable = ("--trainer", "bc", "--steps", 30, "--save-every", 10, "--log-every", 7, "--model.dropout", 0.3)
     run("whole", *resumable)
     dying(15, lambda: run("resumed", *resumable))

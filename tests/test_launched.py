@@ -55,6 +55,19 @@ def test_two_processes_train_what_one_trains(
         assert all(a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5) for key in keys)
 
 
+def test_two_processes_of_ppo_learn_what_one_learns(
+    pair: Path, online: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics and advantages are those of all processes."""
+    monkeypatch.setattr(torch, "randn", toy.sliced_randn(0, 1))
+    alone = online(*toy.WHOLE_ROLLOUTS)
+    lines = [read_lines(run / "metrics.jsonl")[-1] for run in (alone, pair / "ppo")]
+    assert lines[0]["updates"] == lines[1]["updates"] == 4 * 2
+    assert lines[0]["train/episode_return"] == pytest.approx(lines[1]["train/episode_return"], rel=1e-5)
+    found = [difference(weights(alone, model), weights(pair / "ppo", model)) for model in ("policy", "value")]
+    assert 0 < max(found) < 1e-5
+
+
 def test_the_online_script_on_two_processes(pair: Path, online: Callable[..., Path]) -> None:
     run = pair / "online"
     assert json.loads((run / "args.json").read_text())["world_size"] == 2

@@ -102,12 +102,40 @@ def check_pendulum(run: Path, steps: int, processes: int) -> None:
         assert 1 < -action * np.sign(angle) <= 2
 
 
-def test_sac_solves_pendulum_in_ten_thousand_steps(tmp_path: Path) -> None:
-    done = command(*LAUNCH, *SAC, cwd=tmp_path, timeout=400)
+def test_sac_solves_pendulum_and_its_episodes_are_cloned(tmp_path: Path) -> None:
+    """Ten thousand steps, then the circle: what the policy does is a dataset that the other script learns from."""
+    done = command(*LAUNCH, *SAC, "--save-dataset", "data", cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
     check_pendulum(tmp_path / "run", 10_000, 1)
     last = read_lines(tmp_path / "run" / "eval.jsonl")[-1]
     assert last["return_mean"] > -200 and last["episodes"] == 20
+    options = ("--trainer", "bc", "--dataset", "minari", "--dataset.path", "data", "--run-dir", "clone")
+    done = command(*LAUNCH, ROOT / "offline_trainer.py", *options, cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert read_lines(tmp_path / "clone" / "eval.jsonl")[-1]["return_mean"] > -300
+
+
+SOLVED: dict[str, tuple[float, tuple[object, ...]]] = {
+    "td3": (-200, ("--steps", 10_000, "--learning-starts", 1000, "--num-envs", 4, "--optimizer.lr", 1e-3)),
+    "ppo": (475, ("--env.id", "CartPole-v1", "--steps", 30_720)),
+    "dqn": (
+        475,
+        ("--steps", 30_000, "--learning-starts", 1000, "--num-envs", 4, "--buffer-size", 30_000, "--batch-size", 64)
+        + ("--optimizer.lr", 2.3e-3, "--optimizer.schedule", "linear", "--model.hidden-dims", 256, 256)
+        + ("--updates-per-step", 0.5, "--trainer.target-every", 5, "--trainer.exploration-steps", 6000),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_a_classic_task_is_solved_within_its_budget(tmp_path: Path, name: str) -> None:
+    """Pendulum-v1 by continuous actions, CartPole-v1 by discrete ones, in one of the evaluations of 20 episodes."""
+    least, options = SOLVED[name]
+    options += ("--eval-every", 5000, "--log-every", 1000, "--run-dir", "run")
+    done = command(*LAUNCH, ROOT / "online_trainer.py", "--trainer", name, *options, cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr
+    evaluations = read_lines(tmp_path / "run" / "eval.jsonl")
+    assert max(line["return_mean"] for line in evaluations) >= least and evaluations[-1]["episodes"] == 20
 
 
 def test_sac_on_two_processes_learns_as_fast(tmp_path: Path) -> None:
@@ -125,6 +153,17 @@ def test_compiled_losses_train_the_same(script: Callable[..., Path], name: str) 
     compiled = script(*options, "--compile", folder="compiled")
     torch._dynamo.reset()
     assert difference(weights(eager), weights(compiled)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ppo", "dqn", "rlpd"])
+def test_compiled_losses_train_the_same_online(online: Callable[..., Path], name: str) -> None:
+    options = (*toy.ONLINE_ALONE[name], "--optimizer", "sgd", "--optimizer.lr", 0.01)
+    options += ("--env", "savable") * ("--env" not in options)
+    eager = online(*options, folder="eager")
+    compiled = online(*options, "--compile", folder="compiled")
+    torch._dynamo.reset()
+    model = "critic" if name == "dqn" else "policy"
+    assert difference(weights(eager, model), weights(compiled, model)) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -536,6 +536,25 @@ def sliced_noise(rank: int, world: int) -> dict[str, Any]:
     return {"randn_like": partial(drawn, torch.randn), "rand_like": partial(drawn, torch.rand)}
 
 
+def sliced_randn(rank: int, world: int) -> Any:
+    """Stand in for `torch.randn` where no generator is named: as above."""
+    calls, draw = iter(range(10**9)), torch.randn
+
+    def randn(*shape: int, generator: Any = None) -> torch.Tensor:
+        if generator is not None:
+            return draw(*shape, generator=generator)
+        generator = torch.Generator().manual_seed(next(calls))
+        return draw(shape[0] * world, *shape[1:], generator=generator)[rank * shape[0] : (rank + 1) * shape[0]]
+
+    return randn
+
+
+# Rollouts in one minibatch, so that the shuffling within each process does not matter.
+WHOLE_ROLLOUTS = (*ONLINE_ALONE["ppo"], "--env", "savable", "--env.mode", "SameStep", "--num-envs", 4)
+WHOLE_ROLLOUTS += ("--batch-size", 40, "--steps", 160)
+WHOLE_ROLLOUTS += ("--optimizer", "sgd", "--optimizer.lr", 0.05, "--log-every", 40)
+
+
 class ManyUpdates(Minimal):
     """Twenty updates in one call; autocast must not serve weights from before a step."""
 
