@@ -640,6 +640,8 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
             accelerator.is_local_main_process, lambda: build("dataset", args.dataset, args.dataset_options, **keywords)
         )
         env_name, env = evaluation.choose_env(args.env, args.env_options, given, data.get("env"))
+        if env_name == "none":
+            raise UserError(f"dataset {args.dataset!r} knows no environment to learn in; name one with --env")
 
     # Environments: every process has its part of them, known by their place among all, and remembers what they give.
     num_envs, note = fit_envs(args.num_envs, world, given("num-envs"))

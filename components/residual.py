@@ -39,10 +39,8 @@ class Base:
 
     def __init__(self, folder: Path, scale: float) -> None:
         self.folder, self.scale = describe(folder)[0].parent, scale
-        if "classes" in (spec := self.new().spec)["action"]:
+        if "classes" in self.new().spec["action"]:
             raise UserError(f"--trainer.base {folder}: its actions are discrete, and cannot be corrected")
-        if BASE_ACTION in spec:
-            raise UserError(f"--trainer.base {folder}: it corrects another policy itself; name a plain one")
         if not 0 < scale <= 2:
             raise UserError(f"--trainer.scale {scale} must be above 0 and at most 2, the whole range")
         self.sha256 = fingerprint(self.folder)

@@ -15,7 +15,7 @@ from conftest import difference, learned, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 Script = Callable[..., Path]
-RECORDED = ("td3_bc", "iql", "awac", "cql", "rebrac", "fql", "ifql", "qc", "gcbc", "gciql", "hiql")
+RECORDED = ("td3_bc", "iql", "awac", "cql", "rebrac", "fql", "ifql", "qc", "gcbc", "gciql", "hiql", "sac", "td3")
 OPTIONS = ("--log-every", 10, "--optimizer.schedule", "cosine", "--eval-every", 0)
 
 
@@ -25,7 +25,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda method: method)
 
 
-@pytest.mark.parametrize("name", list(toy.TRAINERS)[:-1])
+@pytest.mark.parametrize("name", toy.TRAINERS)
 def test_training_on_a_gpu(script: Script, name: str) -> None:
     run = script(*toy.TRAINERS[name], "--steps", 20, "--log-every", 10, "--grad-clip", 1)
     assert all(bool(value.isfinite().all()) for value in weights(run).values())
@@ -40,9 +40,14 @@ def test_training_evaluation_and_use(script: Script) -> None:
     assert np.isfinite(load_policy(run).act({"observation.state": np.zeros(toy.STATE, np.float32)})).all()
 
 
-def test_online_training_on_a_gpu(online: Script) -> None:
-    run = online("--steps", 100)
-    assert all(bool(value.isfinite().all()) for value in weights(run).values())
+@pytest.mark.parametrize("name", ["sac", "ppo", "dqn", "rlpd"])
+def test_online_training_on_a_gpu(online: Script, uncompiled: None, name: str) -> None:
+    """Replayed updates train the same there, too."""
+    options = (*{"sac": toy.SAC, **toy.ONLINE_ALONE}[name], "--steps", 100)
+    options += ("--env", "savable") * ("--env" not in options)
+    eager, replayed = online(*options, folder="eager"), online(*options, "--compile", folder="replayed")
+    model = "critic" if name == "dqn" else "policy"
+    assert difference(weights(eager, model), weights(replayed, model)) < 1e-4
 
 
 @pytest.mark.parametrize("name", RECORDED)

@@ -135,6 +135,8 @@ def test_the_share_of_the_dataset_is_exact(online: Script, monkeypatch: pytest.M
         (("--trainer", "ppo", "--buffer-size", 100), "--buffer-size: ppo learns from rollouts of its own policy"),
         (("--trainer", "ppo", "--dataset", "toy"), "--dataset: ppo learns from rollouts of its own policy"),
         (("--trainer", "ppo", "--batch-size", 64, "--trainer.rollout", 10), "64 samples are more than the rollout"),
+        (("--trainer", "ppo", "--trainer.rollout", 0), "--trainer.rollout 0 must be 1 or more"),
+        (("--trainer", "hiql"), "--trainer hiql learns from a dataset as a whole"),
         (("--trainer", "dqn"), "discrete actions, and these are not"),
         (("--trainer", "residual"), "--trainer.base is needed: the run folder of the policy to correct"),
         (("--trainer", "residual", "--trainer.base", "nowhere"), "nowhere: no policy here"),

@@ -93,8 +93,8 @@ class PPO:
     ) -> None:
         self.models: Any = models
         self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
-        bounds = {"rollout": (1, 1e9), "epochs": (1, 1e9), "gae_lambda": (0, 1), "clip": (0, 1e9)}
-        check_rates(self.config, value_weight=(0, 1e9), entropy_weight=(0, 1e9), **bounds)
+        bounds = {"gae_lambda": (0, 1), "clip": (0, 1e9), "value_weight": (0, 1e9), "entropy_weight": (0, 1e9)}
+        check_rates(self.config, **bounds)
         self.encoder, self.stopped = encoder_of(models), False
         if any(getattr(models[name], "members", 1) != 1 for name in models):
             raise UserError("ppo has one value function; set --model.value.members 1")
@@ -105,7 +105,8 @@ class PPO:
 
     @staticmethod
     def rollout(config: Any) -> dict[str, int]:
-        """What it learns from: so many steps of each environment, in so many passes."""
+        """What it learns from: so many steps of each environment, in so many passes. Raises UserError: none."""
+        check_rates(config, rollout=(1, 1e9), epochs=(1, 1e9))
         return {"steps": config.rollout, "epochs": config.epochs}
 
     @staticmethod
