@@ -51,6 +51,8 @@ class Residual(RLPD):
         """Largest correction, as a fraction of half the range of an action."""
         policy_every: int = 2
         """Updates of the critics for each of policy and temperature."""
+        policy_starts: int = 5000
+        """Updates of the critics before the first of policy and temperature."""
         backup_entropy: bool = False
         """Add the entropy to the targets."""
 

@@ -50,6 +50,8 @@ class RLPD(SAC):
         """Critics Z of which the least value is the target; 1 or 2 by task in the paper."""
         policy_every: int = 20
         """Updates of the critics for each of policy and temperature; the updates per step of the environment."""
+        policy_starts: int = 0
+        """Updates of the critics before the first of policy and temperature."""
         backup_entropy: bool = True
         """Add the entropy to the targets; off for sparse rewards in the paper."""
 
@@ -64,7 +66,7 @@ class RLPD(SAC):
         super().__init__(models, optimizers, loss, spec, config)
         self.updates, self.cycle = 0, self.config.policy_every
         members = getattr(models["critic"], "members", 1) if "critic" in models else 1e9
-        check_rates(self.config, subset=(1, members), policy_every=(1, 1e9))
+        check_rates(self.config, subset=(1, members), policy_every=(1, 1e9), policy_starts=(0, 1e9))
         if spec is not None and self.config.target_entropy is None:
             self.target_entropy = self.target_entropy / 2
         for name in ("policy", "temperature"):
@@ -105,7 +107,7 @@ class RLPD(SAC):
         update(self.optimizers, loss, "critic", "encoder")
         follow(self.models["target_critic"], self.models["critic"], self.config.target_rate)
         self.updates += 1
-        if self.updates % self.config.policy_every == 0:
+        if self.updates % self.config.policy_every == 0 and self.updates > self.config.policy_starts:
             loss, more = self.actor_losses(data)
             update(self.optimizers, loss, "policy", "temperature")
             metrics |= more
