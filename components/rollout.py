@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Parts
+from .datasets.transitions import Table
 from .errors import UserError
 from .normalisation import Normaliser
 
@@ -52,7 +53,6 @@ class Rollout:
         self.rows: list[dict[str, Tensor]] = []
         self.missed = 0  # steps of this rollout that a fault of the environments has taken
         self.fresh = 0.0  # updates that the rollout which has just ended makes due
-        self.data: dict[str, Tensor] = {}
         self.order: list[Tensor] = []
 
     def __len__(self) -> int:
@@ -92,7 +92,10 @@ class Rollout:
         self.rows, self.missed = [], 0
         valid = rollout["valid"].flatten()
         estimated = self.trainer.estimate(self.normaliser(rollout))
-        self.data = {key: value.flatten(0, 1)[valid] for key, value in estimated.items() if key not in UNLEARNT}
+        columns = {key: value.flatten(0, 1)[valid] for key, value in estimated.items() if key not in UNLEARNT}
+        numbers = {key: value for key, value in columns.items() if value.dtype == torch.float32}
+        self.table = Table(numbers, self.device)  # one read a minibatch
+        self.others = {key: value for key, value in columns.items() if key not in numbers}
         for _ in range(self.epochs):
             count = self.per_epoch * self.minibatch
             order = torch.cat([torch.randperm(int(valid.sum())) for _ in range(-(-count // max(int(valid.sum()), 1)))])
@@ -102,7 +105,7 @@ class Rollout:
     def sample(self, batch_size: int) -> dict[str, Tensor]:
         """The next minibatch."""
         rows = self.order.pop(0)
-        return {key: value.index_select(0, rows) for key, value in self.data.items()}
+        return self.table.get_batch(rows) | {key: value.index_select(0, rows) for key, value in self.others.items()}
 
     def describe(self, steps: int, world: int, saved: bool) -> str:
         """What to say of it."""

@@ -461,7 +461,7 @@ def test_it_refuses_a_dataset_and_numbers_that_make_no_sense() -> None:
         PPO.prepare({}, PPO.Config())
     for option, value in (("rollout", 0), ("epochs", 0), ("gae_lambda", 1.1), ("clip", -0.1), ("value_weight", -1)):
         with pytest.raises(UserError, match=f"--trainer.{option.replace('_', '-')} {value} must be"):
-            build(**{option: value})
+            PPO.rollout(build(**{option: value}).config)
 
 
 # ---- rollouts ------------------------------------------------------------------------------------------------------

@@ -88,11 +88,11 @@ class Table(Batched):
     deterministic = True  # no random choices: each process may ask for its own part of a batch
     checked = True  # the episodes were
 
-    def __init__(self, columns: dict[str, Tensor]) -> None:
+    def __init__(self, columns: dict[str, Tensor], device: torch.device | None = None) -> None:
         self.shapes = {key: tuple(column.shape[1:]) for key, column in columns.items()}
         self.widths = [math.prod(shape) for shape in self.shapes.values()]
         rows = len(next(iter(columns.values())))
-        self.table = torch.empty(rows, sum(self.widths))
+        self.table = torch.empty(rows, sum(self.widths), device=device)
         for part, column in zip(self.table.split(self.widths, 1), columns.values(), strict=True):
             part.copy_(column.reshape(rows, -1))
 
