@@ -91,7 +91,7 @@ SAC = (ROOT / "online_trainer.py", "--trainer", "sac", "--run-dir", "run")
 def check_pendulum(run: Path, steps: int, processes: int) -> None:
     """It learns, as fast on two processes as on one, and the policy does what a person would."""
     evaluations = {line["step"]: line["return_mean"] for line in read_lines(run / "eval.jsonl")}
-    assert evaluations[1000] < -1000 and max(evaluations[step] for step in (3000, 4000)) > -400
+    assert evaluations[1000] < -1000 and max(value for step, value in evaluations.items() if step >= 3000) > -400
     assert read_lines(run / "metrics.jsonl")[-1]["updates"] == steps - 1000
     assert json.loads((run / "args.json").read_text())["world_size"] == processes
     policy = load_policy(run)
@@ -139,9 +139,9 @@ def test_a_classic_task_is_solved_within_its_budget(tmp_path: Path, name: str) -
 
 
 def test_sac_on_two_processes_learns_as_fast(tmp_path: Path) -> None:
-    done = two_processes(*SAC, "--steps", 4000, cwd=tmp_path, timeout=400)
+    done = two_processes(*SAC, "--steps", 3500, "--eval-every", 500, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
-    check_pendulum(tmp_path / "run", 4000, 2)
+    check_pendulum(tmp_path / "run", 3500, 2)
 
 
 @pytest.mark.parametrize("name", list(toy.TRAINERS))
