@@ -1,6 +1,10 @@
-"""Learn a policy in an environment: online reinforcement learning.
+"""Learn a policy in an environment: online reinforcement learning, alone or on top of data and of offline runs.
 
 accelerate launch online_trainer.py --trainer sac                         # Pendulum-v1 in about two minutes
+python online_trainer.py --trainer ppo --env.id CartPole-v1 --steps 50000 # on policy
+python online_trainer.py --trainer rlpd --dataset metaworld --dataset.task push-v3     # beside demonstrations
+python online_trainer.py --trainer iql --init-from runs/a --dataset d4rl --dataset.path old.hdf5    # on from offline
+python online_trainer.py --trainer residual --trainer.base runs/b --env metaworld      # on top of a frozen policy
 accelerate launch --num_processes 8 online_trainer.py --trainer sac       # eight GPUs of one machine
 ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 online_trainer.py --trainer sac
 python online_trainer.py --trainer sac --env.id HalfCheetah-v5 --help     # the options of what is chosen

@@ -12,13 +12,16 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from components.curves import read_lines
-from making import ROOT, Runs, collect, row
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+from components.curves import read_lines  # noqa: E402
+from making import ROOT, Runs, collect, row  # noqa: E402
 
 SEEDS = (1, 2, 3)
 ENVS = ("HalfCheetah", "Hopper")

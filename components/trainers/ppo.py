@@ -56,7 +56,7 @@ class PPO:
         **networks("", "value", hidden_dims=(64, 64), activation="tanh", init="orthogonal"),
         **networks("", squash="none", std="learned", final_scale=0.01),
     }
-    compiles = ("losses",)
+    debug_options = {"rollout": 16}
 
     @dataclass(frozen=True)
     class Config:
