@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
 # What a row of a results file may tell besides, and how the table calls it.
 FURTHER = {"plan_ms": "plan ms", "coverage_final": "final coverage", "coverage_max": "largest coverage"}
-FURTHER |= {"train_return": "return while it learns"}
+FURTHER |= {"train_return": "return while it learns", "before": "before"}
 
 
 def runs_table(runs: list[Path]) -> str:

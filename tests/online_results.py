@@ -1,6 +1,7 @@
 """Make tests/results/online.json: every run that the README's tables of online RL show, and CleanRL's own beside them.
 
 python tests/online_results.py --runs runs/online --jobs 2 --only mujoco
+python tests/online_results.py --runs runs/online --jobs 2 --only road
 python tests/online_results.py --runs runs/online --jobs 2 --only cleanrl --cleanrl PATH --cleanrl-python PYTHON
 
 Finished runs are left out, so a run of this script that was stopped is gone on with. CleanRL's scripts run as they are,
@@ -29,6 +30,14 @@ STEPS = {"sac": 100_000, "td3": 100_000, "ppo": 500_000}
 OFTEN = ["--eval-every", "20000", "--eval-episodes", "10", "--log-every", "1000", "--matmul", "auto"]
 # CleanRL's numbers where they are not this trainer's defaults.
 LIKE_CLEANRL = {"sac": ["--num-envs", "1", "--learning-starts", "5000", "--optimizer.lr-scale", "policy=0.3"]}
+ROAD = "peg-insert-side-v3"
+OFFLINE = {"bc": ["--dataset.action-steps", "8"], "iql": ["--steps", "10000"]}
+STEPS_ON = ["--steps", "30000", "--num-envs", "1", "--eval-every", "5000"]
+ONLINE: dict[str, tuple[tuple[str, str] | None, list[str]]] = {  # what each begins from, and its options
+    "residual": (("--trainer.base", "bc"), ["--trainer", "residual", *STEPS_ON]),
+    "rlpd": (None, ["--trainer", "rlpd", "--updates-per-step", "4", "--trainer.policy-every", "4", *STEPS_ON]),
+    "iql-online": (("--init-from", "iql"), ["--trainer", "iql", "--learning-starts", "1000", *STEPS_ON]),
+}
 LAST = 0.1  # share of a run over whose episodes the return while it learns is taken
 
 
@@ -42,6 +51,30 @@ def mujoco() -> Runs:
                 line += [*LIKE_CLEANRL.get(trainer, []), *OFTEN, "--seed", str(seed)]
                 runs[f"mujoco-{env}-{trainer}-{seed}"] = ("mujoco", line)
     return runs
+
+
+def road(folder: Path) -> list[Runs]:
+    """From 20 demonstrations on: what is learnt from them alone, and then what goes on from there, in this order."""
+    task = ["--dataset", "metaworld", "--dataset.task", ROAD, "--dataset.demos", "20"]
+    before: Runs = {}
+    after: Runs = {}
+    for seed in SEEDS:
+        own = ["--seed", str(seed), "--dataset.seed", str(seed), "--eval-episodes", "50"]
+        for trainer, options in OFFLINE.items():
+            line = ["offline_trainer.py", "--trainer", trainer, *task, *options, *own, "--eval-every", "0"]
+            before[f"road-{trainer}-{seed}"] = ("road", line)
+        for name, (begins, options) in ONLINE.items():
+            line = ["online_trainer.py", *options, *task, *own, "--matmul", "auto", "--log-every", "500"]
+            line += [begins[0], str(folder / f"road-{begins[1]}-{seed}")] if begins else []
+            after[f"road-{name}-{seed}"] = ("road", line)
+    return [before, after]
+
+
+def with_before(folder: Path, suite: str, line: list[str]) -> dict[str, Any]:
+    """A row of the results with the success that was handed over, where there was any."""
+    found = row(folder, suite, line)
+    first = read_lines(folder / "eval.jsonl")[0]
+    return found | ({"before": first["success_rate"]} if first["step"] == 0 else {})
 
 
 def with_training_return(folder: Path, suite: str, line: list[str]) -> dict[str, Any]:
@@ -101,13 +134,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True, help="folder of the run folders")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, one thread each")
-    parser.add_argument("--only", choices=("mujoco", "cleanrl"), help="a part alone")
+    parser.add_argument("--only", choices=("mujoco", "road", "cleanrl"), help="a part alone")
     parser.add_argument("--cleanrl", type=Path, help="checkout of CleanRL")
     parser.add_argument("--cleanrl-python", default="python", help="Python that its scripts run with")
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "results" / "online.json")
     args = parser.parse_args()
     if args.only in (None, "mujoco"):
         collect(mujoco(), args.runs, args.out, args.jobs, with_training_return)
+    for stage in road(args.runs) if args.only in (None, "road") else ():
+        collect(stage, args.runs, args.out, args.jobs, with_before)
     if args.cleanrl:
         cleanrl(args.runs / "cleanrl", args.cleanrl, args.cleanrl_python, args.jobs, args.out)
 
