@@ -5,23 +5,28 @@ holds its action a_0, and what is executed is clip(a_0 + scale a), a being drawn
 Policy and critics learn by soft actor-critic (`sac.py`) with LayerNorm in the critics and several updates of them for
 each of the policy (as in Yuan et al., 2024, "Policy Decorator", arXiv:2412.13630, and Ball et al., 2023).
 
-The residual policy's last layer begins small, so that what acts first is the frozen policy; that one's weights are
-copied into the run, and checked when it ends.
+    J_pi = E (alpha log pi(a|s) - mean_i Q_i(s, a)) / mean |Q| + w mean a^2
 
-Deviations from Policy Decorator: the critics value (s, a), not s and the sum of both actions; there is no schedule by
-which corrections set in, but for `learning_starts` steps, at which they are small.
+The last layer of the residual policy begins small, so that what acts first is the frozen policy; the critics learn for
+a while before the policy does; and the weight w of the correction falls from step to step, so that the policy leaves
+what the critics know no faster than they come to know it. The frozen weights are copied into the run, and compared
+when it ends.
+
+Deviations from Policy Decorator: the critics value (s, a), not s and the sum of both actions; the falling weight w stands
+in the place of a schedule by which corrections are executed with a growing probability.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..augmentation import random_shift
 from ..models.encoder import detached, encoded
 from ..parallel import global_mean
-from ..value_learning import ONLINE_RL, frozen, networks
+from ..value_learning import ONLINE_RL, check_rates, frozen, networks
 from .rlpd import RLPD
 
 
@@ -43,8 +48,12 @@ class Residual(RLPD):
     class Config(RLPD.Config):
         """A residual policy on top of a frozen one."""
 
-        penalty: float = 0.5
-        """Weight of the squared correction against the values, which are divided by their mean size."""
+        penalty: float = 0.3
+        """Weight of the squared correction, at first, against the values, which are divided by their mean size."""
+        penalty_end: float = 0.02
+        """That weight in the end."""
+        penalty_updates: int = 40_000
+        """Updates of the critics over which it falls, by the same factor each."""
         base: str = ""
         """Run folder of the policy that is corrected."""
         scale: float = 0.2
@@ -56,18 +65,38 @@ class Residual(RLPD):
         backup_entropy: bool = False
         """Add the entropy to the targets."""
 
+    def __init__(
+        self,
+        models: nn.ModuleDict,
+        optimizers: dict[str, Optimizer],
+        loss: nn.Module,
+        spec: dict[str, Any] | None = None,
+        config: Any = None,
+    ) -> None:
+        super().__init__(models, optimizers, loss, spec, config)
+        del self.cycle  # the weight of the correction changes in Python
+        device = next((p.device for p in models.parameters()), torch.device("cpu"))
+        self.weight = torch.tensor(self.config.penalty, device=device)
+        bounds = {"penalty": (1e-9, 1e9), "penalty_end": (1e-9, 1e9), "penalty_updates": (1, 1e9)}
+        check_rates(self.config, **bounds)
+
     def actor_losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_pi + J_alpha, with the values divided by their mean size, and the corrections held small."""
+        """J_pi + J_alpha."""
         with torch.no_grad():
             data = detached(encoded(self.encoder, random_shift(data, self.config.shift)))
         action, log_prob = self.models["policy"].sample(data)  # [B, Da], [B]
         q, alpha = self.together(frozen(self.models["critic"], data, action)), self.models["temperature"]()
         size = global_mean(q.abs()).clamp(min=1e-8)
-        actor_loss = ((alpha.detach() * log_prob - q) / size).mean() + self.config.penalty * action.square().mean()
+        actor_loss = ((alpha.detach() * log_prob - q) / size).mean() + self.weight * action.square().mean()
         temperature_loss = -alpha * (log_prob.detach().mean() + self.target_entropy)
         metrics = {"actor_loss": actor_loss, "temperature_loss": temperature_loss, "temperature": alpha}
         metrics |= {"entropy": -log_prob.mean(), "correction": action.abs().mean()}
         return actor_loss + temperature_loss, {name: value.detach() for name, value in metrics.items()}
+
+    def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
+        first, last = self.config.penalty, self.config.penalty_end
+        self.weight.fill_(first * (last / first) ** min(self.updates / self.config.penalty_updates, 1.0))
+        return super().train_step(data)
 
     @staticmethod
     def base(config: Any) -> tuple[str, float]:
