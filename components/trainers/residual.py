@@ -12,8 +12,8 @@ a while before the policy does; and the weight w of the correction falls from st
 what the critics know no faster than they come to know it. The frozen weights are copied into the run, and compared
 when it ends.
 
-Deviations from Policy Decorator: the critics value (s, a), not s and the sum of both actions; the falling weight w stands
-in the place of a schedule by which corrections are executed with a growing probability.
+Deviations from Policy Decorator: the critics value (s, a), not s and the sum of both actions; the falling weight w
+stands in the place of a schedule by which corrections are executed with a growing probability.
 """
 
 from dataclasses import dataclass
