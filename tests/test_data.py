@@ -133,6 +133,7 @@ def test_a_dataset_must_be_map_style_and_hold_something() -> None:
 # ---- Meta-World ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_demonstrations_are_seeded_cached_and_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
     def columns(**options: object) -> dict[str, torch.Tensor]:
         return everything(MetaWorldDemonstrations(demos=3, validation=0, **options).build(params={}))  # type: ignore[arg-type]

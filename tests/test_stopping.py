@@ -327,6 +327,7 @@ def test_a_launch_of_one_leaves_no_orphan(tmp_path: Path, number: int) -> None:
     assert checkpoint.newest(job.run / "checkpoints")[1]["step"] == status(job.run)["step"]
 
 
+@pytest.mark.slow
 @pytest.mark.launched
 def test_a_process_that_raises_ends_the_job(tmp_path: Path) -> None:
     options = ("--trainer.kind", "raise", "--run-dir", "run")
