@@ -730,7 +730,9 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
         run.say(
             f"rewards: {rewards[0]:+g}, then times {rewards[1]:g}, as the data's; returns are the environment's own"
         )
-    if not collector.restore(own.get("collector", {}), step):
+    if collector.restore(own.get("collector", {}), step):
+        explorer.load_state_dict(own["explorer"])
+    else:
         memory.cut()
         running.cut()
     if args.debug:
@@ -829,7 +831,8 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
             next_vote = step + num_envs * (1 if world == 1 else min(max(int(1 / votes[0][2]), 1), 50))
         if due(step, num_envs, args.save_every, args.steps) or overdue or stopping:
             progress |= {"step": step, "statistics": running.state_dict()}
-            state = {"collector": collector.state_dict(), "statistics": running.own_state(), "episodes": ended}
+            state = {"collector": collector.state_dict(), "explorer": explorer.state_dict(), "episodes": ended}
+            state["statistics"] = running.own_state()
             if args.save_buffer:
                 state |= {"parts": memory.new_parts(rank), "buffer": memory.state_dict()}
             last = stopping or step >= args.steps

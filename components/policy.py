@@ -123,6 +123,16 @@ class Policy:
         self._plans: list[tuple[Tensor, Tensor]] = []  # ensembling: (each row's age then [N], -1 for none; chunk)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is in its episodes: histories and chunks, but not the generators of `reset`'s seeds."""
+        return {"age": self._age, "plan": self._plan, "history": self._history, "plans": self._plans}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.reset()
+        self._age, self._plan, self._plans = state["age"], state["plan"], state["plans"]
+        self._history = {k: [frame.to(self._device) for frame in past] for k, past in state["history"].items()}
+
     def restart(self, rows: Tensor) -> None:
         """Start new episodes in some rows `[n]` of a batch, while the others go on."""
         if self._age is not None and len(rows):

@@ -31,6 +31,16 @@ LEARNERS: dict[str, tuple[object, ...]] = {
     "rlpd": (*toy.ONLINE_ALONE["rlpd"], "--env", "savable"),
     "sac": toy.SAC,
     "td3": ("--trainer", "td3", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16),
+    "qc": (
+        "--trainer",
+        "qc",
+        "--model.hidden-dims",
+        16,
+        "--model.critic.hidden-dims",
+        16,
+        "--model.flow.hidden-dims",
+        16,
+    ),
 }
 DATA = ("--dataset", "toy", *toy.UNIT)
 
@@ -46,7 +56,7 @@ def small(name: str) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_trainer_resumes_exactly(online: Script, name: str) -> None:
-    """In the middle of a rollout, too: its parts, statistics, exploration and own counts go on."""
+    """In the middle of a rollout or a chunk, too: its parts, statistics, exploration and own counts go on."""
     env = () if "--env" in LEARNERS[name] else ("--env", "savable")
     options = (*LEARNERS[name], *env, "--steps", 60, "--save-every", 14, "--eval-every", 30, "--eval-episodes", 2)
     whole = online(*options, folder="whole")
