@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .environments import Environments, FaultyEnvError, check_finite, executed
+from .environments import Environments, FaultyEnvError, autoreset_mode, check_finite, executed
 from .errors import UserError
 from .evaluation import SUCCESSES, observation_batch, success_of
 from .features import describe
@@ -107,8 +107,7 @@ class Collector:
     def start(self, step: int) -> None:
         """Begin new episodes in all environments. Raises RuntimeError beyond the limit of replacements."""
         self.started_at = step
-        mode = (getattr(self.environments.envs, "metadata", None) or {}).get("autoreset_mode", "NextStep")
-        self.mode = str(getattr(mode, "value", mode)).replace("_", "").lower()
+        self.mode = autoreset_mode(self.environments.envs)
         while True:
             indices = range(self.first, self.first + self.environments.num_envs)
             self.seeds = [derive_seed(self.seed, i, step, self.replaced) % 2**31 for i in indices]
@@ -163,10 +162,7 @@ class Collector:
             ended = np.asarray(terminated) | np.asarray(truncated)
             after = successor = own(observation)
             if self.mode == "samestep" and ended.any():
-                successor = {key: value.copy() for key, value in after.items()}
-                for i in np.flatnonzero(ended):
-                    for key, value in observation_batch(_row(info["final_obs"], int(i))).items():
-                        successor[key][i] = value[0]
+                successor = last_observations(after, info, ended)
             elif self.mode == "disabled" and ended.any():
                 check_finite(after, reward, np.flatnonzero(~resetting))
                 fresh, _ = envs.reset(options={"reset_mask": np.array(ended)})
@@ -233,6 +229,15 @@ class Collector:
         self.observation = {key: value.numpy() for key, value in state["observation"].items()}
         self.returns, self.lengths, self.resetting = (value.numpy() for value in state["counts"])
         return True
+
+
+def last_observations(after: dict[str, np.ndarray], info: Any, ended: np.ndarray) -> dict[str, np.ndarray]:
+    """A copy of observations `[N, ...]` after a step that also reset, with `final_obs` where episodes `ended` `[N]`."""
+    last = {key: np.array(value) for key, value in after.items()}
+    for i in np.flatnonzero(ended):
+        for key, value in observation_batch(_row(info["final_obs"], int(i))).items():
+            last[key][i] = value[0]
+    return last
 
 
 def _row(values: Any, i: int) -> Any:

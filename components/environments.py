@@ -176,6 +176,12 @@ class Environments:
         self.envs = None
 
 
+def autoreset_mode(envs: Any) -> str:
+    """When a vector environment begins new episodes: "nextstep", as Gymnasium's default, "samestep" or "disabled"."""
+    mode = (getattr(envs, "metadata", None) or {}).get("autoreset_mode", "NextStep")
+    return str(getattr(mode, "value", mode)).replace("_", "").lower()
+
+
 def executed(action: np.ndarray, space: Any) -> np.ndarray:
     """What an environment is asked to do `[N, ...]`: numbers within the bounds of a Box, or of a Discrete space."""
     if hasattr(space, "low"):

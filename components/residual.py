@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .collection import last_observations
 from .datasets.episodes import EpisodeDataset, take
+from .environments import autoreset_mode
 from .errors import UserError
 from .evaluation import observation_batch
 from .policy import Policy
@@ -179,8 +181,7 @@ class OnTop:
             raise UserError(f"it takes actions of width {space.shape[0]}, the policy of --trainer.base gives {width}")
         self.sum = Middle(space.low, space.high, scale)
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, space.shape, np.float32)
-        mode = (getattr(envs, "metadata", None) or {}).get("autoreset_mode", "NextStep")
-        self.same_step = str(getattr(mode, "value", mode)).replace("_", "").lower() == "samestep"
+        self.same_step = autoreset_mode(envs) == "samestep"
         self.resets = np.zeros(envs.num_envs, dtype=bool)  # the rows whose next step only resets
         observation, _ = self.reset()
         parts: dict[str, Any] = {}
@@ -216,10 +217,7 @@ class OnTop:
         ended = np.asarray(terminated) | np.asarray(truncated)
         begins, self.resets = self.resets, ended & (not self.same_step)
         if self.same_step and ended.any():  # the frozen policy sees the last observations first, then the new ones
-            last = {key: np.array(value) for key, value in named.items()}
-            for i in np.flatnonzero(ended):
-                for key, value in observation_batch(_one(info["final_obs"], int(i))).items():
-                    last[key][i] = value[0]
+            last = last_observations(named, info, ended)
             self.action = self.policy.act(last)
             info = info | {"final_obs": self._with_action(last)}
             self._begin(named, np.flatnonzero(ended))
@@ -238,14 +236,6 @@ class OnTop:
 
     def _with_action(self, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return named | {BASE_ACTION: self.sum.normalised(self.action)}
-
-
-def _one(values: Any, i: int) -> Any:
-    """Environment i's entry of `final_obs`, as a batch of one."""
-    if isinstance(values, dict):
-        return {key: _one(value, i) for key, value in values.items()}
-    value = values[i]
-    return {k: np.asarray(v)[None] for k, v in value.items()} if isinstance(value, dict) else np.asarray(value)[None]
 
 
 class CorrectedPolicy:

@@ -129,7 +129,7 @@ class CategoricalActor(nn.Module):
 
     def draw(self, observation: dict[str, Tensor] | Tensor, noise: Tensor) -> Tensor:
         """A draw `[B]`, by the Gumbel-max trick from normal `noise` `[B, n]`."""
-        uniform = (0.5 * (1 + torch.erf(noise / math.sqrt(2)))).clamp(1e-7, 1 - 1e-7)
+        uniform = torch.special.ndtr(noise).clamp(1e-7, 1 - 1e-7)
         return (self.log_probs(observation) - (-uniform.log()).log()).argmax(1)
 
     def evaluate(self, observation: dict[str, Tensor] | Tensor, action: Tensor) -> tuple[Tensor, Tensor]:

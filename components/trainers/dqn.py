@@ -13,7 +13,6 @@ numbers for classic control.
 """
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,6 +161,6 @@ class EpsilonGreedy(nn.Module):
         config = self.config
         fraction = min(self.env_step / config.exploration_steps, 1.0) if config.exploration_steps else 1.0
         epsilon = config.epsilon_start + fraction * (config.epsilon_end - config.epsilon_start)
-        first, second = (0.5 * (1 + torch.erf(batch["noise"] / math.sqrt(2)))).unbind(1)  # uniform, as any [0, 1)
+        first, second = torch.special.ndtr(batch["noise"]).unbind(1)  # uniform in [0, 1]
         anything = (second * self.actions).long().clamp(max=self.actions - 1)
         return torch.where(first < epsilon, anything, self.policy(batch))
