@@ -81,8 +81,8 @@ class Run:
         elif not isinstance(error, (UserError, SystemExit)):
             self._write_error("".join(traceback.format_exception(error)))
         for path in sorted(self.path.glob("error-rank*.txt")):
-            if path.name != f"error-rank{self.rank}.txt":  # whoever lost its peer points to the peer's own words
-                error.add_note(f"see {path}")
+            if path.name != f"error-rank{self.rank}.txt":  # whoever lost its peer passes on the peer's own last words
+                error.add_note(f"see {path}: {last_line(path)}")
         if self.begun:
             self._status("failed", f"{type(error).__name__}: {in_one_line(error)}")
         elif self.first:
@@ -113,7 +113,7 @@ class Run:
                 stack = traceback.extract_stack(frames[main]) if main in frames else traceback.StackSummary()
                 place = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "an unknown place"
                 reason = f"hangs at {place}: no progress for {silent:.0f} s (--hang-timeout)"
-                self._write_error(f"process {self.rank} {reason}\n" + "".join(stack.format()))
+                self._write_error("".join(stack.format()) + f"process {self.rank} {reason}\n")
                 self._status("failed", f"process {self.rank} {reason}")
                 print(f"error: process {self.rank} {reason}", file=sys.stderr, flush=True)
                 leave(1)
@@ -275,6 +275,14 @@ def start_logging(rank: int) -> None:
     """Let components say things once: on the first process."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("components").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+
+
+def last_line(path: Path) -> str:
+    """Of a text file; empty where it cannot be read."""
+    try:
+        return ([""] + path.read_text().splitlines())[-1]
+    except OSError:
+        return ""
 
 
 def refuse_changes(run: str, stored: dict[str, Any], asked: dict[str, Any], may_change: Container[str]) -> None:

@@ -26,8 +26,8 @@ from making import ROOT, Runs, collect, row  # noqa: E402
 
 SEEDS = (1, 2, 3)
 ENVS = ("HalfCheetah", "Hopper")
-STEPS = {"sac": 100_000, "td3": 100_000, "ppo": 500_000}
-OFTEN = ["--eval-every", "20000", "--eval-episodes", "10", "--log-every", "1000", "--matmul", "auto"]
+STEPS = {"sac": 50_000, "td3": 50_000, "ppo": 300_000}
+OFTEN = ["--eval-every", "25000", "--eval-episodes", "10", "--log-every", "1000", "--matmul", "auto"]
 # CleanRL's numbers where they are not this trainer's defaults.
 LIKE_CLEANRL = {"sac": ["--num-envs", "1", "--learning-starts", "5000", "--optimizer.lr-scale", "policy=0.3"]}
 ROAD = "peg-insert-side-v3"
@@ -112,10 +112,9 @@ def cleanrl(folder: Path, checkout: Path, python: str, jobs: int, out: Path) -> 
         return own
 
     with ThreadPoolExecutor(jobs) as pool:
-        made = list(pool.map(lambda one: make(*one), wanted))
-    rows = {one["run"]: one for one in (json.loads(out.read_text()) if out.exists() else [])}
-    rows |= {one["run"]: one for one in made}
-    out.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+        for one in pool.map(lambda run: make(*run), wanted):
+            rows = {row["run"]: row for row in (json.loads(out.read_text()) if out.exists() else [])}
+            out.write_text(json.dumps(list((rows | {one["run"]: one}).values()), indent=1) + "\n")
 
 
 def episodes_of(log: Path) -> Iterator[tuple[int, float]]:
