@@ -39,10 +39,10 @@ PICTURES += ("--dataset.cameras", "corner2", "--augment.crop", 56, 60, "--augmen
 # A small run of every trainer of the registry; what draws noise may say so.
 TRAINERS: dict[str, tuple[object, ...]] = {
     "bc": ("--trainer", "bc"),
-    "act": ("--trainer", "act", "--model.width", 16, "--model.dropout", 0, "--dataset.action-steps", 4)
-    + ("--trainer.kl-weight", 0.1),
-    "diffusion": ("--trainer", "diffusion", "--model.channels", 16, 32, "--dataset.action-steps", 8),
-    "flow": ("--trainer", "flow", "--model.channels", 16, 32, "--dataset.action-steps", 8),
+    "act": ("--trainer", "act", "--model.width", 16, "--model.layers", 1, "--model.dropout", 0)
+    + ("--dataset.action-steps", 4, "--trainer.kl-weight", 0.1),
+    "diffusion": ("--trainer", "diffusion", "--model.channels", 16, "--dataset.action-steps", 8),
+    "flow": ("--trainer", "flow", "--model.channels", 16, "--dataset.action-steps", 8),
     "td3_bc": ("--trainer", "td3_bc", *SMALL, "--normalise", *PLAIN),
     "iql": ("--trainer", "iql", *SMALL, *SMALL_VALUE),
     "awac": ("--trainer", "awac", *SMALL),
