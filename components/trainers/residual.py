@@ -42,6 +42,7 @@ class Residual(RLPD):
         "eval-every": 5000,
         **networks("", final_scale=0.01),
         **networks("critic", members=2, layer_norm=True),
+        **networks("temperature", initial=0.02),
     }
 
     @dataclass(frozen=True)
@@ -56,8 +57,10 @@ class Residual(RLPD):
         """Updates of the critics over which it falls, by the same factor each."""
         base: str = ""
         """Run folder of the policy that is corrected."""
-        scale: float = 0.2
+        scale: float = 0.3
         """Largest correction, as a fraction of half the range of an action."""
+        n_step: int = 3
+        """Rewards that are summed before bootstrapping."""
         policy_every: int = 2
         """Updates of the critics for each of policy and temperature."""
         policy_starts: int = 5000
