@@ -280,7 +280,7 @@ def start_logging(rank: int) -> None:
 def last_line(path: Path) -> str:
     """Of a text file; empty where it cannot be read."""
     try:
-        return ([""] + path.read_text().splitlines())[-1]
+        return ([""] + path.read_text(errors="replace").splitlines())[-1]
     except OSError:
         return ""
 

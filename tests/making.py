@@ -47,15 +47,23 @@ def row(folder: Path, suite: str, line: list[str]) -> dict[str, Any]:
     return {"run": folder.name} | result_row(folder) | own
 
 
+def rows_of(out: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a results file, by run; none where there is no file yet."""
+    return {one["run"]: one for one in (json.loads(out.read_text()) if out.exists() else [])}
+
+
+def keep(out: Path, new: dict[str, Any]) -> None:
+    """Write a row to the results file, in the place of the one of the same run."""
+    out.write_text(json.dumps(list((rows_of(out) | {new["run"]: new}).values()), indent=1) + "\n")
+
+
 def collect(runs: Runs, folder: Path, out: Path, jobs: int, tell: Callable[..., dict[str, Any]] = row) -> None:
     """Make the runs, so many at a time, and write the file after each; rows of runs that are elsewhere stay."""
-    before = json.loads(out.read_text()) if out.exists() else []
-    rows = {row["run"]: row for row in before}
+    rows = rows_of(out)
     runs = {name: run for name, run in runs.items() if (folder / name).exists() or name not in rows}
     folder = folder.resolve()
     with ThreadPoolExecutor(jobs) as pool:
         made = pool.map(lambda name: make(folder / name, runs[name][1]), runs)
         for (name, (suite, line)), finished in zip(runs.items(), made, strict=True):
             if finished:
-                rows[name] = tell(folder / name, suite, line)
-                out.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+                keep(out, tell(folder / name, suite, line))

@@ -9,7 +9,6 @@ from a checkout, by the Python of an environment of their own (gymnasium 0.29.1,
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -22,7 +21,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from components.curves import read_lines  # noqa: E402
-from making import ROOT, Runs, collect, row  # noqa: E402
+from making import ROOT, Runs, collect, keep, row  # noqa: E402
 
 SEEDS = (1, 2, 3)
 ENVS = ("HalfCheetah", "Hopper")
@@ -126,8 +125,7 @@ def cleanrl(folder: Path, checkout: Path, python: str, jobs: int, out: Path) -> 
 
     with ThreadPoolExecutor(jobs) as pool:
         for one in pool.map(lambda run: make(*run), wanted):
-            rows = {row["run"]: row for row in (json.loads(out.read_text()) if out.exists() else [])}
-            out.write_text(json.dumps(list((rows | {one["run"]: one}).values()), indent=1) + "\n")
+            keep(out, one)
 
 
 def episodes_of(log: Path) -> Iterator[tuple[int, float]]:
