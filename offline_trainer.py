@@ -473,26 +473,13 @@ def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, devic
         if args.grad_accumulation > 1 and not getattr(trainer, "accumulates", False):
             raise UserError("--grad-accumulation above 1 needs a trainer that declares accumulates = True; use 1")
         if args.compile:
-            if not callable(getattr(trainer, "losses", None)):
-                raise UserError("--compile needs a trainer with losses(data)")
-            import torch._functorch.config as functorch  # which take their time to import
-            import torch._inductor.config as inductor
-
-            inductor.fallback_random = True  # what is drawn is what would be drawn without --compile
-            functorch.cse = False  # it takes two draws of `randn_like` of one tensor for the same
-            for name in compiles(trainer):
-                setattr(trainer, name, torch.compile(getattr(trainer, name)))
+            compiled.compile_losses(trainer, device)
     return trainer, protocols.accepted(trainer.train_step, protocols.LOOP_PASSES)
-
-
-def compiles(trainer: Any) -> tuple[str, ...]:
-    """The methods of a trainer that --compile compiles."""
-    return tuple(getattr(trainer, "compiles", ("losses",)))
 
 
 def tell_break_even(learner: Learner, batch: dict[str, Any], run: Run) -> bool:
     """Compile, and say from which step on that pays; returns False: there is nothing left to compile."""
-    run.say(compiled.break_even(learner.trainer, compiles(learner.trainer), batch, learner.models))
+    run.say(compiled.break_even(learner.trainer, batch, learner.models))
     if learner.update.note:
         run.say(learner.update.note)
     for hook in learner.hooks:

@@ -35,6 +35,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 from measuring import Figure, compare, describe_machine, measure  # noqa: E402
 
 from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, ema  # noqa: E402
+from components.compiled import compile_losses  # noqa: E402
 from components.optimizers import AdamW  # noqa: E402
 
 OBS, ACT_STATE, ACTION = (2, 20), 14, 14
@@ -73,7 +74,7 @@ def our_trainer(name: str, spec: dict[str, Any], compiled: bool = False) -> Any:
         trainer = cls(models, {"policy": optimizer}, loss, spec=spec, config=cls.Config(prediction="epsilon"))
         ema.averages(models, {"policy": optimizer}, 0.9999)
     if compiled:
-        trainer.losses = torch.compile(trainer.losses)
+        compile_losses(trainer, torch.device("cpu"))
     return trainer
 
 

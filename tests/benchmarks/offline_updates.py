@@ -46,6 +46,7 @@ from measuring import SWITCHES, Figure, compare, describe_machine, measure  # no
 
 from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, features  # noqa: E402
 from components.command_line import options_of  # noqa: E402
+from components.compiled import compile_losses  # noqa: E402
 from components.datasets.episodes import build_episodes  # noqa: E402
 from components.datasets.transitions import prepared  # noqa: E402
 from components.normalisation import Normaliser  # noqa: E402
@@ -113,11 +114,7 @@ def our_trainer(name: str, task: Task, spec: dict[str, Any], compiled: bool) -> 
     more = {"spec": spec, "config": cls.Config()} if hasattr(cls, "Config") else {}
     trainer = cls(models, optimizers, LOSS_BUILDER_REGISTRY["mse"]().build(), **more)
     if compiled:
-        inductor: Any = importlib.import_module("torch._inductor.config")
-        functorch: Any = importlib.import_module("torch._functorch.config")
-        inductor.fallback_random, functorch.cse = True, False  # as the script does
-        for method in getattr(cls, "compiles", ("losses",)):
-            setattr(trainer, method, torch.compile(getattr(trainer, method)))
+        compile_losses(trainer, torch.device("cpu"))
     return trainer
 
 
