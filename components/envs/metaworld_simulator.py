@@ -1,7 +1,8 @@
 """Meta-World's simulator as a Gymnasium environment whose `reset(seed=s)` alone fixes the goal (MIT, Yu et al., 2019).
 
 Meta-World's own `reset` ignores its seed: goals come from a list of 50 that the benchmark's constructor draws from
-*its* seed. Here seed s is goal `s % 50` of the list of seed `s // 50`, so an episode is known by one number.
+*its* seed. Here seed s is goal `s % 50` of the list of seed `s // 50`, so an episode is known by one number. Resets
+without a seed go through one list after another, so that who learns here meets ever new goals.
 """
 
 import warnings
@@ -105,16 +106,20 @@ class MetaWorld(gym.Env):
             proprioception = gym.spaces.Box(-np.inf, np.inf, (PROPRIOCEPTION,), np.float32)
             pixels = gym.spaces.Dict({name: picture for name in cameras})
             self.observation_space = gym.spaces.Dict({"agent_pos": proprioception, "pixels": pixels})
-        self.goals, self.goal, self.steps = 0, -1, 0
+        self.episode = self.left = self.steps = 0  # left: episodes of the list that are to come
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Start the episode that `seed` stands for; without a seed, the next one of the same list."""
-        if seed is None:
-            self.goal = (self.goal + 1) % GOALS_PER_LIST
+        """Start the episode that `seed` stands for; without one, the next of a list that is drawn."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self.episode, self.left = seed, 0
+        elif self.left:
+            self.episode, self.left = self.episode + 1, self.left - 1
         else:
-            self.goals, self.goal = divmod(seed, GOALS_PER_LIST)
+            self.episode, self.left = GOALS_PER_LIST * int(self.np_random.integers(2**26)), GOALS_PER_LIST - 1
+        which, goal = divmod(self.episode, GOALS_PER_LIST)
         self.steps = 0
-        self.simulator.set_task(goals(self.task, self.goals)[self.goal])
+        self.simulator.set_task(goals(self.task, which)[goal])
         observation, _ = self.simulator.reset()
         return self._observed(observation), {"success": 0.0}
 
