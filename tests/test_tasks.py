@@ -19,6 +19,18 @@ from conftest import everything
 Script = Callable[..., Path]
 
 
+# ---- Meta-World ----------------------------------------------------------------------------------------------------
+
+
+def test_resets_without_a_seed_meet_ever_new_goals() -> None:
+    """More than the one list of 50, others in each environment, and the same ones after the same seed."""
+    envs = MetaWorldEnv("reach-v3").build(2, 7)
+    goals = [tuple(goal) for _ in range(60) for goal in envs.reset()[0][:, -3:]]
+    assert len(set(goals)) == 120
+    envs.reset(seed=7)
+    assert [tuple(goal) for goal in envs.reset()[0][:, -3:]] == goals[:2]
+
+
 # ---- Meta-World from pictures --------------------------------------------------------------------------------------
 
 
