@@ -21,7 +21,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from components.curves import read_lines  # noqa: E402
-from making import ROOT, Runs, collect, keep, row  # noqa: E402
+from making import ROOT, Runs, collect, keep, row, rows_of  # noqa: E402
 
 SEEDS = (1, 2, 3)
 ENVS = ("HalfCheetah", "Hopper")
@@ -105,7 +105,9 @@ def last_mean(episodes: list[tuple[int, float]], steps: int) -> float:
 def cleanrl(folder: Path, checkout: Path, python: str, jobs: int, out: Path) -> None:
     """CleanRL's own scripts with their defaults but for the steps; their rows hold the return while they learn."""
     folder.mkdir(parents=True, exist_ok=True)
+    known = rows_of(out)
     wanted = [(t, f"{env}-v4", seed, STEPS[t]) for seed in SEEDS for env in ENVS for t in STEPS]
+    wanted = [run for run in wanted if "cleanrl-{}_continuous_action-{}-{}".format(*run) not in known]
 
     def make(trainer: str, env: str, seed: int, steps: int) -> dict[str, Any]:
         words = [f"cleanrl/{trainer}_continuous_action.py", "--env-id", env, "--seed", str(seed)]
