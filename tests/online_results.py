@@ -106,13 +106,18 @@ def cleanrl(folder: Path, checkout: Path, python: str, jobs: int, out: Path) -> 
     """CleanRL's own scripts with their defaults but for the steps; their rows hold the return while they learn."""
     folder.mkdir(parents=True, exist_ok=True)
     known = rows_of(out)
-    wanted = [(t, f"{env}-v4", seed, STEPS[t]) for seed in SEEDS for env in ENVS for t in STEPS]
-    wanted = [run for run in wanted if "cleanrl-{}_continuous_action-{}-{}".format(*run) not in known]
+    wanted = {
+        f"cleanrl-{t}_continuous_action-{env}-v4-{seed}": (t, f"{env}-v4", seed)
+        for seed in SEEDS
+        for env in ENVS
+        for t in STEPS
+    }
 
-    def make(trainer: str, env: str, seed: int, steps: int) -> dict[str, Any]:
+    def make(name: str) -> dict[str, Any]:
+        trainer, env, seed = wanted[name]
+        steps, log = STEPS[trainer], folder / f"{name}.log"
         words = [f"cleanrl/{trainer}_continuous_action.py", "--env-id", env, "--seed", str(seed)]
         words += ["--total-timesteps", str(steps), "--no-cuda"]
-        log = folder / f"{trainer}_continuous_action-{env}-{seed}.log"
         if not log.with_suffix(".done").exists():
             environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout.resolve())}
             command = [python, str(checkout.resolve() / words[0]), *words[1:]]
@@ -120,13 +125,13 @@ def cleanrl(folder: Path, checkout: Path, python: str, jobs: int, out: Path) -> 
                 subprocess.run(command, cwd=folder, env=environ, stdout=file, stderr=file, check=True)
             log.with_suffix(".done").touch()
         value = last_mean(list(episodes_of(log)), steps)
-        own = {"run": f"cleanrl-{log.stem}", "suite": "cleanrl", "task": env, "trainer": trainer, "seed": seed}
+        own = {"run": name, "suite": "cleanrl", "task": env, "trainer": trainer, "seed": seed}
         own |= {"steps": steps, "metric": "return_mean", "value": value, "train_return": value, "train_seconds": 0.0}
         own |= {"episodes": 0, "command": "python " + " ".join(words), "commit": commit(checkout)}
         return own
 
     with ThreadPoolExecutor(jobs) as pool:
-        for one in pool.map(lambda run: make(*run), wanted):
+        for one in pool.map(make, [name for name in wanted if name not in known]):
             keep(out, one)
 
 
