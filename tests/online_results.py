@@ -29,24 +29,30 @@ STEPS = {"sac": 50_000, "td3": 50_000, "ppo": 300_000}
 OFTEN = ["--eval-every", "25000", "--eval-episodes", "10", "--log-every", "1000", "--matmul", "auto"]
 # CleanRL's numbers where they are not this trainer's defaults.
 LIKE_CLEANRL = {"sac": ["--num-envs", "1", "--learning-starts", "5000", "--optimizer.lr-scale", "policy=0.3"]}
-ROAD = "peg-insert-side-v3"
+# Of 22 tasks the one where cloning 20 demonstrations succeeds least often (0.46 with single actions, seed 1; soccer-v3
+# 0.58, peg-insert-side-v3 0.98), for what goes on from it; RLPD learns nothing there in so few steps.
+HARD, PEG = "basketball-v3", "peg-insert-side-v3"
 # Offline RL gets the noisy attempts of an expert, good and bad: from demonstrations alone its policy loses the noise by
 # which it would explore, and goes no further.
 DEMOS, ATTEMPTS = "--dataset.demos 20", "--dataset.demos 50 --dataset.noise 0.3"
 OFFLINE = {
-    "bc": f"{DEMOS} --dataset.action-steps 8",
-    "iql": f"{ATTEMPTS} --steps 5000 --optimizer.schedule cosine",
+    "bc": f"{HARD} {DEMOS} --dataset.action-steps 8",
+    "iql": f"{PEG} {ATTEMPTS} --steps 5000 --optimizer.schedule cosine",
 }
 # What each begins from, and its options. RLPD is smaller than its authors': half the critics, half the batch and a
 # fifth of the updates.
 ONLINE = {
-    "residual": ("bc", f"{DEMOS} --steps 30000"),
+    "residual": ("bc", f"{HARD} {DEMOS} --steps 30000"),
+    "iql-online": (
+        "iql",
+        f"{PEG} {ATTEMPTS} --steps 10000 --learning-starts 1000 --optimizer.lr 1e-4 --ema-decay 0.999",
+    ),
     "rlpd": (
         "",
-        f"{DEMOS} --steps 30000 --updates-per-step 4 --trainer.policy-every 2 --model.critic.members 5 --batch-size 128"
-        " --trainer.n-step 3 --trainer.no-backup-entropy --model.temperature.initial 0.02 --learning-starts 2000",
+        f"{PEG} {DEMOS} --steps 30000 --updates-per-step 4 --trainer.policy-every 2 --model.critic.members 5"
+        " --batch-size 128 --trainer.n-step 3 --trainer.no-backup-entropy --model.temperature.initial 0.02"
+        " --learning-starts 2000",
     ),
-    "iql-online": ("iql", f"{ATTEMPTS} --steps 20000 --learning-starts 1000"),
 }
 BEGIN = {"bc": "--trainer.base", "iql": "--init-from"}
 LAST = 0.1  # share of a run over whose episodes the return while it learns is taken
@@ -66,17 +72,17 @@ def mujoco() -> Runs:
 
 def road(folder: Path) -> list[Runs]:
     """What is learnt from data alone, and then what goes on from there, in this order."""
-    task = ["--dataset", "metaworld", "--dataset.task", ROAD]
+    task = ["--dataset", "metaworld", "--dataset.task"]
     before: Runs = {}
     after: Runs = {}
     for seed in SEEDS:
-        own = ["--seed", str(seed), "--dataset.seed", str(seed), "--eval-episodes", "50"]
+        own = ["--seed", str(seed), "--dataset.seed", str(seed), "--eval-episodes", "100"]
         for trainer, options in OFFLINE.items():
             line = ["offline_trainer.py", "--trainer", trainer, *task, *options.split(), *own]
             before[f"road-{trainer}-{seed}"] = ("road", [*line, "--eval-every", "0"])
         for name, (begins, options) in ONLINE.items():
             line = ["online_trainer.py", "--trainer", name.removesuffix("-online"), *task, *options.split(), *own]
-            line += ["--num-envs", "1", "--eval-every", "5000", "--log-every", "500", "--matmul", "auto"]
+            line += ["--num-envs", "1", "--eval-every", "5000", "--log-every", "500", "--matmul", "auto", "--compile"]
             line += [BEGIN[begins], str(folder / f"road-{begins}-{seed}")] if begins else []
             after[f"road-{name}-{seed}"] = ("road", line)
     return [before, after]

@@ -1,4 +1,4 @@
-"""TD3, DQN and RLPD: hand-worked targets, what moves when, and a slow float64 reference of TD3 from the paper."""
+"""TD3, DQN, RLPD and residual: hand-worked targets, what moves when, and a slow float64 reference of TD3."""
 
 from typing import Any
 
@@ -15,6 +15,7 @@ from components.models.tanh_gaussian import TanhGaussian
 from components.models.temperature import Temperature
 from components.optimizers import Adam
 from components.trainers.dqn import DQN
+from components.trainers.residual import Residual
 from components.trainers.rlpd import RLPD
 from components.trainers.td3 import TD3
 from test_sac import LR, adam_step, backward, linear_stack
@@ -408,13 +409,13 @@ def test_dqn_refuses_numbers_that_make_no_sense(option: str, value: float) -> No
 # ---- RLPD ----------------------------------------------------------------------------------------------------------
 
 
-def rlpd(members: int = 5, **options: Any) -> RLPD:
+def rlpd(members: int = 5, kind: Any = RLPD, **options: Any) -> Any:
     factories = {
         "policy": TanhGaussian(hidden_dims=(8, 6)),
         "critic": QEnsemble(members=members, hidden_dims=(7, 5), layer_norm=True),
         "temperature": Temperature(initial=0.3),
     }
-    trainer = trained(RLPD, factories, options)
+    trainer = trained(kind, factories, options)
     trainer.loss = Recorded()
     return trainer
 
@@ -527,6 +528,30 @@ def test_the_target_entropy_of_rlpd_is_half_of_minus_the_width(given: float | No
     _, metrics = trainer.actor_losses(batch())
     entropy = float(metrics["entropy"])
     assert float(metrics["temperature_loss"]) == pytest.approx(-0.3 * (-entropy + used), abs=1e-6)
+
+
+def test_the_actor_of_residual_goes_by_the_least_member_and_is_held_back_less_and_less(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"penalty": 0.8, "penalty_end": 0.05, "penalty_updates": 4, "policy_every": 1, "policy_starts": 0}
+    trainer, data, noise = rlpd(kind=Residual, **options), batch(), torch.randn(16, 2)
+    for weight in (0.8, 0.4, 0.2, 0.1, 0.05, 0.05):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randn_like", lambda x: noise)
+            trainer.weight.fill_(weight)
+            loss, metrics = trainer.actor_losses(data)
+        action, log_prob = trainer.models["policy"].sample(data, noise)
+        least, alpha = trainer.models["critic"](data, action).amin(0), trainer.models["temperature"]().detach()
+        expected = ((alpha * log_prob - least) / least.abs().mean().detach()).mean() + weight * action.square().mean()
+        assert float(metrics["actor_loss"]) == pytest.approx(float(expected.detach()), rel=1e-4)
+        gradients = torch.autograd.grad(expected, list(trainer.models["policy"].parameters()))
+        loss.backward()
+        assert with_gradient(trainer) == {"policy", "temperature"}
+        for p, gradient in zip(trainer.models["policy"].parameters(), gradients, strict=True):
+            assert torch.allclose(p.grad, gradient, atol=1e-5)
+        trainer.train_step(data)
+        assert float(trainer.weight) == pytest.approx(weight)  # the step has set the weight that belongs to it
+        trainer.models.zero_grad()
 
 
 def test_rlpd_refuses_more_critics_than_there_are() -> None:

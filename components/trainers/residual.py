@@ -5,12 +5,14 @@ holds its action a_0, and what is executed is clip(a_0 + scale a), a being drawn
 Policy and critics learn by soft actor-critic (`sac.py`) with LayerNorm in the critics and several updates of them for
 each of the policy (as in Yuan et al., 2024, "Policy Decorator", arXiv:2412.13630, and Ball et al., 2023).
 
-    J_pi = E (alpha log pi(a|s) - mean_i Q_i(s, a)) / mean |Q| + w mean a^2
+    J_pi = E (alpha log pi(a|s) - min_i Q_i(s, a)) / mean |min_i Q_i| + w mean a^2
 
-The last layer of the residual policy begins small, so that what acts first is the frozen policy; the critics learn for
-a while before the policy does; and the weight w of the correction falls from step to step, so that the policy leaves
-what the critics know no faster than they come to know it. The frozen weights are copied into the run, and compared
-when it ends.
+A small correction changes the values by less than the critics err, so four things keep the policy from following their
+errors: it starts as the frozen policy, since its last layer begins small; the critics learn for a while before it does;
+it takes the least of many critics, whose horizon is short (discount 0.95); and the weight w of the correction falls
+from step to step, so that the policy leaves what the critics know no faster than they come to know it. What is
+evaluated is an average of its weights (`--ema-decay`). The frozen weights are copied into the run, and compared when it
+ends.
 
 Deviations from Policy Decorator: the critics value (s, a), not s and the sum of both actions; the falling weight w
 stands in the place of a schedule by which corrections are executed with a growing probability.
@@ -28,6 +30,7 @@ from ..models.encoder import detached, encoded
 from ..parallel import global_mean
 from ..value_learning import ONLINE_RL, check_rates, frozen, networks
 from .rlpd import RLPD
+from .sac import SAC
 
 
 class Residual(RLPD):
@@ -38,10 +41,11 @@ class Residual(RLPD):
     defaults: dict[str, Any] = ONLINE_RL | {
         "steps": 100_000,
         "learning-starts": 2000,
-        "updates-per-step": 2,
-        "eval-every": 5000,
+        "normalise-observations": True,
+        "ema-decay": 0.999,
+        "eval-every": 10_000,
         **networks("", final_scale=0.01),
-        **networks("critic", members=2, layer_norm=True),
+        **networks("critic", members=5, layer_norm=True),
         **networks("temperature", initial=0.02),
     }
 
@@ -49,16 +53,18 @@ class Residual(RLPD):
     class Config(RLPD.Config):
         """A residual policy on top of a frozen one."""
 
-        penalty: float = 0.3
+        penalty: float = 0.1
         """Weight of the squared correction, at first, against the values, which are divided by their mean size."""
-        penalty_end: float = 0.02
+        penalty_end: float = 0.01
         """That weight in the end."""
-        penalty_updates: int = 40_000
+        penalty_updates: int = 20_000
         """Updates of the critics over which it falls, by the same factor each."""
         base: str = ""
         """Run folder of the policy that is corrected."""
         scale: float = 0.3
         """Largest correction, as a fraction of half the range of an action."""
+        discount: float = 0.95
+        """Discount factor gamma per environment step."""
         n_step: int = 3
         """Rewards that are summed before bootstrapping."""
         policy_every: int = 2
@@ -95,6 +101,8 @@ class Residual(RLPD):
         metrics = {"actor_loss": actor_loss, "temperature_loss": temperature_loss, "temperature": alpha}
         metrics |= {"entropy": -log_prob.mean(), "correction": action.abs().mean()}
         return actor_loss + temperature_loss, {name: value.detach() for name, value in metrics.items()}
+
+    together = SAC.together
 
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
         first, last = self.config.penalty, self.config.penalty_end
