@@ -42,7 +42,7 @@ OFFLINE = {
 # What each begins from, and its options. RLPD is smaller than its authors': half the critics, half the batch and a
 # fifth of the updates.
 ONLINE = {
-    "residual": ("bc", f"{HARD} {DEMOS} --steps 30000"),
+    "residual": ("bc", f"{HARD} {DEMOS} --steps 60000"),
     "iql-online": (
         "iql",
         f"{PEG} {ATTEMPTS} --steps 10000 --learning-starts 1000 --optimizer.lr 1e-4 --ema-decay 0.999",
