@@ -242,37 +242,37 @@ class CorrectedPolicy:
     """A frozen policy and one that corrects it, with the interface of `Policy`.
 
     Args:
-        base: The frozen one; settings of acting are its own.
+        frozen: The frozen one; settings of acting are its own.
         correction: What is added.
         bounds: Of the environment's actions, and the scale of the correction.
     """
 
-    def __init__(self, base: Policy, correction: Policy, bounds: Middle) -> None:
-        self.base, self.correction, self.bounds = base, correction, bounds
-        self.spec, self.obs_steps, self.observation_keys = base.spec, base.obs_steps, base.observation_keys
+    def __init__(self, frozen: Policy, correction: Policy, bounds: Middle) -> None:
+        self.frozen, self.correction, self.bounds = frozen, correction, bounds
+        self.spec, self.obs_steps, self.observation_keys = frozen.spec, frozen.obs_steps, frozen.observation_keys
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["base"], name)
+        return getattr(self.__dict__["frozen"], name)
 
     def configure(self, **settings: Any) -> "CorrectedPolicy":
         """As `Policy.configure`, of the frozen one."""
-        self.base.configure(**settings)
+        self.frozen.configure(**settings)
         self.correction.reset()
         return self
 
     def reset(self, seeds: Any = None) -> None:
         """As `Policy.reset`."""
-        self.base.reset(seeds)
+        self.frozen.reset(seeds)
         self.correction.reset(seeds)
 
     def restart(self, rows: torch.Tensor) -> None:
         """As `Policy.restart`."""
-        self.base.restart(rows)
+        self.frozen.restart(rows)
         self.correction.restart(rows)
 
     def act(self, observation: dict[str, Any], rows: torch.Tensor | None = None) -> np.ndarray:
         """As `Policy.act`."""
-        base = self.base.act(observation, rows)
+        base = self.frozen.act(observation, rows)
         seen = observation | {BASE_ACTION: self.bounds.normalised(base)}
         return self.bounds.corrected(base, self.correction.act(seen, rows))
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import toy
 from components import TRAINER_REGISTRY, UserError, checkpoint, load_policy
 from components.curves import read_lines
 from components.datasets import recording
+from components.environments import Environments
 from components.envs.gymnasium import GymnasiumEnv
+from components.evaluation import Evaluator
 from components.replay import ReplayBuffer
 from components.residual import BASE_ACTION, OnTop
 from conftest import build, difference, everything, learned, states, weights
@@ -200,6 +203,27 @@ def test_a_residual_policy_begins_as_the_frozen_one_and_leaves_it_as_it_was(onli
     kept.write_bytes((run / "policy" / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="weights"):
         load_policy(run)
+
+
+@dataclass(frozen=True)
+class Drawn(toy.Savable):
+    """Toys that can be seen."""
+
+    render_mode: str | None = None
+
+    def build(self, num_envs: int, seed: int) -> Any:
+        envs = super().build(num_envs, seed)
+        envs.metadata = envs.metadata | {"render_modes": ["rgb_array"]}
+        envs.render = lambda: [np.zeros((64, 64, 3), np.uint8)] * num_envs
+        return envs
+
+
+def test_a_residual_policy_is_filmed_after_its_run(online: Script, frozen: Path, tmp_path: Path) -> None:
+    run = online(*RESIDUAL, "--trainer.base", frozen, "--env", "savable", "--steps", 30)
+    envs = Environments(Drawn().build, 2, 0, 10.0)
+    evaluator = Evaluator(load_policy(run), envs, {"name": "drawn"}, range(3))
+    assert evaluator.evaluate(30)[1] == evaluator.film(tmp_path / "film.mp4", Drawn()) == ""
+    assert (tmp_path / "film.mp4").stat().st_size > 0
 
 
 def recording_of(policy: Any, envs: Any, seeds: list[int]) -> float:

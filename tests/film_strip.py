@@ -1,0 +1,38 @@
+"""Lay frames of films under each other, a film a row, as the README's pictures do.
+
+python tests/film_strip.py strip.png before.mp4:66 after.mp4:23 --crop 80 50 250 200
+
+FILM:N takes the first N frames of a film, its first episode where that is so long.
+"""
+
+import argparse
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+
+
+def row_of(film: str, frames: int, crop: tuple[int, int, int, int] | None) -> np.ndarray:
+    """So many frames of a film, evenly spaced, side by side `[H, frames * W, 3]`."""
+    path, _, first = film.partition(":")
+    with av.open(path) as container:
+        pictures = [frame.to_image() for frame in container.decode(video=0)]
+    pictures = pictures[: int(first or len(pictures))]
+    chosen = [pictures[i].crop(crop) for i in np.linspace(0, len(pictures) - 1, frames).round().astype(int)]
+    return np.concatenate([np.asarray(picture) for picture in chosen], axis=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path, help="picture to write")
+    parser.add_argument("films", nargs="+", help="FILM or FILM:N")
+    parser.add_argument("--frames", type=int, default=8, help="of each film")
+    parser.add_argument("--crop", type=int, nargs=4, help="left, top, right and bottom edge in pixels")
+    args = parser.parse_args()
+    rows = [row_of(film, args.frames, args.crop) for film in args.films]
+    Image.fromarray(np.concatenate(rows)).save(args.out)
+
+
+if __name__ == "__main__":
+    main()
