@@ -286,7 +286,7 @@ def test_demonstrations_become_corrections_of_the_frozen_policy(
     monkeypatch.setattr(TRAINER_REGISTRY["residual"], "train_step", train_step)
     online("--env", "savable", "--save-dataset", tmp_path / "data", "--save-what", "collected", folder="made")
     data = ("--dataset", "minari", "--dataset.path", tmp_path / "data", "--dataset.validation", 0)
-    more = ("--dataset.ratio", 1, "--env", "savable", "--trainer.base", frozen)
+    more = ("--dataset.ratio", 1, "--env", "savable", "--trainer.base", frozen, "--no-normalise-observations")
     online(*RESIDUAL, *data, *more, "--trainer.scale", 2, "--steps", 30, folder="exact")
     stored = everything(build(tmp_path / "data", validation=0.0))
     known = {tuple(s.tolist()): a for s, a in zip(stored["observation.state"], stored["action"], strict=True)}
