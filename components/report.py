@@ -86,7 +86,7 @@ def runs_table(runs: list[Path]) -> str:
             [
                 members[0].name if len(members) == 1 else f"{members[0].name} (+{len(members) - 1})",
                 config["trainer"],
-                subject(config)[0],
+                subject(run_record.read_args(members[0]))[0],
                 str(len(members)),
                 metric,
                 with_interval([value for _, value in scores], metric, episodes),
@@ -98,11 +98,14 @@ def runs_table(runs: list[Path]) -> str:
     return markdown(["run", "trainer", "on", "seeds", "metric", "mean [95 %]", "steps", "train s", "state"], rows)
 
 
-def subject(config: dict[str, Any]) -> tuple[str, str]:
+def subject(record: dict[str, Any]) -> tuple[str, str]:
     """What a run learnt from or in: the dataset, or else the environment, and which one of its kind."""
-    option = "env" if "num_envs" in config else "dataset"  # of the online script or the other one
-    options = config[f"{option}_options"]
-    return config[option], options.get("task") or options.get("id") or Path(options.get("path") or "").name
+    config, env = record["args"], record["env"]
+    if "num_envs" in config and env:  # of the online script; a dataset may have named the environment
+        name, options = env["name"], env
+    else:
+        name, options = config["dataset"], config["dataset_options"]
+    return name, options.get("task") or options.get("id") or Path(options.get("path") or "").name
 
 
 def last_score(run: Path) -> tuple[str, float] | None:
@@ -125,7 +128,7 @@ def result_row(run: Path) -> dict[str, Any]:
     """One run as a row of a results file."""
     record = run_record.read_args(run)
     config = record["args"]
-    suite, task = subject(config)
+    suite, task = subject(record)
     score = last_score(run)
     assert score is not None
     return {
