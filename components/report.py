@@ -75,7 +75,7 @@ def runs_table(runs: list[Path]) -> str:
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
     rows = []
     for members in groups.values():
-        config = run_record.read_args(members[0])["args"]
+        record = run_record.read_args(members[0])
         scores = [score for run in members if (score := last_score(run)) is not None]
         metric = scores[0][0] if scores else "-"
         episodes = own_evaluations(members[0])[-1]["episodes"] if scores else 0
@@ -85,8 +85,8 @@ def runs_table(runs: list[Path]) -> str:
         rows.append(
             [
                 members[0].name if len(members) == 1 else f"{members[0].name} (+{len(members) - 1})",
-                config["trainer"],
-                subject(run_record.read_args(members[0]))[0],
+                record["args"]["trainer"],
+                subject(record)[0],
                 str(len(members)),
                 metric,
                 with_interval([value for _, value in scores], metric, episodes),

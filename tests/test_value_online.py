@@ -420,6 +420,15 @@ def rlpd(members: int = 5, kind: Any = RLPD, **options: Any) -> Any:
     return trainer
 
 
+def check_policy_gradient(trainer: Any, loss: Tensor, expected: Tensor) -> None:
+    """The losses of policy and temperature move these alone, and the policy as `expected` would."""
+    gradients = torch.autograd.grad(expected, list(trainer.models["policy"].parameters()))
+    loss.backward()
+    assert with_gradient(trainer) == {"policy", "temperature"}
+    for p, gradient in zip(trainer.models["policy"].parameters(), gradients, strict=True):
+        assert torch.allclose(p.grad, gradient, atol=1e-6)
+
+
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_chosen_members_have_the_values_that_they_have_among_all(layer_norm: bool) -> None:
     torch.manual_seed(0)
@@ -494,11 +503,7 @@ def test_the_actor_of_rlpd_goes_by_the_mean_of_all_members(monkeypatch: pytest.M
     q = trainer.models["critic"](data, action)
     expected = (0.3 * log_prob - q.mean(0)).mean()
     assert float(metrics["actor_loss"]) == pytest.approx(float(expected.detach()), rel=1e-5)
-    gradients = torch.autograd.grad(expected, list(trainer.models["policy"].parameters()))
-    loss.backward()
-    assert with_gradient(trainer) == {"policy", "temperature"}
-    for p, gradient in zip(trainer.models["policy"].parameters(), gradients, strict=True):
-        assert torch.allclose(p.grad, gradient, atol=1e-6)
+    check_policy_gradient(trainer, loss, expected)
     trainer = rlpd()
     trainer.critic_loss(data)[0].backward()
     assert with_gradient(trainer) == {"critic"}
@@ -544,11 +549,7 @@ def test_the_actor_of_residual_goes_by_the_least_member_and_is_held_back_less_an
         least, alpha = trainer.models["critic"](data, action).amin(0), trainer.models["temperature"]().detach()
         expected = ((alpha * log_prob - least) / least.abs().mean().detach()).mean() + weight * action.square().mean()
         assert float(metrics["actor_loss"]) == pytest.approx(float(expected.detach()), rel=1e-4)
-        gradients = torch.autograd.grad(expected, list(trainer.models["policy"].parameters()))
-        loss.backward()
-        assert with_gradient(trainer) == {"policy", "temperature"}
-        for p, gradient in zip(trainer.models["policy"].parameters(), gradients, strict=True):
-            assert torch.allclose(p.grad, gradient, atol=1e-5)
+        check_policy_gradient(trainer, loss, expected)
         trainer.train_step(data)
         assert float(trainer.weight) == pytest.approx(weight)  # the step has set the weight that belongs to it
         trainer.models.zero_grad()
