@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import toy
 from components import UserError, evaluate, report
 from components.curves import read_lines
 from components.report import with_interval
@@ -53,7 +54,7 @@ def test_a_run_without_an_environment_is_evaluated_later(script: Script, tmp_pat
     env = ["--env", "gymnasium", "--env.id", "TendonToy-v0"]
     evaluate.main([str(run), *env, "--eval-episodes", "3", "--env.max-episode-steps", "5"])
     evaluate.main([str(run), *env, "--eval-episodes", "4"])
-    report.main([str(run), "--save", str(tmp_path / "rows.json")])
+    report.main([str(run), "--out", str(tmp_path / "curves.png"), "--save", str(tmp_path / "rows.json")])
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert row["episodes"] == 4
 
@@ -87,6 +88,15 @@ def test_report_groups_seeds_and_writes_results(
     head, _, first, second = capsys.readouterr().out.strip().splitlines()
     assert head.rstrip(" |").endswith("final coverage") and second.rstrip(" |").endswith("-")
     assert first.rstrip(" |").endswith(with_interval([0.5, 0.6, 0.7], "coverage_final", 0))
+
+
+def test_report_names_what_a_run_was_in(script: Script, online: Script, tmp_path: Path) -> None:
+    """The dataset of the offline script; the environment of the online one, though it has a dataset beside."""
+    runs = [script("--trainer", "bc", "--steps", 5, "--eval-episodes", 2, folder="offline")]
+    runs.append(online(*toy.ONLINE_ALONE["rlpd"], "--env", "savable", "--eval-episodes", 2, folder="online"))
+    files = ["--out", str(tmp_path / "curves.png"), "--save", str(tmp_path / "rows.json")]
+    assert report.main([*map(str, runs), *files]) == 0
+    assert [row["suite"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["toy", "savable"]
 
 
 def test_intervals_over_seeds() -> None:
