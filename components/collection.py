@@ -20,8 +20,8 @@ def describe_env(envs: Any) -> dict[str, dict[str, Any]]:
     A discrete action is a number `()` int64, and `classes` tells of how many.
 
     Raises:
-        UserError: actions that are neither discrete nor a vector with finite bounds, or observations that are neither
-            vectors nor pictures.
+        UserError: actions that are neither discrete (from 0) nor a vector with finite bounds, or observations that are
+            neither vectors nor pictures.
     """
     action, space = envs.single_action_space, envs.single_observation_space
     discrete = hasattr(action, "n") and getattr(action, "shape", None) == ()
@@ -29,10 +29,14 @@ def describe_env(envs: Any) -> dict[str, dict[str, Any]]:
         getattr(action, "shape", None) is None or len(action.shape) != 1 or not hasattr(action, "low")
     ):
         raise UserError(f"it has the action space {action}; expected a Discrete one, or a Box of one dimension")
+    if discrete and getattr(action, "start", 0) != 0:
+        raise UserError(f"it has the action space {action}; expected one whose first action is 0")
     if not discrete and not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
         raise UserError(f"it has actions without bounds ({action}); wrap it in RescaleAction or ClipAction")
     if not all(hasattr(part, "low") for part in _parts(space)):
-        raise UserError(f"it has the observation space {space}; expected Box, or a Dict of Box")
+        raise UserError(
+            f"it has the observation space {space}; expected Box, or a Dict of Box (try the wrapper FlattenObservation)"
+        )
     observation, _ = envs.reset()
     first = {key: as_tensor(value)[0] for key, value in observation_batch(observation).items()}
     acted = torch.tensor(0) if discrete else torch.zeros(action.shape)

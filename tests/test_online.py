@@ -4,14 +4,17 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 import toy
 from components import TRAINER_REGISTRY, UserError, checkpoint, load_policy
+from components.collection import describe_env
 from components.curves import read_lines
 from conftest import ONLINE, difference, learned, replayed, states, weights
 from test_offline import interrupt_after
@@ -283,3 +286,10 @@ def test_debug_walks_the_whole_path(
     assert "loaded step-000000040" in out and "loaded the policy; at zero it acts [" in out
     request.getfixturevalue(which)("--resume", run, "--steps", 50)
     assert "loaded step-000000050" in capsys.readouterr().out
+
+
+def test_actions_that_begin_elsewhere_are_refused() -> None:
+    """Their numbers would be those of other actions."""
+    space = gym.spaces.Discrete(3, start=1)
+    with pytest.raises(UserError, match="expected one whose first action is 0"):
+        describe_env(SimpleNamespace(single_action_space=space, single_observation_space=toy.ToyEnv.observation_space))
