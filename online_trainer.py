@@ -204,6 +204,7 @@ LEAST |= {"eval_every": 0, "eval_episodes": 0, "eval_envs": 1, "eval_seed": 0}
 LEAST |= {"save_episodes": 1, "save_every": 0, "save_minutes": 0, "keep_last": 1, "env_timeout": 0, "hang_timeout": 0}
 RESUME_MAY_CHANGE = {"steps", "log_every", "eval_every", "save_every", "eval_episodes", "keep_last", "track", "resume"}
 RESUME_MAY_CHANGE |= {"env_timeout", "env_restarts", "hang_timeout"}
+RESUME_MAY_CHANGE |= {"save_dataset", "save_format", "save_what", "save_episodes"}
 CHOICES = [option for option in REGISTRIES if hasattr(Args, option)]  # the options that choose a component
 EXTRAS: dict[str, type] = {"dataset": experience.Share}  # options beside those of the component that is chosen
 NEEDS_DATA, SUBJECT = False, "env"
@@ -618,9 +619,8 @@ def learn_in_environment(args: Args, argv: list[str], accelerator: Accelerator, 
     given = partial(cli.given, argv)
     learns: Any = REGISTRIES["trainer"][args.trainer]
     experience.check_options(learns, args.trainer, args.dataset, given)
-    if not args.resume:
-        keeps = not experience.on_policy(learns)
-        recording.check_destination(args.save_dataset, args.save_format, args.save_what, keeps)
+    keeps = not experience.on_policy(learns)
+    recording.check_destination(args.save_dataset, args.save_format, args.save_what, keeps, bool(args.resume))
 
     # Data, where there is some: old transitions beside the new ones, from an environment that it may know.
     env_name, env, data = args.env, args.env_options, {}

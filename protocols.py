@@ -42,8 +42,9 @@ class Trainer(Protocol):
     acts), `explorer() -> nn.Module` (the same, for what acts while the online script collects; otherwise the policy
     does), `state_dict()` and `load_state_dict()` (tensors and JSON values), `cycle` (after so many calls the Python of
     `train_step` repeats, and it waits for no tensor's value, so that `--compile` may record its kernels in CUDA graphs;
-    it may count its calls in `updates`), `needs_data = True` (it learns online only with a dataset beside). An explorer
-    with an attribute `env_step` finds there how many steps its environments have made.
+    it may count its calls in `updates`), `needs_data = True` (it learns online only with a dataset beside), `imitates =
+    True` (it does as the data does, so that its own experience teaches it nothing: never online). An explorer with an
+    attribute `env_step` finds there how many steps its environments have made.
 
     Optional and static: `window(config) -> options` (it learns from transitions, of a dataset or of the replay buffer,
     and these options of `datasets.transitions.Transitions` say what one of them is: `discount`, `n_step`, `chunk`,

@@ -50,6 +50,10 @@ def check_options(trainer: type, name: str, dataset: str, given: Callable[[str],
     for option in OF_REPLAY if on_policy(trainer) else ():
         if given(option):
             raise UserError(f"--{option}: {name} learns from rollouts of its own policy; see --trainer.rollout")
+    if getattr(trainer, "imitates", False):
+        raise UserError(
+            f"--trainer {name} imitates, which its own experience cannot teach; run it by offline_trainer.py"
+        )
     if hasattr(trainer, "prepare") and not on_policy(trainer) and not hasattr(trainer, "window"):
         raise UserError(f"--trainer {name} learns from a dataset as a whole (its goals); run it by offline_trainer.py")
     if getattr(trainer, "needs_data", False) and dataset == "none":

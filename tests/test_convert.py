@@ -6,14 +6,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
 
+import toy
 from components import DATASET_BUILDER_REGISTRY, UserError
 from components.datasets import convert, inspect
+from components.datasets.convert import environment_metadata
 from components.datasets.episodes import EpisodeDataset, from_columns
 from conftest import FIXTURES, build, everything
 from test_formats import FORMATS
@@ -274,3 +277,13 @@ def test_inspect_takes_mixtures_and_plain_datasets(tmp_path: Path, capsys: pytes
 def test_bad_input_of_inspect(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         inspect.main(words)
+
+
+def test_what_minari_is_told_of_an_environment() -> None:
+    """A class as the words that name it; nothing where JSON has none; and the registry stays as it is."""
+    env = {"name": "gymnasium", "id": "TendonToy-v0", "max_episode_steps": 5, "kwargs": ""}
+    told = json.loads(environment_metadata(env)["env_spec"])
+    assert told["entry_point"] == "toy:ToyEnv" and told["max_episode_steps"] == 5
+    assert gym.spec("TendonToy-v0").entry_point is toy.ToyEnv and gym.spec("TendonToy-v0").max_episode_steps is None
+    gym.register("TendonUntold-v0", entry_point=toy.ToyEnv, kwargs={"made": object()})
+    assert environment_metadata(env | {"id": "TendonUntold-v0"}) == {}

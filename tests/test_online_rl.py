@@ -150,12 +150,15 @@ def test_the_share_of_the_dataset_is_exact(online: Script, monkeypatch: pytest.M
         (("--trainer", "ppo", "--batch-size", 64, "--trainer.rollout", 10), "64 samples are more than the rollout"),
         (("--trainer", "ppo", "--trainer.rollout", 0), "--trainer.rollout 0 must be 1 or more"),
         (("--trainer", "hiql"), "--trainer hiql learns from a dataset as a whole"),
+        (("--trainer", "bc"), "--trainer bc imitates, which its own experience cannot teach; run it by offline"),
+        (("--trainer", "diffusion", "--dataset", "toy"), "--trainer diffusion imitates"),
         (("--trainer", "dqn"), "discrete actions, and these are not"),
         (("--trainer", "residual"), "--trainer.base is needed: the run folder of the policy to correct"),
         (("--trainer", "residual", "--trainer.base", "nowhere"), "nowhere: no policy here"),
         ((*toy.SAC, "--init-from", "nowhere"), "nowhere: no"),
         ((*toy.SAC, "--save-what", "collected", "--save-dataset", "/"), "--save-dataset /: exists already"),
         (("--trainer", "ppo", "--save-what", "collected", "--save-dataset", "x"), "rollouts are not kept"),
+        ((*toy.SAC, "--save-dataset", "/proc/x"), "--save-dataset /proc/x: .*; give another folder"),
         ((*toy.SAC, "--env.wrappers", "RescaleActoin"), "no wrapper of gymnasium.wrappers; nearest: RescaleAction"),
         ((*toy.SAC, "--env.wrappers", "RescaleAction:[1"), "expected NAME:JSON with an object"),
         ((*toy.SAC, "--env.workers", -1), "--env.workers -1 must be 0 or more"),
@@ -419,6 +422,15 @@ def test_a_run_leaves_a_dataset_that_the_other_script_reads(
     assert json.loads((again / "status.json").read_text())["state"] == "finished"
     if kind == "minari":
         assert built["env"] == {"name": "gymnasium", "id": "Pendulum-v1", "max_episode_steps": 12, "kwargs": ""}
+
+
+def test_a_resumed_run_may_leave_a_dataset_that_it_was_not_asked_for(online: Script, tmp_path: Path) -> None:
+    run = online(*toy.SAC, "--steps", 40)
+    online("--resume", run, "--steps", 42, "--save-dataset", tmp_path / "data", "--save-what", "collected")
+    built = build(tmp_path / "data", validation=0.0)
+    assert built["dataset"].episodes.lengths.sum() == 42 and built["env"]["id"] == "TendonToy-v0"
+    with pytest.raises(UserError, match="/proc/x: .*; give another folder"):
+        online("--resume", run, "--steps", 44, "--save-dataset", "/proc/x")
 
 
 def test_a_dataset_of_a_residual_policy_holds_what_was_executed(

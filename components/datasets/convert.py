@@ -9,6 +9,7 @@ next.observation.X beside its own, Minari the observation after the last action 
 known, which its metadata say). Pictures are written without loss.
 """
 
+import copy
 import json
 import os
 import re
@@ -385,17 +386,25 @@ def _create(
 
 
 def environment_metadata(env: dict[str, Any] | None) -> dict[str, Any]:
-    """What Minari's metadata say of an environment, {"name", options}: its own `env_spec` where it is Gymnasium's."""
+    """What Minari's metadata say of an environment, {"name", options}: its own `env_spec` where it is Gymnasium's.
+
+    Empty for no environment, and for one that cannot be told so.
+    """
     if env is None or env.get("wrappers"):  # without its wrappers it would be another one
         return {}
     if env["name"] != "gymnasium":
         return {"environment": env}
     import gymnasium as gym
 
-    spec = gym.spec(env["id"])
+    spec = copy.copy(gym.spec(env["id"]))
+    made_by: Any = spec.entry_point
+    spec.entry_point = f"{made_by.__module__}:{made_by.__qualname__}" if callable(made_by) else made_by
     spec.kwargs = spec.kwargs | json.loads(env.get("kwargs") or "{}")
     spec.max_episode_steps = env.get("max_episode_steps") or spec.max_episode_steps
-    return {"env_spec": spec.to_json()}
+    try:
+        return {"env_spec": spec.to_json()}
+    except (TypeError, ValueError):  # registered with what JSON has no words for
+        return {}
 
 
 if __name__ == "__main__":

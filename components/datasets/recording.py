@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from .episodes import Episodes, complete_flags, from_columns
 FORMATS = {"minari": (("minari", '"minari[hdf5]"'), ("h5py", "h5py")), "lerobot": (("pyarrow", "pyarrow"),)}
 
 
-def check_destination(path: str, kind: str, what: str, keeps: bool) -> None:
+def check_destination(path: str, kind: str, what: str, keeps: bool, again: bool) -> None:
     """Refuse before a training what could not be written after it.
 
     Args:
@@ -25,14 +26,21 @@ def check_destination(path: str, kind: str, what: str, keeps: bool) -> None:
         kind: Of `FORMATS`.
         what: "policy" or "collected".
         keeps: Whether what is collected is kept.
+        again: Whether the run is resumed, and may have written it already.
 
     Raises:
-        UserError: it exists, packages are missing, or there will be nothing to write.
+        UserError: it exists, cannot be made, packages are missing, or there will be nothing to write.
     """
-    if not path:
+    target = Path(path).expanduser()
+    if not path or (again and target.exists()):
         return
-    if Path(path).expanduser().exists():
+    if target.exists():
         raise UserError(f"--save-dataset {path}: exists already; give another folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryDirectory(dir=target.parent).cleanup()
+    except OSError as error:
+        raise UserError(f"--save-dataset {path}: {error.strerror}; give another folder") from error
     if what == "collected" and not keeps:
         raise UserError("--save-what collected: rollouts are not kept; this trainer's policy can be saved, the default")
     for module, package in FORMATS[kind]:

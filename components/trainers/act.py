@@ -43,6 +43,7 @@ class ACT:
         "eval-every": 1000,
     }
     accumulates = True
+    imitates = True
 
     @dataclass(frozen=True)
     class Config:

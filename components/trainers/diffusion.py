@@ -53,6 +53,7 @@ class Diffusion:
         "eval-every": 1000,
     }
     accumulates = True
+    imitates = True
 
     @dataclass(frozen=True)
     class Config:

@@ -49,6 +49,7 @@ class Flow:
         "eval-every": 1000,
     }
     accumulates = True
+    imitates = True
 
     @dataclass(frozen=True)
     class Config:
