@@ -79,8 +79,8 @@ def draw_curves(runs: list[Path], path: Path) -> None:
             x, y = zip(*points, strict=True)
             marker, color = "o" if len(x) < 20 else None, f"C{index}"  # a run's is the same in every panel
             axis.plot(x, y, marker=marker, markersize=3, linewidth=1.2, label=run.name, color=color)
-            if f"{name}_min" in found:  # the band of what the mean is of
-                band = [(line["step"], line[f"{name}_min"], line[f"{name}_max"]) for line in lines if name in line]
+            ends = (f"{name}_min", f"{name}_max")  # the band of what the mean is of, in the runs that have one
+            if band := [(line["step"], *(line[end] for end in ends)) for line in lines if ends[0] in line]:
                 axis.fill_between(*zip(*band, strict=True), alpha=0.15, color=color)
             if name == "success_rate":
                 low, high = zip(*(line["success_ci"] for line in lines if line.get(name) is not None), strict=True)

@@ -91,8 +91,11 @@ def test_report_groups_seeds_and_writes_results(
 
 
 def test_report_names_what_a_run_was_in(script: Script, online: Script, tmp_path: Path) -> None:
-    """The dataset of the offline script; the environment of the online one, though it has a dataset beside."""
-    runs = [script("--trainer", "bc", "--steps", 5, "--eval-episodes", 2, folder="offline")]
+    """The dataset of the offline script; the environment of the online one, though it has a dataset beside.
+
+    Their curves of Q are drawn over each other, of which one alone has a band.
+    """
+    runs = [script(*toy.TRAINERS["iql"], "--steps", 5, "--log-every", 1, "--eval-episodes", 2, folder="offline")]
     runs.append(online(*toy.ONLINE_ALONE["rlpd"], "--env", "savable", "--eval-episodes", 2, folder="online"))
     files = ["--out", str(tmp_path / "curves.png"), "--save", str(tmp_path / "rows.json")]
     assert report.main([*map(str, runs), *files]) == 0
