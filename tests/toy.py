@@ -5,7 +5,7 @@ import inspect
 import os
 import time
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,26 @@ from components.datasets.episodes import Episodes, Scales, build, from_columns
 from components.envs.workers import spread
 
 # tyro reads the options' docstrings from their source for each command line: a fifth of the time of a small training.
-inspect.getsource = lru_cache(maxsize=None)(inspect.getsource)  # type: ignore[assignment]
+# The classes are made anew for each, under the same names.
+read_source, sources = inspect.getsource, dict[Any, Any]()
+
+
+def source_of(found: Any) -> str:
+    """What `inspect.getsource` finds, or that it finds nothing, once for the name of each class."""
+    if not isinstance(found, type):
+        return read_source(found)
+    name = (found.__module__, found.__qualname__)
+    if name not in sources:
+        try:
+            sources[name] = read_source(found)
+        except (OSError, TypeError) as error:
+            sources[name] = error
+    if isinstance(sources[name], Exception):
+        raise sources[name]
+    return sources[name]
+
+
+inspect.getsource = source_of
 STATE, ACTION, LENGTH = 5, 2, 10
 UNIT = ("--dataset.action-scale", 4)  # brings the expert's actions into [-1, 1]
 SMALL = ("--model.hidden-dims", 16, "--model.critic.hidden-dims", 16, *UNIT)
