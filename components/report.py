@@ -100,11 +100,10 @@ def runs_table(runs: list[Path]) -> str:
 
 def subject(record: dict[str, Any]) -> tuple[str, str]:
     """What a run learnt from or in: the dataset, or else the environment, and which one of its kind."""
-    config, env = record["args"], record["env"]
-    if "num_envs" in config and env:  # of the online script; a dataset may have named the environment
-        name, options = env["name"], env
-    else:
-        name, options = config["dataset"], config["dataset_options"]
+    config = record["args"]
+    name, options = config["dataset"], config["dataset_options"]
+    if "num_envs" in config:  # of the online script; a dataset may have named the environment
+        name, options = record["env"]["name"], record["env"]
     return name, options.get("task") or options.get("id") or Path(options.get("path") or "").name
 
 

@@ -30,10 +30,10 @@ read_source, sources = inspect.getsource, dict[Any, Any]()
 
 
 def source_of(found: Any) -> str:
-    """What `inspect.getsource` finds, or that it finds nothing, once for the name of each class."""
+    """What `inspect.getsource` finds, or that it finds nothing, once for a class's name and options."""
     if not isinstance(found, type):
         return read_source(found)
-    name = (found.__module__, found.__qualname__)
+    name = (found.__module__, found.__qualname__, *getattr(found, "__annotations__", ()))
     if name not in sources:
         try:
             sources[name] = read_source(found)
