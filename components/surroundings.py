@@ -6,6 +6,8 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,15 +30,9 @@ PACKAGES = (
 
 def environment(components: Iterable[type]) -> dict[str, Any]:
     """Versions, commit and machine: what else decides a run's numbers. No environment variables, so no secrets."""
-    packages: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
     return {
         "component_versions": {f"{c.__module__}.{c.__qualname__}": _source_hash(c) for c in components},
-        "packages": packages,
+        "packages": dict(_packages()),
         "python": platform.python_version(),
         "git_commit": _git_commit(),
         "machine": {
@@ -59,6 +55,16 @@ def _source_hash(component: type) -> str | None:
         return None
 
 
+@lru_cache(maxsize=1)  # what this process has loaded
+def _packages() -> dict[str, str | None]:
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+@lru_cache(maxsize=1)
 def _git_commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

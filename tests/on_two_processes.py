@@ -40,9 +40,6 @@ def run(name: str, *options: object, resume: bool = False, script: Any = offline
     return ""
 
 
-SGD = ("--optimizer", "sgd", "--optimizer.lr", 0.1, "--steps", 50)
-
-
 class OneRank(toy.Minimal):
     """What one process does and another does not: a metric, a gradient, a parameter that none of them uses."""
 
@@ -117,18 +114,18 @@ if __name__ == "__main__":
     for trainer, options in toy.TRAINERS.items():
         for name, draw in toy.sliced_noise(RANK, 2).items():
             setattr(torch, name, draw)
-        run(trainer, *options, *SGD, "--optimizer.lr", 0.01)
+        run(trainer, *options, *toy.SGD, "--optimizer.lr", 0.01)
     for name, draw in own.items():
         setattr(torch, name, draw)
     if RANK == 0:
         (FOLDER / "world.json").write_text(json.dumps(parallel.world_size()))
-    run("clipped", "--trainer", "bc", *SGD, "--grad-clip", 0.3)
-    run("accumulated", "--trainer", "bc", *SGD, "--grad-accumulation", 2)
+    run("clipped", "--trainer", "bc", *toy.SGD, "--grad-clip", 0.3)
+    run("accumulated", "--trainer", "bc", *toy.SGD, "--grad-accumulation", 2)
     run("actor_critic", "--trainer", "actor_critic")
-    run("pictures", *toy.PICTURES, *SGD[:-1], 10)
+    run("pictures", *toy.PICTURES, *toy.SGD[:-1], 10)
     run("minimal", "--trainer", "minimal", "--dataset", "minimal_data", "--steps", 20)
     run("with_keywords", "--trainer", "with_keywords", "--dataset", "minimal_data", "--steps", 20)
-    run("evaluated", "--trainer", "bc", *SGD, "--eval-episodes", 7, "--eval-envs", 2)
+    run("evaluated", "--trainer", "bc", *toy.SGD, "--eval-episodes", 7, "--eval-envs", 2)
     learning = ("--steps", 80, "--learning-starts", 20, *toy.SAC)
     run("online", *learning, "--eval-episodes", 3, "--save-every", 40, script=online_trainer)
     fault = ("--env", "faulty", "--env.rank", 1, "--env.at", 17, "--steps", 120, "--log-every", 20)

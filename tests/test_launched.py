@@ -15,17 +15,16 @@ from components.curves import read_lines
 from conftest import ROOT, difference, learned, replayed, states, two_processes, weights
 
 pytestmark = pytest.mark.launched
-SGD = ("--optimizer", "sgd", "--optimizer.lr", 0.1, "--steps", 50)
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, (*options, *SGD, "--optimizer.lr", 0.01)) for name, options in toy.TRAINERS.items()),
-        ("clipped", ("--trainer", "bc", *SGD, "--grad-clip", 0.3)),
-        ("accumulated", ("--trainer", "bc", *SGD)),
+        *((name, (*options, *toy.SGD, "--optimizer.lr", 0.01)) for name, options in toy.TRAINERS.items()),
+        ("clipped", ("--trainer", "bc", *toy.SGD, "--grad-clip", 0.3)),
+        ("accumulated", ("--trainer", "bc", *toy.SGD)),
         ("actor_critic", ("--trainer", "actor_critic")),
-        ("pictures", (*toy.PICTURES, *SGD[:-1], 10)),
+        ("pictures", (*toy.PICTURES, *toy.SGD[:-1], 10)),
     ],
 )
 def test_two_processes_train_what_one_trains(
@@ -110,7 +109,7 @@ def test_minimal_components_on_two_processes(pair: Path, name: str) -> None:
 
 
 def test_evaluation_is_shared_out(pair: Path, script: Callable[..., Path]) -> None:
-    alone = script("--trainer", "bc", *SGD, "--eval-episodes", 7)
+    alone = script("--trainer", "bc", *toy.SGD, "--eval-episodes", 7)
     one, two = (read_lines(run / "eval.jsonl")[-1] for run in (alone, pair / "evaluated"))
     assert one["seeds"] == two["seeds"] and one["success_rate"] == two["success_rate"]
     assert one["return_mean"] == pytest.approx(two["return_mean"], rel=1e-4)

@@ -51,6 +51,8 @@ SMALL = ("--model.hidden-dims", 16, "--model.critic.hidden-dims", 16, *UNIT)
 SMALL_VALUE = ("--model.value.hidden-dims", 16)
 GOALS = ("--env", "gymnasium", "--env.id", "TendonGoal-v0")
 PLAIN = ("action=scale", "observation=none")
+# What a job of two processes and one of one both do.
+SGD = ("--optimizer", "sgd", "--optimizer.lr", 0.1, "--steps", 30)
 SAC = ("--trainer", "sac", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16)
 PUSH = Path(__file__).parent / "fixtures" / "lerobot_v30_image"
 PICTURES = ("--trainer", "bc", "--model", "cnn", "--dataset", "lerobot", "--dataset.path", PUSH, "--workers", 1)
