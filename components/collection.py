@@ -32,7 +32,9 @@ def describe_env(envs: Any) -> dict[str, dict[str, Any]]:
     if discrete and getattr(action, "start", 0) != 0:
         raise UserError(f"it has the action space {action}; expected one whose first action is 0")
     if not discrete and not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
-        raise UserError(f"it has actions without bounds ({action}); wrap it in RescaleAction or ClipAction")
+        raise UserError(
+            f"it has actions without bounds ({action}); expected bounds that are finite, as of a Box(-1, 1)"
+        )
     if not all(hasattr(part, "low") for part in _parts(space)):
         raise UserError(
             f"it has the observation space {space}; expected Box, or a Dict of Box (try the wrapper FlattenObservation)"

@@ -146,11 +146,15 @@ def check_transitions(spec: dict[str, Any], trainer: str, more: Iterable[str] = 
 
 
 def check_actions(spec: dict[str, Any], trainer: str) -> None:
-    """Refuse actions outside [-1, 1], which the policy of this trainer cannot give.
+    """Refuse actions that the policy of this trainer cannot give: discrete ones, or outside [-1, 1].
 
     Raises:
-        UserError: with the range, and the option that scales them.
+        UserError: with the trainers that choose, or the range and the option that scales them.
     """
+    if "classes" in spec["action"]:
+        raise UserError(
+            f"{trainer} gives vectors, and the actions are discrete; --trainer ppo and dqn choose such ones"
+        )
     low, high = spec["action"].get("range", (None, None))
     if low is None:
         return

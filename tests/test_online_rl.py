@@ -152,7 +152,15 @@ def test_the_share_of_the_dataset_is_exact(online: Script, monkeypatch: pytest.M
         (("--trainer", "hiql"), "--trainer hiql learns from a dataset as a whole"),
         (("--trainer", "bc"), "--trainer bc imitates, which its own experience cannot teach; run it by offline"),
         (("--trainer", "diffusion", "--dataset", "toy"), "--trainer diffusion imitates"),
-        (("--trainer", "dqn"), "discrete actions, and these are not"),
+        (("--trainer", "dqn"), "discrete actions, and these are vectors; --trainer ppo, sac"),
+        *(
+            (
+                ("--trainer", name, "--env.id", "CartPole-v1"),
+                f"{name} gives vectors, and the actions are discrete; --tra",
+            )
+            for name in ("td3", "iql", "rebrac")
+        ),
+        ((*toy.SAC, "--env.wrappers", "ClipAction"), r"actions without bounds \(.*expected bounds that are finite"),
         (("--trainer", "residual"), "--trainer.base is needed: the run folder of the policy to correct"),
         (("--trainer", "residual", "--trainer.base", "nowhere"), "nowhere: no policy here"),
         ((*toy.SAC, "--init-from", "nowhere"), "nowhere: no"),

@@ -25,7 +25,9 @@ class DiscreteQ:
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for `spec`. Raises UserError: actions that are not discrete, no observation, bad options."""
         if "classes" not in spec.get("action", ()):
-            raise UserError("this network values discrete actions, and these are not")
+            raise UserError(
+                "this network values discrete actions, and these are vectors; --trainer ppo, sac and td3 give such ones"
+            )
         if any(dim < 1 for dim in self.hidden_dims):
             raise UserError(f"--model.hidden-dims {self.hidden_dims} must be positive")
         keys = vector_observations(spec)
