@@ -105,13 +105,14 @@ def base_of(trainer: Any, config: Any, run: Path, first: bool) -> Base | None:
 def relabelled(data: dict[str, Any], base: Base | None) -> dict[str, Any]:
     """Demonstrations as `OnTop` would show them: what the frozen policy would have done, and how it would be corrected.
 
-    Corrections beyond what is allowed are cut.
+    Where the demonstrated action is out of the correction's reach, the step is left out, and the episode is cut there:
+    as a step of the largest correction it would claim for that one what only the demonstrator could do.
 
     Args:
         data: What a dataset's factory returned.
 
     Raises:
-        UserError: no episodes, chunks, or observations that the frozen policy lacks.
+        UserError: no episodes, chunks, or observations that the frozen policy lacks; nothing within reach.
     """
     if base is None or not data:
         return data
@@ -136,11 +137,22 @@ def relabelled(data: dict[str, Any], base: Base | None) -> dict[str, Any]:
         raise UserError("a residual policy needs the observations of whole episodes; name a plain dataset")
     low, high = torch.tensor(base.low), torch.tensor(base.high)
     middle, half = (high + low) / 2, (high - low) / 2
-    correction = (episodes.columns["action"] - acted[episodes.at]) / (base.scale * half)
-    columns = episodes.columns | {"action": correction.clamp(-1, 1)}
+    shown, planned = episodes.columns["action"], acted[episodes.at]
+    correction = ((shown - planned) / (base.scale * half)).clamp(-1, 1)
+    correction[((shown >= high) & (planned >= high)) | ((shown <= low) & (planned <= low))] = 0.0  # the bounds do it
+    done = (planned + base.scale * half * correction).clamp(low, high)
+    beyond = ((done - shown).abs() > 1e-4 * half).any(1)  # [N]
+    if bool(beyond[dataset.rows].all()):
+        raise UserError(
+            f"no action of {episodes.name} is within --trainer.scale {base.scale} of what the frozen policy does"
+        )
+    cut = beyond.nonzero().squeeze(1)
+    ends = torch.cat([episodes.ends, cut, cut + 1]).unique()
+    columns = episodes.columns | {"action": correction}
     observations = episodes.observations | {BASE_ACTION: ((acted - middle) / half).clamp(-1, 1)}
-    whole = replace(episodes, columns=columns, observations=observations)
-    return data | {"dataset": EpisodeDataset(whole, dataset.rows, dataset.obs_steps), "norm_stats": {}}
+    whole = replace(episodes, columns=columns, observations=observations, ends=ends[ends > 0])
+    rows = dataset.rows[~beyond[dataset.rows]]
+    return data | {"dataset": EpisodeDataset(whole, rows, dataset.obs_steps), "norm_stats": {}}
 
 
 class Middle:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -17,11 +18,14 @@ import toy
 from components import TRAINER_REGISTRY, UserError, checkpoint, load_policy
 from components.curves import read_lines
 from components.datasets import recording
+from components.datasets.episodes import build as build_episodes
+from components.datasets.episodes import from_columns
+from components.datasets.transitions import Transitions
 from components.environments import Environments
 from components.envs.gymnasium import GymnasiumEnv
 from components.evaluation import Evaluator
 from components.replay import ReplayBuffer
-from components.residual import BASE_ACTION, OnTop
+from components.residual import BASE_ACTION, OnTop, relabelled
 from conftest import build, difference, everything, learned, states, weights
 from test_offline import interrupt_after
 
@@ -188,6 +192,7 @@ def frozen(script: Script) -> Path:
     return script(*options, "--policy.action-steps", 3, "--eval-episodes", 4, folder="frozen")
 
 
+STATE = "observation.state"
 RESIDUAL = ("--trainer", "residual", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16)
 
 
@@ -286,7 +291,7 @@ def test_the_frozen_policy_sees_whole_episodes_in_any_autoreset_mode(frozen: Pat
 def test_demonstrations_become_corrections_of_the_frozen_policy(
     online: Script, frozen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The corrected action is the demonstrated one, wherever the correction is not cut."""
+    """The corrected action is the demonstrated one; what no correction reaches is left out."""
     batches: list[dict[str, Any]] = []
     whole = TRAINER_REGISTRY["residual"].train_step
 
@@ -312,8 +317,39 @@ def test_demonstrations_become_corrections_of_the_frozen_policy(
         assert base.numpy() == pytest.approx(acted[tuple(state.tolist())], abs=1e-5)
     assert sum(checked) > 20
     batches.clear()
-    online(*RESIDUAL, *data, *more, "--trainer.scale", 0.01, "--steps", 30, folder="cut")
-    assert all(batch["action"].abs().max() == 1 for batch in batches)
+    online(*RESIDUAL, *data, *more, "--trainer.scale", 0.2, "--steps", 30, folder="cut")
+    within = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    for state, base, correction in zip(within["observation.state"], within[BASE_ACTION], within["action"], strict=True):
+        assert torch.allclose(5 * (base + 0.2 * correction), known[tuple(state.tolist())], atol=1e-3)
+    assert 0 < len(within["observation.state"].unique(dim=0)) < 0.5 * len(known)
+    with pytest.raises(UserError, match="dataset 'minari': no action of .* is within --trainer.scale 1e-06 of what"):
+        online(*RESIDUAL, *data, *more, "--trainer.scale", 1e-6, "--steps", 30, folder="none")
+
+
+def test_demonstrations_beyond_a_corrections_reach_end_the_windows_before_them() -> None:
+    """A frozen policy that always does (0.9, 0), corrected by 0.3 at most."""
+    shown = torch.tensor([[0.9, 0.3], [1.0, 0.0], [0.7, 0.4], [0.9, 0.0], [0.6, -0.3], [0.9, -0.31], [0.9, 0.0]])
+    ends = torch.tensor([6, 7])
+    states = torch.arange(8.0)[:, None]
+    columns = {"action": shown, "reward": torch.ones(7), "observation.state": states[:-1]}
+    columns |= {"next.observation.state": states[1:], "terminated": torch.zeros(7, dtype=torch.bool)}
+    base = SimpleNamespace(scale=0.3, low=-np.ones(2, np.float32), high=np.ones(2, np.float32))
+    base.new = lambda: SimpleNamespace(act=lambda seen, rows: np.tile(np.float32([0.9, 0.0]), (len(seen[STATE]), 1)))
+    data = build_episodes(from_columns(columns, ends, "these"), 1, 1, 0.0, 0)
+    found = relabelled(data, base)["dataset"]
+    one = Transitions(found, "residual", discount=0.5, n_step=3).get_batch(torch.arange(5))
+    assert one[STATE].flatten().tolist() == [0, 1, 3, 4, 6]
+    assert one[f"next.{STATE}"].flatten().tolist() == [2, 2, 5, 5, 7]
+    assert one["discount"].tolist() == [0.25, 0.5, 0.25, 0.5, 0.5] and one["reward"].tolist() == [1.5, 1, 1.5, 1, 1]
+    expected = torch.tensor([[0, 1], [1 / 3, 0], [0, 0], [-1, -1], [0, 0]])
+    assert torch.allclose(one["action"], expected, atol=1e-5)
+    # Where the bound makes the demonstrated action of what the frozen policy does, there is nothing to correct.
+    base.new = lambda: SimpleNamespace(act=lambda seen, rows: np.tile(np.float32([1.4, -9.0]), (len(seen[STATE]), 1)))
+    columns["action"] = torch.tensor([[1.0, -1.0]]).repeat(7, 1)
+    data = build_episodes(from_columns(columns, ends, "these"), 1, 1, 0.0, 0)
+    batch = everything(relabelled(data, base))
+    assert len(batch["action"]) == 7 and not batch["action"].any()
+    assert torch.equal(batch[BASE_ACTION], columns["action"])
 
 
 # ---- environments in processes of their own, and wrapped -----------------------------------------------------------
