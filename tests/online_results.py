@@ -56,6 +56,7 @@ ONLINE = {
     ),
 }
 BEGIN = {"bc": "--trainer.base", "iql": "--init-from"}
+MORE_SEEDS = {4: ("bc", "residual"), 5: ("bc", "residual")}  # of what varies most
 LAST = 0.1  # share of a run over whose episodes the return while it learns is taken
 
 
@@ -76,7 +77,7 @@ def road(folder: Path) -> list[Runs]:
     task = ["--dataset", "metaworld", "--dataset.task"]
     before: Runs = {}
     after: Runs = {}
-    for seed in SEEDS:
+    for seed in sorted({*SEEDS, *MORE_SEEDS}):
         own = ["--seed", str(seed), "--dataset.seed", str(seed), "--eval-episodes", "100"]
         for trainer, options in OFFLINE.items():
             line = ["offline_trainer.py", "--trainer", trainer, *task, *options.split(), *own]
@@ -86,7 +87,9 @@ def road(folder: Path) -> list[Runs]:
             line += ["--num-envs", "1", "--eval-every", "5000", "--log-every", "500", "--matmul", "auto", "--compile"]
             line += [BEGIN[begins], str(folder / f"road-{begins}-{seed}")] if begins else []
             after[f"road-{name}-{seed}"] = ("road", line)
-    return [before, after]
+    wanted = {f"road-{name}-{seed}" for name in (*OFFLINE, *ONLINE) for seed in SEEDS}
+    wanted |= {f"road-{name}-{seed}" for seed, names in MORE_SEEDS.items() for name in names}
+    return [{name: run for name, run in stage.items() if name in wanted} for stage in (before, after)]
 
 
 def with_before(folder: Path, suite: str, line: list[str]) -> dict[str, Any]:

@@ -55,8 +55,8 @@ class Residual(RLPD):
 
         penalty: float = 0.1
         """Weight of the squared correction, at first, against the values, which are divided by their mean size."""
-        penalty_end: float = 0.01
-        """That weight in the end."""
+        penalty_end: float = 0.04
+        """That weight in the end; with the default scale, what TD3+BC gives to the distance from its data."""
         penalty_updates: int = 20_000
         """Updates of the critics over which it falls, by the same factor each."""
         base: str = ""
