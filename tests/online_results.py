@@ -77,19 +77,22 @@ def road(folder: Path) -> list[Runs]:
     task = ["--dataset", "metaworld", "--dataset.task"]
     before: Runs = {}
     after: Runs = {}
-    for seed in sorted({*SEEDS, *MORE_SEEDS}):
+    for seed in (*SEEDS, *MORE_SEEDS):
         own = ["--seed", str(seed), "--dataset.seed", str(seed), "--eval-episodes", "100"]
-        for trainer, options in OFFLINE.items():
+        for trainer, options in of_seed(OFFLINE, seed).items():
             line = ["offline_trainer.py", "--trainer", trainer, *task, *options.split(), *own]
             before[f"road-{trainer}-{seed}"] = ("road", [*line, "--eval-every", "0"])
-        for name, (begins, options) in ONLINE.items():
+        for name, (begins, options) in of_seed(ONLINE, seed).items():
             line = ["online_trainer.py", "--trainer", name.removesuffix("-online"), *task, *options.split(), *own]
             line += ["--num-envs", "1", "--eval-every", "5000", "--log-every", "500", "--matmul", "auto", "--compile"]
             line += [BEGIN[begins], str(folder / f"road-{begins}-{seed}")] if begins else []
             after[f"road-{name}-{seed}"] = ("road", line)
-    wanted = {f"road-{name}-{seed}" for name in (*OFFLINE, *ONLINE) for seed in SEEDS}
-    wanted |= {f"road-{name}-{seed}" for seed, names in MORE_SEEDS.items() for name in names}
-    return [{name: run for name, run in stage.items() if name in wanted} for stage in (before, after)]
+    return [before, after]
+
+
+def of_seed(ways: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Those of `OFFLINE` or `ONLINE` that are run with a seed."""
+    return {name: way for name, way in ways.items() if name in MORE_SEEDS.get(seed, ways)}
 
 
 def with_before(folder: Path, suite: str, line: list[str]) -> dict[str, Any]:
