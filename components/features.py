@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, default_collate
 
 from .errors import UserError
 
+NO_CHOICE = "gives vectors, and the actions are discrete; --trainer ppo and dqn choose such ones"
 ROWS_PER_READ = 4096
 MAX_SLOW_ROWS = 10_000  # items read one at a time to look for NaN; reading more would delay the start
 
@@ -110,9 +111,7 @@ def width(spec: dict[str, Any], key: str) -> int:
     if key not in spec:
         raise UserError(f"the data has no {key!r}; found: {', '.join(spec)}")
     if "classes" in spec[key]:
-        raise UserError(
-            "this model gives vectors, and the actions are discrete; --trainer ppo and dqn choose such ones"
-        )
+        raise UserError(f"this model {NO_CHOICE}")
     return int(spec[key]["shape"][-1])
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .errors import UserError
+from .features import NO_CHOICE
 
 # What suits all offline trainers; each adds what is its own. The papers train for 1M steps.
 OFFLINE_RL: dict[str, Any] = {
@@ -152,9 +153,7 @@ def check_actions(spec: dict[str, Any], trainer: str) -> None:
         UserError: with the trainers that choose, or the range and the option that scales them.
     """
     if "classes" in spec["action"]:
-        raise UserError(
-            f"{trainer} gives vectors, and the actions are discrete; --trainer ppo and dqn choose such ones"
-        )
+        raise UserError(f"{trainer} {NO_CHOICE}")
     low, high = spec["action"].get("range", (None, None))
     if low is None:
         return
