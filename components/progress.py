@@ -33,7 +33,8 @@ class Progress:
         losses = "  ".join(
             f"{k.removeprefix('train/')} {v:.4g}" for k, v in metrics.items() if "loss" in k and v is not None
         )
-        shown = f"{losses}  {metrics['samples_per_s']:.0f} samples/s"
+        of = "env_steps" if "env_steps_per_s" in metrics else "samples"
+        shown = "  ".join(filter(None, (losses, f"{metrics[f'{of}_per_s']:.0f} {of}/s")))
         if self.bar is not None:
             self.bar.n = step
             self.bar.set_postfix_str(shown)
