@@ -51,6 +51,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
 
     metrics = {run: read_lines(run / "metrics.jsonl") for run in runs}
     evaluations = {run: read_lines(run / "eval.jsonl") for run in runs}
@@ -63,13 +64,15 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     )
     diverge = any(diverging(run) for run in runs)
     panels = [score, *names] if any(evaluations.values()) else names
-    panels = panels[:PANELS] or ["train/loss"]
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
+    crowded = len(runs) > 5  # the legend has a panel of its own then
+    panels = panels[: PANELS - crowded] or ["train/loss"]
+    columns = min(3, len(panels) + crowded)
+    rows = -(-(len(panels) + crowded) // columns)
     width, height = 4.2 * columns, 3.0 * rows  # inches, as the margins; fitting those to the text would draw all twice
     margins = {"left": 0.75 / width, "right": 1 - 0.15 / width, "bottom": 0.45 / height, "top": 1 - 0.35 / height}
     margins |= {"wspace": 0.75 / 3.4, "hspace": 0.8 / 2.2}  # in widths and heights of a panel
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, gridspec_kw=margins)
+    colors = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20")
     for axis, name in zip(axes.flat, panels, strict=False):
         for index, run in enumerate(runs):
             lines = evaluations[run] if name == score else metrics[run]
@@ -77,7 +80,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
             if not points:
                 continue
             x, y = zip(*points, strict=True)
-            marker, color = "o" if len(x) < 20 else None, f"C{index}"  # a run's is the same in every panel
+            marker, color = "o" if len(x) < 20 else None, colors(index % colors.N)  # a run's is the same in every panel
             axis.plot(x, y, marker=marker, markersize=3, linewidth=1.2, label=run.name, color=color)
             ends = (f"{name}_min", f"{name}_max")  # the band of what the mean is of, in the runs that have one
             if band := [(line["step"], *(line[end] for end in ends)) for line in lines if ends[0] in line]:
@@ -96,9 +99,11 @@ def draw_curves(runs: list[Path], path: Path) -> None:
         axis.tick_params(which="both", labelsize=7)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(panels) :]:
-        axis.remove()
+        axis.axis("off")
     if len(runs) > 1:
-        axes.flat[0].legend(fontsize=6)
+        legend = [Line2D([], [], color=colors(index % colors.N), label=run.name) for index, run in enumerate(runs)]
+        where = axes.flat[len(panels) if crowded else 0]
+        where.legend(handles=legend, fontsize=7, loc="upper left" if crowded else "best")
     save_figure(figure, path, dpi=100)
 
 
