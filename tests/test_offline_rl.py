@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -410,17 +412,27 @@ def test_the_report_marks_values_that_rewards_do_not_allow(script: Script, capsy
 
 
 def test_a_run_has_one_color_in_all_panels(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no other run has it, up to twenty; the legend names all of them, evaluated or not."""
     options = ("--steps", 4, "--log-every", 1, "--eval-episodes", 0)
     runs = [script(*toy.TRAINERS[name], *options, folder=name) for name in ("td3_bc", "iql")]
-    colors: dict[str, set[str]] = {run.name: set() for run in runs}
+    colors: dict[str, set[str]] = defaultdict(set)
+    legends: list[list[str]] = []
 
     def keep(figure: Any, path: Path, dpi: int) -> None:
         for line in (line for axis in figure.axes for line in axis.lines):
             colors[line.get_label()].add(line.get_color())
+        legends.extend([t.get_text() for t in axis.legend_.get_texts()] for axis in figure.axes if axis.legend_)
 
     monkeypatch.setattr(curves, "save_figure", keep)
-    curves.draw_curves(runs, tmp_path / "curves.png")
-    assert [len(found) for found in colors.values()] == [1, 1] and colors["td3_bc"] != colors["iql"]
+    many = [shutil.copytree(run, tmp_path / f"{run.name}-{i}") for run in runs for i in range(6)]
+    (many[0] / "metrics.jsonl").write_text("")
+    for drawn in (runs, many):
+        colors.clear()
+        curves.draw_curves(drawn, tmp_path / "curves.png")
+        with_curves = len(drawn) - (drawn is many)
+        assert [len(found) for found in colors.values()] == [1] * with_curves
+        assert len(set.union(*colors.values())) == with_curves
+        assert legends.pop() == [run.name for run in drawn]
 
 
 # ---- faster --------------------------------------------------------------------------------------------------------
