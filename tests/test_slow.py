@@ -48,7 +48,7 @@ def test_the_default_command_reaches_095_on_goals_it_has_not_seen(tmp_path: Path
 
 
 def test_another_seed_does_as_well_on_two_processes(tmp_path: Path) -> None:
-    options = ("--trainer", "bc", "--seed", 1, "--eval-every", 0)
+    options = ("--trainer", "bc", "--seed", 1, "--steps", 1500, "--eval-every", 0)
     done = two_processes(ROOT / "offline_trainer.py", *options, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
@@ -111,7 +111,7 @@ def test_sac_solves_pendulum_and_its_episodes_are_cloned(tmp_path: Path) -> None
 SOLVED: dict[str, tuple[float, tuple[object, ...]]] = {
     "td3": (
         -200,
-        ("--steps", 10_000, "--learning-starts", 1000, "--num-envs", 4) + ("--batch-size", 64, "--optimizer.lr", 1e-3),
+        ("--steps", 8000, "--learning-starts", 1000, "--num-envs", 4) + ("--batch-size", 64, "--optimizer.lr", 1e-3),
     ),
     "ppo": (475, ("--env.id", "CartPole-v1", "--steps", 30_720)),
     "dqn": (
