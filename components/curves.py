@@ -72,15 +72,16 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     margins = {"left": 0.75 / width, "right": 1 - 0.15 / width, "bottom": 0.45 / height, "top": 1 - 0.35 / height}
     margins |= {"wspace": 0.75 / 3.4, "hspace": 0.8 / 2.2}  # in widths and heights of a panel
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, gridspec_kw=margins)
-    colors = plt.get_cmap("tab10" if len(runs) <= 10 else "tab20")
+    palette = matplotlib.colormaps["tab10" if len(runs) <= 10 else "tab20"]
+    colors = {run: palette(index % palette.N) for index, run in enumerate(runs)}  # the same in every panel
     for axis, name in zip(axes.flat, panels, strict=False):
-        for index, run in enumerate(runs):
+        for run in runs:
             lines = evaluations[run] if name == score else metrics[run]
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if not points:
                 continue
             x, y = zip(*points, strict=True)
-            marker, color = "o" if len(x) < 20 else None, colors(index % colors.N)  # a run's is the same in every panel
+            marker, color = "o" if len(x) < 20 else None, colors[run]
             axis.plot(x, y, marker=marker, markersize=3, linewidth=1.2, label=run.name, color=color)
             ends = (f"{name}_min", f"{name}_max")  # the band of what the mean is of, in the runs that have one
             if band := [(line["step"], *(line[end] for end in ends)) for line in lines if ends[0] in line]:
@@ -101,7 +102,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     for axis in list(axes.flat)[len(panels) :]:
         axis.axis("off")
     if len(runs) > 1:
-        legend = [Line2D([], [], color=colors(index % colors.N), label=run.name) for index, run in enumerate(runs)]
+        legend = [Line2D([], [], color=colors[run], label=run.name) for run in runs]
         where = axes.flat[len(panels) if crowded else 0]
         where.legend(handles=legend, fontsize=7, loc="upper left" if crowded else "best")
     save_figure(figure, path, dpi=100)

@@ -56,14 +56,14 @@ class Base:
 
         def made(num_envs: int, seed: int) -> OnTop:
             envs = OnTop(make(num_envs, seed), self.new(), self.scale)
-            self.low, self.high = envs.sum.low, envs.sum.high
+            self.sum = envs.sum
             return envs
 
         return made
 
     def corrected(self, correction: Policy) -> "CorrectedPolicy":
         """This policy with one that corrects it."""
-        return CorrectedPolicy(self.new(), correction, Middle(self.low, self.high, self.scale))
+        return CorrectedPolicy(self.new(), correction, self.sum)
 
     def save(self, folder: Path) -> None:
         """Put the policy beside the one that corrects it, and say in `residual.json` how both go together.
@@ -74,7 +74,7 @@ class Base:
         if fingerprint(self.folder) != self.sha256:
             raise RuntimeError(f"{self.folder}: the frozen policy has changed while the run learnt")
         shutil.copytree(self.folder, folder / "base")
-        how = {"scale": self.scale, "low": self.low.tolist(), "high": self.high.tolist(), "sha256": self.sha256}
+        how = {"scale": self.scale, "low": self.sum.low.tolist(), "high": self.sum.high.tolist(), "sha256": self.sha256}
         (folder / "residual.json").write_text(json.dumps(how, indent=1) + "\n")
 
 
@@ -135,21 +135,18 @@ def relabelled(data: dict[str, Any], base: Base | None) -> dict[str, Any]:
     seen_at = torch.cat([episodes.at, episodes.after[episodes.after >= 0]])
     if not bool(known[seen_at].all()):
         raise UserError("a residual policy needs the observations of whole episodes; name a plain dataset")
-    low, high = torch.tensor(base.low), torch.tensor(base.high)
-    middle, half = (high + low) / 2, (high - low) / 2
-    shown, planned = episodes.columns["action"], acted[episodes.at]
-    correction = ((shown - planned) / (base.scale * half)).clamp(-1, 1)
-    correction[((shown >= high) & (planned >= high)) | ((shown <= low) & (planned <= low))] = 0.0  # the bounds do it
-    done = (planned + base.scale * half * correction).clamp(low, high)
-    beyond = ((done - shown).abs() > 1e-4 * half).any(1)  # [N]
+    shown, planned = episodes.columns["action"].numpy(), acted[episodes.at].numpy()
+    correction = base.sum.correction(planned, shown)
+    missed = np.abs(base.sum.corrected(planned, correction) - shown)
+    beyond = torch.from_numpy((missed > 1e-4 * base.sum.half).any(1))  # [N]
     if bool(beyond[dataset.rows].all()):
         raise UserError(
             f"no action of {episodes.name} is within --trainer.scale {base.scale} of what the frozen policy does"
         )
     cut = beyond.nonzero().squeeze(1)
     ends = torch.cat([episodes.ends, cut, cut + 1]).unique()
-    columns = episodes.columns | {"action": correction}
-    observations = episodes.observations | {BASE_ACTION: ((acted - middle) / half).clamp(-1, 1)}
+    columns = episodes.columns | {"action": torch.from_numpy(correction)}
+    observations = episodes.observations | {BASE_ACTION: torch.from_numpy(base.sum.normalised(acted.numpy()))}
     whole = replace(episodes, columns=columns, observations=observations, ends=ends[ends > 0])
     rows = dataset.rows[~beyond[dataset.rows]]
     return data | {"dataset": EpisodeDataset(whole, rows, dataset.obs_steps), "norm_stats": {}}
@@ -165,6 +162,12 @@ class Middle:
     def corrected(self, base: np.ndarray, correction: np.ndarray) -> np.ndarray:
         """The sum, within bounds."""
         return np.clip(base + self.scale * self.half * correction, self.low, self.high).astype(np.float32)
+
+    def correction(self, base: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """What makes an action of the frozen policy's, as far as it goes; none where the bounds alone do."""
+        cut = np.clip((action - base) / (self.scale * self.half), -1, 1)
+        bounded = ((action >= self.high) & (base >= self.high)) | ((action <= self.low) & (base <= self.low))
+        return np.where(bounded, 0, cut).astype(np.float32)
 
     def normalised(self, base: np.ndarray) -> np.ndarray:
         """What the frozen policy does, as it is observed."""

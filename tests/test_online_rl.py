@@ -25,7 +25,7 @@ from components.environments import Environments
 from components.envs.gymnasium import GymnasiumEnv
 from components.evaluation import Evaluator
 from components.replay import ReplayBuffer
-from components.residual import BASE_ACTION, OnTop, relabelled
+from components.residual import BASE_ACTION, Middle, OnTop, relabelled
 from conftest import build, difference, everything, learned, states, weights
 from test_offline import interrupt_after
 
@@ -319,9 +319,9 @@ def test_demonstrations_become_corrections_of_the_frozen_policy(
     batches.clear()
     online(*RESIDUAL, *data, *more, "--trainer.scale", 0.2, "--steps", 30, folder="cut")
     within = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-    for state, base, correction in zip(within["observation.state"], within[BASE_ACTION], within["action"], strict=True):
+    for state, base, correction in zip(within[STATE], within[BASE_ACTION], within["action"], strict=True):
         assert torch.allclose(5 * (base + 0.2 * correction), known[tuple(state.tolist())], atol=1e-3)
-    assert 0 < len(within["observation.state"].unique(dim=0)) < 0.5 * len(known)
+    assert 0 < len(within[STATE].unique(dim=0)) < 0.5 * len(known)
     with pytest.raises(UserError, match="dataset 'minari': no action of .* is within --trainer.scale 1e-06 of what"):
         online(*RESIDUAL, *data, *more, "--trainer.scale", 1e-6, "--steps", 30, folder="none")
 
@@ -331,9 +331,9 @@ def test_demonstrations_beyond_a_corrections_reach_end_the_windows_before_them()
     shown = torch.tensor([[0.9, 0.3], [1.0, 0.0], [0.7, 0.4], [0.9, 0.0], [0.6, -0.3], [0.9, -0.31], [0.9, 0.0]])
     ends = torch.tensor([6, 7])
     states = torch.arange(8.0)[:, None]
-    columns = {"action": shown, "reward": torch.ones(7), "observation.state": states[:-1]}
-    columns |= {"next.observation.state": states[1:], "terminated": torch.zeros(7, dtype=torch.bool)}
-    base = SimpleNamespace(scale=0.3, low=-np.ones(2, np.float32), high=np.ones(2, np.float32))
+    columns = {"action": shown, "reward": torch.ones(7), STATE: states[:-1]}
+    columns |= {f"next.{STATE}": states[1:], "terminated": torch.zeros(7, dtype=torch.bool)}
+    base = SimpleNamespace(scale=0.3, sum=Middle(-np.ones(2, np.float32), np.ones(2, np.float32), 0.3))
     base.new = lambda: SimpleNamespace(act=lambda seen, rows: np.tile(np.float32([0.9, 0.0]), (len(seen[STATE]), 1)))
     data = build_episodes(from_columns(columns, ends, "these"), 1, 1, 0.0, 0)
     found = relabelled(data, base)["dataset"]
