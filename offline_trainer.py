@@ -286,35 +286,43 @@ class StepHook:
         self.accelerator, self.index, self.name, self.args, self.metrics = accelerator, index, name, args, metrics
         self.count, self.waits = 0, accelerator.device.type != "cuda"
         self.iterations = step  # a tensor on the device, where graphs find it
-        self.loss: Any = 0.0  # sum of the losses since the last step; `watch_loss` adds them
-        self.first_bad = torch.full((), -1, device=accelerator.device)  # iteration of the first non-finite gradient
+        self.loss: Any = None  # sum of the losses since the last step; `watch_loss` adds them
+        self.bad = torch.zeros((), device=accelerator.device)  # 1.0 since a loss or gradient was not finite
+        self.first_bad = torch.zeros_like(step)  # the iteration under way, which stands still then
+        self.one = torch.ones_like(self.bad)
+        self.gates = getattr(optimizer, "_step_supports_amp_scaling", False)  # a fused one, which obeys `found_inf`
+        if self.gates and not self.waits:
+            optimizer.found_inf = self.bad
         optimizer.register_step_pre_hook(self)
         if args.grad_accumulation > 1:
             accumulate(optimizer, args.grad_accumulation)
 
     def __call__(self, optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        loss, self.loss = self.loss, 0.0
+        loss, self.loss = self.loss, None
         self.count += 1
         if self.accelerator.num_processes > 1:
             if len(arguments) > 1 or keywords.get("closure") is not None:
                 raise RuntimeError(f"model {self.name!r}: step(closure) works on one process only")
-            loss = self.average(parameters, loss)
+            loss = self.average(parameters, 0.0 if loss is None else loss)
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             return
         if self.args.grad_accumulation > 1:
             torch._foreach_div_(gradients, self.args.grad_accumulation)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        total = norm + loss  # not finite where either is not
-        if not self.waits:  # no synchronisation on a GPU: the update is gated there, `check` reads the flag later
-            finite = total.isfinite()
-            self.first_bad.copy_(torch.where((self.first_bad < 0) & ~finite, self.iterations, self.first_bad))
-            for gradient in gradients:
-                gradient.masked_fill_(self.first_bad >= 0, 0.0)
-        elif not math.isfinite(total):
+        total = norm if loss is None else norm + loss  # not finite where either is not
+        if self.waits and not math.isfinite(total):
+            self.bad.fill_(1.0)
             self.first_bad.copy_(self.iterations)
             self.check()
+        elif not self.waits:  # no synchronisation on a GPU: the update is gated there, `check` reads the flag later
+            torch.where(self.bad > 0, self.first_bad, self.iterations, out=self.first_bad)
+            torch._amp_foreach_non_finite_check_and_unscale_([total], self.bad, self.one)
+            if not self.gates:
+                stopped = self.bad > 0
+                for gradient in gradients:
+                    gradient.masked_fill_(stopped, 0.0)
         if self.args.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.args.grad_clip, norm)
         self.metrics.add({f"train/grad_norm.{self.name}": norm})
@@ -339,7 +347,8 @@ class StepHook:
 
     def check(self) -> None:
         """Stop when a loss or gradient was not finite; also called when logging, and before a save or an evaluation."""
-        if (step := int(self.first_bad)) >= 0:
+        if self.bad:
+            step = int(self.first_bad)
             raise FloatingPointError(f"loss or gradient of model {self.name!r} is not finite at step {step}")
 
 
@@ -348,8 +357,9 @@ def watch_loss(loss: torch.nn.Module, hooks: list[StepHook]) -> None:
 
     def look(module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and torch.is_grad_enabled():
+            value = output.detach() if output.ndim == 0 else output.detach().sum()
             for hook in hooks:
-                hook.loss = hook.loss + output.detach().sum()
+                hook.loss = value if hook.loss is None else hook.loss + value
 
     loss.register_forward_hook(look)
 
@@ -483,7 +493,7 @@ def tell_break_even(learner: Learner, batch: dict[str, Any], run: Run) -> bool:
     if learner.update.note:
         run.say(learner.update.note)
     for hook in learner.hooks:
-        hook.loss = 0.0  # those losses were for measuring
+        hook.loss = None  # those losses were for measuring
     return False
 
 

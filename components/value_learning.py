@@ -168,10 +168,12 @@ def check_actions(spec: dict[str, Any], trainer: str) -> None:
 def summary(name: str, values: Tensor) -> dict[str, Tensor]:
     """Mean, least and largest value, for the log."""
     values = values.detach()
-    return {name: values.mean(), f"{name}_min": values.min(), f"{name}_max": values.max()}
+    least, largest = values.aminmax()
+    return {name: values.mean(), f"{name}_min": least, f"{name}_max": largest}
 
 
 def data_summary(data: dict[str, Any]) -> dict[str, Tensor]:
     """What the batch holds, for the log: the mean reward, the largest one, and how many steps are terminated."""
     reward, terminated = data["reward"], data["terminated"]
-    return {"reward": reward.mean(), "reward_abs_max": reward.abs().max(), "terminated": terminated.float().mean()}
+    largest = torch.linalg.vector_norm(reward, float("inf"))
+    return {"reward": reward.mean(), "reward_abs_max": largest, "terminated": terminated.mean(dtype=torch.float32)}

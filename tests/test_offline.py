@@ -254,22 +254,33 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(script: Script, mon
         script("--trainer", "explodes", "--steps", 20)
 
 
-def test_a_gated_step_changes_nothing_until_it_is_looked_at() -> None:
-    """On a GPU nothing may wait for the flag: the gradient is zeroed on the device, `check` reads the flag later."""
+@pytest.mark.parametrize("whose", ["loss", "gradient"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gated_step_changes_nothing_until_it_is_looked_at(fused: bool, whose: str) -> None:
+    """On a GPU nothing may wait for the flag: the update is gated on the device, `check` reads the flag later.
+
+    A fused optimizer obeys the flag, another one gets gradients of zero.
+    """
     from accelerate import Accelerator
 
     parameter = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    optimizer: Any = torch.optim.Adam([parameter], fused=True) if fused else torch.optim.SGD([parameter], lr=1.0)
     args = offline_trainer.Args(**{f"{name}_options": None for name in offline_trainer.REGISTRIES})  # type: ignore[arg-type]
     step = torch.tensor(4)
     hook = offline_trainer.StepHook(Accelerator(), 0, "policy", optimizer, args, offline_trainer.Metrics(), step)
-    hook.waits = False
-    parameter.grad = torch.tensor([float("nan"), 1.0])
-    optimizer.step()
-    step.fill_(5)
-    parameter.grad = torch.ones(2)
-    optimizer.step()
-    assert parameter.tolist() == [1.0, 1.0]
+    hook.waits = False  # as where there is a GPU
+    if fused:
+        optimizer.found_inf = hook.bad
+    for iteration, bad in ((3, False), (4, True), (5, False)):
+        step.fill_(iteration)
+        parameter.grad = torch.tensor([float("nan"), 1.0] if bad and whose == "gradient" else [1.0, 1.0])
+        hook.loss = torch.tensor(float("inf") if bad and whose == "loss" else 1.0)
+        optimizer.step()
+        if iteration == 3:
+            hook.check()
+            before = parameter.tolist()
+            assert before != [1.0, 1.0]
+    assert parameter.tolist() == before
     with pytest.raises(FloatingPointError, match="step 4"):
         hook.check()
 

@@ -106,7 +106,8 @@ class Table(Batched):
 
     def get_batch(self, indices: Tensor, seed: int = 0) -> dict[str, Any]:
         """Rows `indices` `[B]` as one batch; `seed` is not needed, since nothing here is random."""
-        parts = self.table.index_select(0, indices.to(self.table.device)).split(self.widths, 1)
+        indices = indices.to(self.table.device, non_blocking=True)  # a GPU is not waited for
+        parts = self.table.index_select(0, indices).split(self.widths, 1)
         shaped = zip(self.shapes.items(), parts, strict=True)
         batch = {key: part.reshape(len(part), *shape) for (key, shape), part in shaped}
         return batch | {key: batch[key].bool() for key in FLAGS if key in batch}

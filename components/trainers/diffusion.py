@@ -160,7 +160,8 @@ class DiffusionSampler(nn.Module):
         condition = self.network.condition(self.encoder(batch))  # type: ignore[operator]
         noise = batch["noise"]  # [B, N, (Ta,) Da]
         x, steps = noise[:, 0], self.steps()
-        alpha_bar = [*self.alpha_bar[steps], torch.ones_like(self.alpha_bar[0])]  # type: ignore[index]
+        known: Any = self.alpha_bar
+        alpha_bar = [*(known[t] for t in steps), torch.ones_like(known[0])]  # views: a GPU is not waited for
         for i, t in enumerate(steps):
             eta = float(self.sampler == "ddpm" and i + 1 < len(steps))  # the last step ends in the chunk itself
             x = self.step(x, t, alpha_bar[i + 1], condition, eta, noise[:, i + 1] if eta else None)
@@ -181,17 +182,18 @@ class DiffusionSampler(nn.Module):
     ) -> Tensor:
         """From x_t to x_s, whose abar_s is `before`."""
         now = self.alpha_bar[t]  # type: ignore[index]
+        signal, spread = now.sqrt(), (1 - now).sqrt()
         time = torch.full((1,), t / self.most_steps, device=x.device)
         predicted = self.network(x, time, condition)
         if self.prediction == "epsilon":
-            action = (x - (1 - now).sqrt() * predicted) / now.sqrt()
+            action = (x - spread * predicted) / signal
         elif self.prediction == "sample":
             action = predicted
         else:
-            action = now.sqrt() * x - (1 - now).sqrt() * predicted
+            action = signal * x - spread * predicted
         if self.bounds is not None:
             action = action.clamp(self.bounds[0], self.bounds[1])  # type: ignore[index]
-        epsilon = (x - now.sqrt() * action) / (1 - now).sqrt()
-        variance = eta**2 * (1 - before) / (1 - now) * (1 - now / before)
+        epsilon = (x - signal * action) / spread
+        variance: Any = eta**2 * (1 - before) / (1 - now) * (1 - now / before) if eta else 0.0
         x = before.sqrt() * action + (1 - before - variance).clamp(min=0).sqrt() * epsilon
         return x if noise is None else x + variance.sqrt() * noise

@@ -12,7 +12,6 @@ is the CPU time of the process, which leaves out waiting for the disk and for ot
 """
 
 import argparse
-import importlib.util
 import io
 import itertools
 import json
@@ -25,7 +24,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -35,6 +33,7 @@ from torch.utils.data import DataLoader
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 from measuring import SWITCHES, Figure, compare, describe_machine, measure  # noqa: E402
+from peers import corl  # noqa: E402
 
 import offline_trainer  # noqa: E402
 from components import REGISTRIES, features, losses, normalisation, optimizers  # noqa: E402
@@ -131,21 +130,11 @@ def script(dataset: EpisodeDataset, stats: dict[str, Any], folder: str, updates:
 
 
 def corl_step(checkout: Path, dataset: EpisodeDataset) -> Callable[[], Any]:
-    """One update of CORL's own classes; what they import for their environments and logs is left out."""
-    path = checkout / "algorithms" / "offline" / "any_percent_bc.py"
-    spec = importlib.util.spec_from_file_location("any_percent_bc", path)
-    corl = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in ("d4rl", "gym", "pyrallis", "wandb")}):
-        spec.loader.exec_module(corl)
+    """One update of CORL's own classes."""
     states, actions = dataset.episodes.observations[STATE].numpy(), dataset.episodes.columns[ACTION].numpy()
     data = {"observations": states, "actions": actions, "next_observations": np.roll(states, -1, 0)}
     data |= {"rewards": np.zeros(len(states), np.float32), "terminals": np.zeros(len(states), np.float32)}
-    buffer = corl.ReplayBuffer(states.shape[1], actions.shape[1], len(states))
-    with redirect_stdout(io.StringIO()):
-        buffer.load_d4rl_dataset(data)
-    actor = corl.Actor(states.shape[1], actions.shape[1], max_action=1.0)
-    trainer = corl.BC(max_action=1.0, actor=actor, actor_optimizer=torch.optim.Adam(actor.parameters(), lr=1e-3))
-    return lambda: trainer.train(buffer.sample(BATCH))
+    return corl("bc", checkout, data, BATCH).step
 
 
 def bc_figures(args: argparse.Namespace, folder: str) -> dict[str, Figure]:

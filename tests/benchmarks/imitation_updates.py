@@ -14,15 +14,12 @@ most memory that it held.
 """
 
 import argparse
-import importlib
-import importlib.util
 import json
 import resource
 import statistics
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,12 +30,13 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 from measuring import Figure, compare, describe_machine, measure  # noqa: E402
+from peers import OBS, diffusion_policy, lerobot_act  # noqa: E402
 
 from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, ema  # noqa: E402
 from components.compiled import compile_losses  # noqa: E402
 from components.optimizers import AdamW  # noqa: E402
 
-OBS, ACT_STATE, ACTION = (2, 20), 14, 14
+ACT_STATE, ACTION = 14, 14
 UNET = {"observation.state": {"shape": OBS}, "action": {"shape": (16, 2)}}
 ACT = {
     "observation.state": {"shape": (ACT_STATE,)},
@@ -93,145 +91,6 @@ def our_chunk(trainer: Any, batch: dict[str, torch.Tensor]) -> Callable[[], Any]
     return plan
 
 
-# ---- peers ---------------------------------------------------------------------------------------------------------
-
-
-def diffusion_policy(
-    checkout: Path,
-) -> tuple[Callable[[], Any], Callable[[dict[str, torch.Tensor]], Callable[[], Any]]]:
-    """A training step of diffusion_policy's workspace, and how it plans."""
-    sys.path.insert(0, str(checkout.resolve()))
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-    policies = importlib.import_module("diffusion_policy.policy.diffusion_unet_lowdim_policy")
-    unet = importlib.import_module("diffusion_policy.model.diffusion.conditional_unet1d")
-    averages = importlib.import_module("diffusion_policy.model.diffusion.ema_model")
-    normalizers = importlib.import_module("diffusion_policy.model.common.normalizer")
-    torch.manual_seed(0)
-    network = unet.ConditionalUnet1D(
-        input_dim=2,
-        global_cond_dim=OBS[0] * OBS[1],
-        diffusion_step_embed_dim=256,
-        down_dims=[256, 512, 1024],
-        kernel_size=5,
-        n_groups=8,
-        cond_predict_scale=True,
-    )
-    schedule = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon"}
-    policy = policies.DiffusionUnetLowdimPolicy(
-        model=network,
-        noise_scheduler=DDPMScheduler(**schedule, clip_sample=True, variance_type="fixed_small"),
-        horizon=16,
-        obs_dim=OBS[1],
-        action_dim=2,
-        n_action_steps=8,
-        n_obs_steps=OBS[0],
-        num_inference_steps=10,
-        obs_as_global_cond=True,
-    )
-    batch = {"obs": torch.randn(256, 16, OBS[1]), "action": torch.randn(256, 16, 2)}
-    normalizer = normalizers.LinearNormalizer()
-    normalizer.fit(batch)
-    policy.set_normalizer(normalizer)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, betas=(0.95, 0.999), eps=1e-8, weight_decay=1e-6)
-    average = averages.EMAModel(importlib.import_module("copy").deepcopy(policy), power=0.75)
-
-    def step() -> None:
-        loss = policy.compute_loss(batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        average.step(policy)
-        loss.item()
-
-    def chunk(observation: dict[str, torch.Tensor]) -> Callable[[], Any]:
-        def plan() -> Any:
-            policy.eval()
-            policy.noise_scheduler = DDIMScheduler(**schedule, clip_sample=True)
-            with torch.no_grad():
-                return policy.predict_action({"obs": observation["observation.state"]})
-
-        return plan
-
-    def training_step() -> None:
-        policy.train()
-        policy.noise_scheduler = DDPMScheduler(**schedule, clip_sample=True, variance_type="fixed_small")
-        step()
-
-    return training_step, chunk
-
-
-def lerobot(checkout: Path) -> tuple[Callable[[], Any], Callable[[dict[str, torch.Tensor]], Callable[[], Any]]]:
-    """A training step of LeRobot's ACT, and how it plans; of its modules only the network's file is imported.
-
-    Its packages pull in what a benchmark of one file does not need, so empty modules stand in their place.
-    """
-    source = checkout.resolve() / "src" / "lerobot"
-    names = (
-        "torchvision",
-        "torchvision.models",
-        "torchvision.models._utils",
-        "torchvision.ops",
-        "torchvision.ops.misc",
-    )
-    stands: dict[str, Any] = {name: types.ModuleType(name) for name in names if name not in sys.modules}
-    for name in ("lerobot", "lerobot.policies", "lerobot.policies.act", "lerobot.utils"):
-        stands[name] = types.ModuleType(name)
-        stands[name].__path__ = [str(source.joinpath(*name.split(".")[1:]))]
-    for name in ("lerobot.policies.pretrained", "lerobot.policies.act.configuration_act"):
-        stands[name] = types.ModuleType(name)
-    sys.modules.update(stands)
-    sys.modules["torchvision.models._utils"].IntermediateLayerGetter = object  # type: ignore[attr-defined]
-    sys.modules["torchvision.ops.misc"].FrozenBatchNorm2d = object  # type: ignore[attr-defined]
-    sys.modules["lerobot.policies.pretrained"].PreTrainedPolicy = nn.Module  # type: ignore[attr-defined]
-    sys.modules["lerobot.policies.act.configuration_act"].ACTConfig = object  # type: ignore[attr-defined]
-    act = importlib.import_module("lerobot.policies.act.modeling_act")
-    feature = types.SimpleNamespace(shape=(ACT_STATE,))
-    config = types.SimpleNamespace(
-        chunk_size=100,
-        robot_state_feature=feature,
-        env_state_feature=feature,
-        action_feature=types.SimpleNamespace(shape=(ACTION,)),
-        image_features={},
-        use_vae=True,
-        latent_dim=32,
-        dim_model=512,
-        n_heads=8,
-        dim_feedforward=3200,
-        feedforward_activation="relu",
-        n_encoder_layers=4,
-        n_vae_encoder_layers=4,
-        n_decoder_layers=1,
-        dropout=0.1,
-        pre_norm=False,
-        kl_weight=10.0,
-    )
-    torch.manual_seed(0)
-    policy = types.SimpleNamespace(config=config, model=act.ACT(config))
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-5, weight_decay=1e-4)
-    batch = batch_of(ACT, 8)
-
-    def step() -> None:
-        policy.model.train()
-        loss, _ = act.ACTPolicy.forward(policy, batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(policy.model.parameters(), 10.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
-
-    def chunk(observation: dict[str, torch.Tensor]) -> Callable[[], Any]:
-        def plan() -> Any:
-            policy.model.eval()
-            with torch.no_grad():
-                return policy.model(observation)[0]
-
-        return plan
-
-    return step, chunk
-
-
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 
@@ -263,9 +122,9 @@ def tasks(args: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], Callab
     """Name -> our step, the peer's or None, and how often it is repeated in a round."""
     unet_step = unet_chunk = act_step = act_chunk = None
     if args.diffusion_policy:
-        unet_step, unet_chunk = diffusion_policy(args.diffusion_policy)
+        unet_step, unet_chunk, _ = diffusion_policy(args.diffusion_policy)
     if args.lerobot:
-        act_step, act_chunk = lerobot(args.lerobot)
+        act_step, act_chunk, _ = lerobot_act(args.lerobot, batch_of(ACT, 8))
     unet, act = our_trainer("diffusion", UNET), our_trainer("act", ACT)
     made: dict[str, Any] = {"U-Net step": (training(unet, batch_of(UNET, 256)), unet_step, 1)}
     if args.compile:
@@ -293,9 +152,9 @@ def hold(args: argparse.Namespace) -> None:
     """Three training steps of one side alone, and the most memory of this process in MB."""
     make: dict[tuple[str, str], Callable[[], Callable[[], Any]]] = {
         ("U-Net step", "ours"): lambda: training(our_trainer("diffusion", UNET), batch_of(UNET, 256)),
-        ("U-Net step", "peer"): lambda: diffusion_policy(args.diffusion_policy)[0],
+        ("U-Net step", "peer"): lambda: diffusion_policy(args.diffusion_policy).step,
         ("ACT step", "ours"): lambda: training(our_trainer("act", ACT), batch_of(ACT, 8)),
-        ("ACT step", "peer"): lambda: lerobot(args.lerobot)[0],
+        ("ACT step", "peer"): lambda: lerobot_act(args.lerobot, batch_of(ACT, 8)).step,
     }
     step = make[args.only, args.hold]()
     for _ in range(3):

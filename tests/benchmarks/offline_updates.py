@@ -19,30 +19,27 @@ product of so many rows with a square matrix as wide as the hidden layers, which
 """
 
 import argparse
-import importlib
-import importlib.util
-import io
 import itertools
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
+import peers  # noqa: E402
 from bc_updates import ACTION, BATCH, ROWS, STATE, random_episodes, repeated  # noqa: E402
+from clock import learned  # noqa: E402
 from measuring import SWITCHES, Figure, compare, describe_machine, measure  # noqa: E402
+from peers import Peer, Step  # noqa: E402
 
 from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, features  # noqa: E402
 from components.command_line import options_of  # noqa: E402
@@ -53,10 +50,8 @@ from components.normalisation import Normaliser  # noqa: E402
 from components.optimizers import Adam  # noqa: E402
 from components.sampling import Batches  # noqa: E402
 
-Step = Callable[[], Any]
 SIZES = {"CORL": (17, 6), "JAX": (28, 5)}  # of observation and action
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
-PACKAGES = "jax flax optax distrax ml_collections"
 PAIRS = (("medium", "medium"), ("medium", "highest"), ("highest", "highest"))  # switch of ours, and of the peer
 
 
@@ -145,75 +140,7 @@ def our_steps(name: str, task: Task, compiled: bool) -> tuple[dict[str, Step], i
     return steps, learned(dict(trainer.models.items()))
 
 
-def learned(networks: dict[str, nn.Module]) -> int:
-    """How many numbers the networks learn; targets and single numbers, such as temperatures, are left out."""
-    learning = [network for name, network in networks.items() if "target" not in name]
-    return sum(p.numel() for network in learning for p in network.parameters() if p.ndim)
-
-
 # ---- peers ---------------------------------------------------------------------------------------------------------
-
-
-def corl_parts(name: str, corl: Any) -> tuple[Any, dict[str, nn.Module], dict[str, Any]]:
-    """CORL's trainer, networks and settings from its module."""
-    sizes = state, action = SIZES["CORL"]
-    match name:
-        case "bc":
-            return corl.BC, {"actor": corl.Actor(*sizes, 1.0)}, {"max_action": 1.0}
-        case "td3_bc":
-            critics = {"critic_1": corl.Critic(*sizes), "critic_2": corl.Critic(*sizes)}
-            return corl.TD3_BC, {"actor": corl.Actor(*sizes, 1.0)} | critics, {"max_action": 1.0}
-        case "iql":
-            values = {"q_network": corl.TwinQ(*sizes), "v_network": corl.ValueFunction(state)}
-            return corl.ImplicitQLearning, {"actor": corl.GaussianPolicy(*sizes, 1.0)} | values, {"max_action": 1.0}
-        case "awac":
-            critics = {"critic_1": corl.Critic(*sizes, 256), "critic_2": corl.Critic(*sizes, 256)}
-            return corl.AdvantageWeightedActorCritic, {"actor": corl.Actor(*sizes, 256)} | critics, {}
-    critics = {f"critic_{i}": corl.FullyConnectedQFunction(*sizes, True, n_hidden_layers=3) for i in (1, 2)}
-    settings = {"target_entropy": -float(action), "bc_steps": 0, "cql_n_actions": 10, "cql_alpha": 10.0}
-    return corl.ContinuousCQL, {"actor": corl.TanhGaussianPolicy(*sizes, 1.0)} | critics, settings
-
-
-def corl_step(name: str, checkout: Path) -> tuple[Step, int]:
-    """An update of CORL's own classes; what they import for their environments and logs is left out."""
-    file = "any_percent_bc" if name == "bc" else name
-    spec: Any = importlib.util.spec_from_file_location(file, checkout / "algorithms" / "offline" / f"{file}.py")
-    corl: Any = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, dict.fromkeys(("d4rl", "gym", "pyrallis", "tqdm", "wandb"), mock.MagicMock())):
-        spec.loader.exec_module(corl)
-    torch.manual_seed(0)
-    cls, networks, settings = corl_parts(name, corl)
-    optimizers = {key: torch.optim.Adam(network.parameters(), lr=3e-4) for key, network in networks.items()}
-    named = {f"{key.removesuffix('_network')}_optimizer": optimizer for key, optimizer in optimizers.items()}
-    trainer = cls(**networks, **named, **settings)
-    buffer = corl.ReplayBuffer(*SIZES["CORL"], ROWS)
-    with redirect_stdout(io.StringIO()):
-        buffer.load_d4rl_dataset(as_arrays("CORL"))
-    update = trainer.update if name == "awac" else trainer.train
-    return lambda: update(buffer.sample(BATCH)), learned(networks)
-
-
-def jax_step(name: str, checkout: Path) -> tuple[Step, int]:
-    """An update of the JAX agent, waited for. Raises ImportError where a package is missing."""
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
-    sys.path.insert(0, str(checkout.resolve()))
-    jax, agents = importlib.import_module("jax"), importlib.import_module("agents")
-    dataset = importlib.import_module("utils.datasets").Dataset.create(**as_arrays("JAX"))
-    dataset.return_next_actions = name == "rebrac"
-    config = importlib.import_module(f"agents.{name}").get_config()
-    first = dataset.sample(1)
-    agent = agents.agents[name].create(0, first["observations"], first["actions"], config)
-    assert config["batch_size"] == BATCH
-    updates = itertools.count(1)
-
-    def step() -> None:
-        nonlocal agent
-        delayed = {"full_update": next(updates) % config["actor_freq"] == 0} if name == "rebrac" else {}
-        agent, info = agent.update(dataset.sample(BATCH), **delayed)
-        jax.block_until_ready(info)
-
-    parameters = {key: value for key, value in agent.network.params.items() if "target" not in key}
-    return step, sum(leaf.size for leaf in jax.tree_util.tree_leaves(parameters))
 
 
 def as_arrays(peer: str) -> dict[str, Any]:
@@ -230,15 +157,25 @@ def as_arrays(peer: str) -> dict[str, Any]:
     return {key: array.numpy() for key, array in arrays.items()}
 
 
-def peer_step(name: str, task: Task, args: argparse.Namespace) -> tuple[Step, int] | None:
+def peer_step(name: str, task: Task, args: argparse.Namespace) -> Peer | None:
     """The peer's update and how many numbers it learns; None where there is no checkout, or JAX is not installed."""
     if task.peer == "CORL":
-        return corl_step(name, args.corl) if args.corl else None
-    try:
-        return jax_step(name, args.fql) if args.fql else None
-    except ImportError as error:
-        print(f"{name}: its peer is left out ({error}); pip install {PACKAGES}")
+        return peers.corl(name, args.corl, as_arrays("CORL"), BATCH) if args.corl else None
+    if not args.fql:
         return None
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+    try:
+        peer = peers.jax_agent(name, args.fql, as_arrays("JAX"), BATCH)
+    except ImportError as error:
+        print(f"{name}: its peer is left out ({error}); pip install {peers.JAX_PACKAGES}")
+        return None
+
+    def step() -> None:
+        peer.step()
+        assert peer.wait is not None
+        peer.wait()
+
+    return peer._replace(step=step)
 
 
 # ---- matrix products -----------------------------------------------------------------------------------------------
@@ -305,8 +242,8 @@ def run(name: str, task: Task, args: argparse.Namespace) -> list[dict[str, Any]]
     steps, ours = our_steps(name, task, args.compile)
     peer, times = peer_step(name, task, args), max(args.updates // task.slower, 2)
     if peer:
-        assert peer[1] == ours, f"{name} learns {ours} numbers, its peer {peer[1]}"
-        steps[f"{task.peer} {name}"] = peer[0]
+        assert peer.learned == ours, f"{name} learns {ours} numbers, its peer {peer.learned}"
+        steps[f"{task.peer} {name}"] = peer.step
     flop, width = needed(name, task), task.models["policy"]["hidden_dims"][0]
     figures: dict[str, Figure] = {}
     for (label, step), switch in itertools.product(steps.items(), SWITCHES):
@@ -355,7 +292,7 @@ def merge(path: Path, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--corl", type=Path, help="checkout of tinkoff-ai/CORL to compare with")
-    parser.add_argument("--fql", type=Path, help=f"checkout of seohongpark/fql to compare with; pip install {PACKAGES}")
+    parser.add_argument("--fql", type=Path, help=f"checkout of seohongpark/fql; pip install {peers.JAX_PACKAGES}")
     parser.add_argument("--only", nargs="+", choices=TASKS, help="by default those whose peer is given, or all")
     parser.add_argument("--json", type=Path, help="file for the comparisons; those not made now stay in it")
     parser.add_argument("--updates", type=int, default=1000, help="of a figure in each round; the slow ones: a tenth")

@@ -3,7 +3,6 @@
 python tests/benchmarks/online_speed.py --profile
 python tests/benchmarks/online_speed.py --cleanrl ../cleanrl --cleanrl-python PYTHON --compile --json rows.json
 python tests/benchmarks/online_speed.py --only ppo --sb3 --sb3-python PYTHON     # pip install stable-baselines3
-python tests/benchmarks/online_speed.py --cleanrl ../cleanrl --cleanrl-python PYTHON --gpu
 
 Measured are whole loops as anybody would start them: `online_trainer.py` in HalfCheetah-v5, CleanRL's own script, run
 from its checkout (vwxyzjn/cleanrl) in HalfCheetah-v4, and a few lines that call stable-baselines3 with the same sizes.
@@ -11,9 +10,9 @@ Each is a process of its own, on one thread of the CPU, without evaluations and 
 PPO once a rollout. A figure is environment steps a second from the first line of the log once learning goes on (500
 updates, PPO one rollout) to the last one, so that neither start, compiling nor the random steps count. It is taken on
 two clocks: the CPU time of the process, which the goals are for, since other programs hardly change it, and the wall
-clock; with `--gpu` on the latter alone, where the goal is what LeanRL has published over CleanRL. Figures of a trainer
-are measured in turns, in reverse order every second round; of several rounds the first does not count. A ratio is the
-median of the rounds' own ratios. The goals are over CleanRL; stable-baselines3 is held against the same ones.
+clock (`on_gpu.py` measures the same on a GPU). Figures of a trainer are measured in turns, in reverse order every
+second round; of several rounds the first does not count. A ratio is the median of the rounds' own ratios. The goals are
+over CleanRL; stable-baselines3 is held against the same ones.
 
 SAC and TD3: one environment, 1000 random steps, one update of 256 samples per step, two layers of 256, CleanRL's
 learning rates. CleanRL's SAC moves the policy twice in every second update, ours once in each. PPO: rollouts of 2048
@@ -107,7 +106,6 @@ class Task:
     variants: dict[str, tuple[str, ...]]  # our options
     same: float  # goal where both have the same switch
     alone: float  # goal where ours alone has it
-    published: float  # LeanRL's speed over CleanRL's, on an H100
     starts: int = 1000  # random ones
     begin: int = 1500  # first one that counts
     every: int = 100  # between two lines of the log
@@ -121,9 +119,9 @@ class Task:
 
 ONE = ("--num-envs", "1", "--trainer.rollout", "2048")
 TASKS = {
-    "sac": Task({"": (*REPLAY, "--optimizer.lr-scale", "policy=0.3")}, 2, 2.5, 5.7),
-    "td3": Task({"": REPLAY}, 1.7, 2.2, 3.4),
-    "ppo": Task({" 8 x 256": (), " 1 x 2048": ONE}, 5, 5, 2.7, 0, begin=2048, every=2048, per_update=6.4, steps=24_576),
+    "sac": Task({"": (*REPLAY, "--optimizer.lr-scale", "policy=0.3")}, 2, 2.5),
+    "td3": Task({"": REPLAY}, 1.7, 2.2),
+    "ppo": Task({" 8 x 256": (), " 1 x 2048": ONE}, 5, 5, 0, begin=2048, every=2048, per_update=6.4, steps=24_576),
 }
 
 
@@ -163,10 +161,10 @@ def sb3_script(name: str, task: Task, args: argparse.Namespace, precision: str, 
     return Script(command, "output.txt", "MARK")
 
 
-def speed(script: Script, task: Task, last: int, gpu: bool) -> Speed:
+def speed(script: Script, task: Task, last: int) -> Speed:
     """Run a script until it has logged its last step. Raises RuntimeError when it ends before."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | script.environment
-    environment |= {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder:
         log, output = Path(folder) / script.log, Path(folder) / "output.txt"
         with output.open("w") as file:
@@ -223,12 +221,12 @@ def peers_of(args: argparse.Namespace) -> dict[str, Callable[..., Script]]:
 def run(name: str, task: Task, args: argparse.Namespace, peers: dict[str, Callable[..., Script]]) -> list[Row]:
     """Measure and print a trainer; returns its figures and comparisons."""
     last = task.last(args.steps or task.steps)
-    measured: Any = partial(speed, task=task, last=last, gpu=args.gpu)
+    measured: Any = partial(speed, task=task, last=last)
     ours = {f"{name}{variant}": options for variant, options in task.variants.items()}
-    if args.compile or args.gpu:
+    if args.compile:
         ours |= {f"{label}, compiled": (*options, "--compile") for label, options in ours.items()}
     figures: dict[str, Callable[[], Speed]] = {}
-    for mine, theirs, _ in PAIRS[: 1 if args.gpu else 2]:
+    for mine, theirs, _ in PAIRS[:2]:
         for label, options in ours.items():
             figures[f"{label}, {mine}"] = partial(measured, our_script(name, task, (*options, "--matmul", mine), last))
         for peer, script in peers.items():
@@ -240,19 +238,15 @@ def run(name: str, task: Task, args: argparse.Namespace, peers: dict[str, Callab
     print(f"\n{name}: steps {task.begin} to {last}, {args.rounds} rounds")
     speeds = in_turns(figures, args.rounds)
     rows = [tell(label, found, task) for label, found in speeds.items()]
-    clocks = ("wall",) if args.gpu else ("cpu", "wall")
-    for clock in clocks if peers else ():
+    for clock in ("cpu", "wall") if peers else ():
         print(f"environment steps a second, ours / peer, {clock} clock:")
         rates = {label: [one[clock] for one in found] for label, found in speeds.items()}
-        for peer, label, (mine, theirs, switch) in itertools.product(peers, ours, PAIRS[: 1 if args.gpu else 3]):
-            goal = task.published if args.gpu else task.alone if switch == "ours alone" else task.same
+        for peer, label, (mine, theirs, switch) in itertools.product(peers, ours, PAIRS):
+            goal = task.alone if switch == "ours alone" else task.same
             row = compare(rates, f"{label}, {mine}", f"{peer} {name}, {theirs}", goal)
             row |= {"name": f"{row['name']}, {clock} clock", "switch": switch, "compile": "--compile" in ours[label]}
             rows.append(row | {"clock": clock, "rounds": len(rates[f"{label}, {mine}"])})
-    if args.gpu:
-        print(f"LeanRL has published {task.published:g}x of CleanRL's speed on an H100")
-    device = {"device": torch.cuda.get_device_name()} if args.gpu else {}
-    return [row | {"trainer": name} | device for row in rows]
+    return [row | {"trainer": name} for row in rows]
 
 
 def in_turns(figures: dict[str, Callable[[], Speed]], rounds: int) -> dict[str, list[Speed]]:
@@ -337,11 +331,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--compile", action="store_true", help="also ours compiled; compiling takes a minute each time")
     parser.add_argument("--profile", action="store_true", help="also the shares of what takes our time")
-    parser.add_argument("--gpu", action="store_true", help="on a GPU: ours as it is and compiled, against CleanRL")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    describe_machine("wall" if args.gpu else "cpu")
+    describe_machine("cpu")
     print(f"load average {os.getloadavg()[0]:.1f}")
     peers = peers_of(args)
     for name in args.only:
