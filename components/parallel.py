@@ -32,18 +32,22 @@ def apart() -> Iterator[None]:
 
 def global_mean(x: Tensor) -> Tensor:
     """Mean over the batches of all processes (equal sizes); a constant as far as gradients are concerned."""
-    return global_moments(x)[0]
+    return over_processes(x.detach().mean())
 
 
 def global_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation over the batches of all processes (equal sizes), without gradient."""
     x = x.detach()
-    moments = torch.stack([x.mean(), x.square().mean()])
-    if world_size() > 1 and not _apart:
-        dist.all_reduce(moments)
-        moments /= world_size()
-    mean, square = moments
+    mean, square = over_processes(torch.stack([x.mean(), x.square().mean()]))
     return mean, (square - mean.square()).clamp(min=0).sqrt()
+
+
+def over_processes(numbers: Tensor) -> Tensor:
+    """The mean of each number over all processes, in its place."""
+    if world_size() > 1 and not _apart:
+        dist.all_reduce(numbers)
+        numbers /= world_size()
+    return numbers
 
 
 def gather(value: Any) -> list[Any]:

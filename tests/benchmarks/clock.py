@@ -124,7 +124,7 @@ def ticking(trainer: type) -> type:
     @wraps(step)
     def train_step(self: Any, *arguments: Any, **keywords: Any) -> Any:
         if not clocks:
-            clocks.append(Clock(learned=learned(dict(self.models.items()))))
+            clocks.append(Clock(learned=learned(dict(getattr(self, "models", {}).items()))))
             replayed(clocks[0])
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             clocks[0].tick()

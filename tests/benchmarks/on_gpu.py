@@ -14,17 +14,19 @@ second round, after a round that does not count. Each stands still while another
 the scripts as users start them and, for latencies, policies built from the registries. A ratio is the median of the
 rounds' own ratios. What is compared, and the sizes, stand in `gpu_jobs.py`.
 
-The machine needs no network, but torch, numpy, jax with CUDA, flax, optax, einops, torchvision, accelerate, h5py,
-matplotlib, psutil, safetensors, tqdm and pytest. What else is needed comes from a folder of wheels (32 MB; below 60),
-which a machine with network fills, here for Python 3.12 on x86-64:
+The machine needs no network, but torch, numpy, jax and pytest, and torchvision for LeRobot's pictures. What it lacks
+besides is installed for the run alone from a folder of wheels (47 MB; keep it below 60), which a machine with network
+fills, here for Python 3.12 on x86-64:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
         --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_24_x86_64 \
         --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d WHEELS \
-        tyro==1.0.17 docstring-parser typeguard gymnasium==1.4.0 farama-notifications mujoco==3.3.0 glfw PyOpenGL \
-        tensordict==0.12.4 torchrl==0.12.0 pyvers importlib_metadata orjson distrax==0.1.9 \
-        tfp-nightly==0.26.0.dev20261027 dm-tree decorator gast ml_collections==1.1.0 diffusers==0.42.1 requests idna \
-        schedulefree
+        accelerate safetensors tqdm psutil h5py einops imageio pillow schedulefree tyro docstring-parser typeguard \
+        gymnasium farama-notifications cloudpickle mujoco==3.3.0 glfw PyOpenGL absl-py etils tensordict==0.12.4 \
+        torchrl==0.12.0 pyvers importlib_metadata zipp orjson distrax==0.1.9 tfp-nightly==0.26.0.dev20261027 dm-tree \
+        attrs wrapt decorator gast six ml_collections PyYAML flax optax chex toolz msgpack rich markdown-it-py mdurl \
+        treescope diffusers==0.42.1 huggingface_hub httpx2 httpcore2 anyio h11 truststore click lazy-importer regex \
+        requests charset-normalizer urllib3 certifi idna
 
 PEERS holds the parts of checkouts that are needed, 3 MB in all, each with its commit in a file COMMIT:
 
@@ -92,6 +94,7 @@ class Process:
         environment = os.environ | {"CLOCK": bench.listener.address, "CLOCK_NAME": str(self.folder)}
         environment |= {"TICKS": side.ticks, "WARM_UP": str(side.warm_up)}
         environment |= {"OMP_NUM_THREADS": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "2"  # many processes compile at once
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(ROOT), *bench.python_path])
         command = [sys.executable, *side.words(bench.places)]
         with self.output.open("w") as file:
@@ -182,10 +185,14 @@ class Bench:
         """Install the wheels, and write the data that all sides learn from."""
         if self.args.wheels:
             target = str(self.folder / "site")
-            wheels = [str(path) for path in sorted(self.args.wheels.glob("*.whl"))]
+            wheels = sorted(self.args.wheels.glob("*.whl"))
+            missing = [str(path) for path in wheels if not version_of(path.name.partition("-")[0])]
             pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
-            subprocess.run([*pip, "--target", target, *wheels], check=True)
+            if missing:
+                subprocess.run([*pip, "--target", target, *missing], check=True)
+            self.say(f"installed {len(missing)} of {len(wheels)} wheels; the machine has the others")
             self.python_path.append(target)
+            sys.path.append(target)
         self.places |= write_data(self.folder, self.toy)
 
     # ---- the queue ---------------------------------------------------------------------------------------------
