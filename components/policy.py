@@ -259,7 +259,8 @@ class Policy:
                 raise UserError(f"the policy expects {key!r} of shape {shape}, found {tuple(frame.shape)}")
             batched = frame.ndim > len(shape)
             frame = frame if frame.dtype == torch.uint8 else frame.float()
-            frames[key] = (frame if batched else frame[None]).to(self._device)
+            # What a GPU has under way is waited for once, by the action's way back.
+            frames[key] = (frame if batched else frame[None]).to(self._device, non_blocking=True)
         return frames, batched
 
     @property
@@ -274,7 +275,7 @@ class Policy:
             chosen = self._generators if rows is None else [self._generators[i] for i in rows if self._generators]
             drawn = [torch.randn(shape, generator=source) for source in chosen]
             noise = torch.stack(drawn) if drawn else torch.randn(count, *shape)
-            batch = {**batch, "noise": noise.to(self._device)}
+            batch = {**batch, "noise": noise.to(self._device, non_blocking=True)}
         return self.module(batch["observation.state"] if self.takes_tensor else batch)
 
     def _takes_tensor(self) -> bool:

@@ -74,7 +74,7 @@ class Explorer(nn.Module):
     """Draws actions `[B, Da]` from a policy with `sample`, with the noise that the batch brings.
 
     Args:
-        policy: `sample(observation, noise) -> (action, log-probability)`, or the action alone.
+        policy: `draw(observation, noise) -> action`, which is cut to [-1, 1].
         encoder: Of the observations, where they have pictures.
     """
 
@@ -84,8 +84,7 @@ class Explorer(nn.Module):
         self.encoder, self.noise_shape = encoder or nn.Identity(), (self.policy.noise_width,)
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        drawn = self.policy.sample(self.encoder(batch), noise=batch["noise"])
-        return drawn if isinstance(drawn, Tensor) else drawn[0]
+        return self.policy.draw(self.encoder(batch), batch["noise"]).clamp(-1, 1)
 
 
 class GaussianNoise(nn.Module):

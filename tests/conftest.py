@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -51,6 +52,18 @@ def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """Drawing them takes longer than the small trainings here, so the other tests go without."""
     if "curves" not in request.fixturenames:
         monkeypatch.setattr(run_record, "draw_curves", lambda runs, path: None)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that start a kernel: all but views and empty memory."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.number += bool(tensors) and not func.is_view and "empty" not in func.name()
+        return result
 
 
 def fill(argv: list[str], defaults: dict[str, object]) -> list[str]:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import toy
 from components import (
@@ -31,7 +30,7 @@ from components.models.resnet18 import spatial_softmax
 from components.models.unet1d import Conv, ConvBlock, Double, Halve
 from components.trainers import act, flow
 from components.trainers.diffusion import DiffusionSampler, noise_schedule
-from conftest import learned, states, weights
+from conftest import Launches, learned, states, weights
 
 Script = Callable[..., Path]
 
@@ -80,18 +79,6 @@ def test_a_block_of_the_unet_is_the_same_by_the_librarys_kernels() -> None:
     tensors = [x, *block.parameters()]
     gradients = [torch.autograd.grad((y * weights).sum(), tensors) for y in (ours, theirs)]
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients, strict=True))
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operations that start a kernel: all but views and empty memory."""
-
-    number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        tensors = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
-        self.number += bool(tensors) and not func.is_view and "empty" not in func.name()
-        return result
 
 
 def test_the_unet_launches_no_more_than_its_peer_on_a_gpu() -> None:

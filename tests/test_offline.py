@@ -18,7 +18,7 @@ import toy
 from components import LOSS_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, checkpoint, load_policy
 from components.curves import read_lines
 from components.run_record import lock
-from conftest import ROOT, command, difference, learned, states, weights
+from conftest import ROOT, Launches, command, difference, learned, states, weights
 
 Script = Callable[..., Path]
 
@@ -271,6 +271,10 @@ def test_a_gated_step_changes_nothing_until_it_is_looked_at(fused: bool, whose: 
     hook.waits = False  # as where there is a GPU
     if fused:
         optimizer.found_inf = hook.bad
+    with Launches() as launches:  # norm of all gradients, loss, flag
+        parameter.grad, hook.loss = torch.ones(2), torch.tensor(1.0)
+        hook(optimizer, (), {})
+    assert launches.number <= (7 if fused else 9) + 2  # with those of this test's own tensors
     for iteration, bad in ((3, False), (4, True), (5, False)):
         step.fill_(iteration)
         parameter.grad = torch.tensor([float("nan"), 1.0] if bad and whose == "gradient" else [1.0, 1.0])

@@ -70,6 +70,11 @@ class TanhGaussianPolicy(nn.Module):
         mean, log_std = self.net(concatenated(observation, self.keys, prefix)).chunk(2, dim=1)
         return mean, log_std.clamp(*LOG_STD)
 
+    def draw(self, observation: dict[str, Tensor] | Tensor, noise: Tensor) -> Tensor:
+        """An action `[B, Da]` alone."""
+        mean, log_std = self.gaussian(observation)
+        return (mean + log_std.exp() * noise).tanh()
+
     def sample(
         self, observation: dict[str, Tensor] | Tensor, noise: Tensor | None = None, prefix: str = "", several: int = 0
     ) -> tuple[Tensor, Tensor]:

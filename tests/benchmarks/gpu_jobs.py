@@ -126,7 +126,10 @@ def offline_jax(toy: bool) -> list[Unit]:
 
 
 def online(toy: bool) -> list[Unit]:
-    """Whole scripts beside CleanRL's and LeanRL's."""
+    """Whole scripts beside CleanRL's and LeanRL's.
+
+    What is left without the environment is action, memory and update together: the peers' scripts are one loop.
+    """
     units = []
     env = "ClockedHalfCheetah-v0"
     starts = 20 if toy else 1000
@@ -149,7 +152,7 @@ def online(toy: bool) -> list[Unit]:
         about = {"warm_up": warm}
         script = f"script {{{{peers}}}}/{{0}}/{{1}}/{name}_continuous_action{{2}}.py "
         clean = script.format("cleanrl", "cleanrl", "") + peer
-        lean = script.format("LeanRL", "leanrl", "_torchcompile") + peer + ("" if toy else " --compile --cudagraphs")
+        lean = script.format("LeanRL", "leanrl", "_torchcompile") + peer + " --compile" + ("" if toy else " --cudagraphs")
         sides = {
             f"{name} eager": ours("online", words, "env", **about),
             f"{name} compiled": ours("online", words + " --compile", "env", **about),

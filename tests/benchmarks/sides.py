@@ -71,9 +71,13 @@ def our_plan(name: str, device: str, toy: bool) -> Callable[[], Any]:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["script"]:  # its path, and arguments that are its own
+        return run_script(Path(sys.argv[2]), sys.argv[3:])
+
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("kind", choices=("corl", "jax", "script", "unet", "transformer", "act", "our-plan"))
-    parser.add_argument("name", help="the algorithm; of a script, its path")
+    parser.add_argument("kind", choices=("corl", "jax", "unet", "transformer", "act", "our-plan"))
+    parser.add_argument("name", help="the algorithm")
     parser.add_argument("--checkout", type=Path)
     parser.add_argument("--data", type=Path, help="a D4RL file")
     parser.add_argument("--batch", type=int, default=256)
@@ -81,14 +85,8 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--toy", action="store_true")
-    args, rest = parser.parse_known_args()
+    args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(1)
-    if args.kind == "script":
-        import clock  # noqa: F401  (it registers the environment)
-
-        return run_script(Path(args.name), rest)
-
     how: Any = {"device": device, "bf16": args.bf16, "compiled": args.compile, "toy": args.toy}
     if args.kind == "corl":
         peer = corl(args.name, args.checkout, arrays_of(args.data), args.batch, device, args.compile)
