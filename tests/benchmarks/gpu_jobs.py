@@ -5,7 +5,7 @@ with two or three layers of 256, FQL's 28 and 5 with four of 512. Online RL: Hal
 environment, one update of 256 samples a step; PPO with 8 environments of 256 steps and ten passes in minibatches of 64
 on all sides. Imitation: chunks of 16 x 2 from states of 2 x 20 by the U-Net 256/512/1024 and by transformers of width
 256 with 8 layers, batches of 256; ACT with chunks of 100 x 14 from 14 joints and two pictures of 480 x 640, batches of
-8. Ours makes one token of a picture there, LeRobot's 300.
+8.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,9 @@ WIDE = f"hidden-dims {FOUR} --model.{{0}}.activation gelu --model.{{0}}.layer-no
 IQL = f"--model.hidden-dims {FOUR} --model.activation gelu"
 IQL += "".join(f" --model.{name}.{WIDE.format(name)}" for name in ("critic", "value"))
 CORL = ("iql", "td3_bc", "awac", "cql")
+# What the networks of both sides do not have in common.
+UNLIKE = {"act": "ours takes a picture as one token, the peer as 300"}
+UNLIKE["flow dit"] = "ours scales and shifts its blocks by the observation, the peer's attend to it"
 JAX = {"fql": "", "qc": "", "iql": IQL, "rebrac": REBRAC}
 
 
@@ -46,7 +49,7 @@ class Pair(NamedTuple):
     peer: str | None
     goal: float | None = None
     beyond: float | None = None
-    why: str = ""  # why there is no peer, or no goal
+    why: str = ""  # why there is no peer, or no goal, or what is not alike
 
 
 class Unit(NamedTuple):
@@ -177,10 +180,11 @@ def imitation(toy: bool) -> list[Unit]:
     seen = f"--dataset robomimic --dataset.path {{pictures}} --dataset.cameras front wrist --batch-size {few}"
     unet, transformer, act = "diffusion_policy U-Net", "diffusion_policy transformer", "LeRobot ACT"
     prediction = "--trainer.prediction epsilon"
+    chunks = f"--trainer act --model resnet18 --dataset.action-steps {steps}"
     tasks = {
         "diffusion unet1d": (f"--trainer diffusion {prediction} {size} {states}", "unet", unet, rows),
         "flow dit": (f"--trainer flow --model dit {size} {states}", "transformer", transformer, rows),
-        "act": (f"--trainer act --model resnet18 {size} {seen} --dataset.action-steps {steps}", "act", act, few),
+        "act": (f"{chunks} {size} {seen} --grad-clip 10", "act", act, few),
     }
     units = []
     for name, (words, kind, whose, samples) in tasks.items():
@@ -192,7 +196,7 @@ def imitation(toy: bool) -> list[Unit]:
                 our, his = f"{name}, {precision}, {how}", f"{whose}, {precision}, {how}"
                 sides[our] = ours("offline", words + mine + flag, "updates", samples=samples)
                 sides[his] = theirs(repository, peer + other + flag, toy, samples=samples)
-                pairs.append(Pair(our, his, 1.0, 1.3 if flag else None))
+                pairs.append(Pair(our, his, 1.0, 1.3 if flag else None, UNLIKE.get(name, "")))
         made = unit("imitation", name, "samples", sides, pairs, 45, toy)
         units.append(made._replace(first=1 if toy else 5, counted=1 if toy else 10))
     return units
@@ -214,7 +218,7 @@ def latency(toy: bool) -> list[Unit]:
                 repository, f"{kind} --plan --batch 2 --checkout {{peers}}/{repository}", toy
             ),
         }
-        pairs = [Pair(f"{title}, one chunk", f"{whose}, one chunk", 1.0)]
+        pairs = [Pair(f"{title}, one chunk", f"{whose}, one chunk", 1.0, why=UNLIKE.get(name, ""))]
         units.append(unit("latency", name, "chunks", sides, pairs, 8, toy)._replace(first=1 if toy else 5))
     return units
 

@@ -325,7 +325,7 @@ class Bench:
             row |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
             row |= {"goal": pair.goal, "beyond": pair.beyond}
             row["reached"] = None if pair.goal is None else row["ratio"] >= pair.goal
-        row["why"] = pair.why or (reason(row) if row.get("reached") is False else "")
+        row["why"] = "; ".join(filter(None, [pair.why, reason(row) if row.get("reached") is False else ""]))
         if title:  # the counts are those of whole turns
             row = {key: value for key, value in row.items() if key.removeprefix("peer_") not in COUNTS}
         about = {key: value for key, value in self.device.items() if key not in row}
