@@ -155,7 +155,8 @@ def online(toy: bool) -> list[Unit]:
         about = {"warm_up": warm}
         script = f"script {{{{peers}}}}/{{0}}/{{1}}/{name}_continuous_action{{2}}.py "
         clean = script.format("cleanrl", "cleanrl", "") + peer
-        lean = script.format("LeanRL", "leanrl", "_torchcompile") + peer + " --compile" + ("" if toy else " --cudagraphs")
+        lean = script.format("LeanRL", "leanrl", "_torchcompile") + peer + " --compile"
+        lean += "" if toy else " --cudagraphs"  # which need a GPU
         sides = {
             f"{name} eager": ours("online", words, "env", **about),
             f"{name} compiled": ours("online", words + " --compile", "env", **about),
