@@ -410,14 +410,18 @@ def machine() -> dict[str, str]:
     found = {"device": "cpu", "torch": torch.__version__, "cuda": str(torch.version.cuda)}
     if torch.cuda.is_available():
         found["device"] = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        with_driver = subprocess.run(query, capture_output=True, text=True)
-        found["driver"] = with_driver.stdout.strip()
+        found["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     found["jax"] = version_of("jax")
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True).stdout
-    found["commit"] = done.stdout.strip() + "-dirty" * bool(dirty.strip())
+    dirty = output_of("git", "status", "--porcelain", "-uno")
+    found["commit"] = output_of("git", "rev-parse", "--short", "HEAD") + "-dirty" * bool(dirty)
     return found
+
+
+def output_of(*command: str) -> str:
+    """What a program says; nothing where it is missing or fails."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return ""
 
 
 def version_of(package: str) -> str:
