@@ -15,8 +15,8 @@ the scripts as users start them and, for latencies, policies built from the regi
 rounds' own ratios. What is compared, and the sizes, stand in `gpu_jobs.py`.
 
 The machine needs no network, but torch, numpy, jax and pytest, and torchvision for LeRobot's pictures. What it lacks
-besides is installed for the run alone from a folder of wheels (47 MB; keep it below 60), which a machine with network
-fills, here for Python 3.12 on x86-64:
+besides is installed for the run alone from a folder of wheels, which a machine with network fills (47 MB; keep it below
+60, and leave out what the machine has), here for Python 3.12 on x86-64:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
         --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_24_x86_64 \
