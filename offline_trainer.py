@@ -290,7 +290,7 @@ class StepHook:
         self.bad = torch.zeros((), device=accelerator.device)  # 1.0 since a loss or gradient was not finite
         self.first_bad = torch.zeros_like(step)  # the iteration under way, which stands still then
         self.one = torch.ones_like(self.bad)
-        self.gates = getattr(optimizer, "_step_supports_amp_scaling", False)  # a fused one, which obeys `found_inf`
+        self.gates = all(group.get("fused") for group in optimizer.param_groups)  # torch's, which obey `found_inf`
         if self.gates and not self.waits:
             optimizer.found_inf = self.bad
         optimizer.register_step_pre_hook(self)
