@@ -48,6 +48,7 @@ from components import command_line as cli
 from components.datasets.transitions import prepared
 from components.environments import Environments
 from components.errors import StoppedError
+from components.finite import Finite
 from components.metrics import Metrics
 from components.normalisation import Normaliser
 from components.policy import Inference
@@ -281,15 +282,19 @@ class StepHook:
     """
 
     def __init__(
-        self, accelerator: Accelerator, index: int, name: str, optimizer: Any, args: Args, metrics: Metrics, step: Any
+        self,
+        accelerator: Accelerator,
+        index: int,
+        name: str,
+        optimizer: Any,
+        args: Args,
+        metrics: Metrics,
+        finite: Finite,
     ) -> None:
         self.accelerator, self.index, self.name, self.args, self.metrics = accelerator, index, name, args, metrics
         self.count, self.waits = 0, accelerator.device.type != "cuda"
-        self.iterations = step  # a tensor on the device, where graphs find it
+        self.finite, self.bad = finite, finite.bad[index]
         self.loss: Any = None  # sum of the losses since the last step; `watch_loss` adds them
-        self.bad = torch.zeros((), device=accelerator.device)  # 1.0 since a loss or gradient was not finite
-        self.first_bad = torch.zeros_like(step)  # the iteration under way, which stands still then
-        self.one = torch.ones_like(self.bad)
         self.gates = all(group.get("fused") for group in optimizer.param_groups)  # torch's, which obey `found_inf`
         if self.gates and not self.waits:
             optimizer.found_inf = self.bad
@@ -311,20 +316,17 @@ class StepHook:
         if self.args.grad_accumulation > 1:
             torch._foreach_div_(gradients, self.args.grad_accumulation)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        total = norm if loss is None else norm + loss  # not finite where either is not
-        if self.waits and not math.isfinite(total):
+        if not self.waits:  # no synchronisation on a GPU: the update is gated there, `check` reads the flag later
+            self.finite.note(self.index, [norm] if loss is None else [norm, loss])
+        elif not math.isfinite(norm if loss is None else norm + loss):
             self.bad.fill_(1.0)
-            self.first_bad.copy_(self.iterations)
-            self.check()
-        elif not self.waits:  # no synchronisation on a GPU: the update is gated there, `check` reads the flag later
-            torch.where(self.bad > 0, self.first_bad, self.iterations, out=self.first_bad)
-            torch._amp_foreach_non_finite_check_and_unscale_([total], self.bad, self.one)
-            if not self.gates:
-                stopped = self.bad > 0
-                for gradient in gradients:
-                    gradient.masked_fill_(stopped, 0.0)
+            self.finite.check()
         if self.args.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.args.grad_clip, norm)
+        if not (self.waits or self.gates):
+            stopped = self.bad > 0
+            for gradient in gradients:
+                gradient.masked_fill_(stopped, 0.0)
         self.metrics.add({f"train/grad_norm.{self.name}": norm})
 
     def average(self, parameters: list[Any], loss: Any) -> torch.Tensor:
@@ -333,9 +335,8 @@ class StepHook:
         mine[2] = loss
         index, count, loss = self.accelerator.reduce(mine, "mean")
         if index != self.index or count != self.count % 4096:
-            raise RuntimeError(
-                f"model {self.name!r}: a process skipped one of its optimizer steps (step {int(self.iterations)})"
-            )
+            step = int(self.finite.step[self.index])
+            raise RuntimeError(f"model {self.name!r}: a process skipped one of its optimizer steps (step {step})")
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=mine.device)
         flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).float().flatten() for p in parameters] + [has]
@@ -345,19 +346,13 @@ class StepHook:
             parameter.grad = mean.view_as(parameter).to(parameter.dtype) if some else None
         return loss
 
-    def check(self) -> None:
-        """Stop when a loss or gradient was not finite; also called when logging, and before a save or an evaluation."""
-        if self.bad:
-            step = int(self.first_bad)
-            raise FloatingPointError(f"loss or gradient of model {self.name!r} is not finite at step {step}")
-
 
 def watch_loss(loss: torch.nn.Module, hooks: list[StepHook]) -> None:
     """Tell the next optimizer step when the loss is not finite; its gradient may be finite all the same."""
 
     def look(module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and torch.is_grad_enabled():
-            value = output.detach() if output.ndim == 0 else output.detach().sum()
+            value = output.detach().clone() if output.ndim == 0 else output.detach().sum()
             for hook in hooks:
                 hook.loss = value if hook.loss is None else hook.loss + value
 
@@ -433,7 +428,7 @@ class Learner(NamedTuple):
     update: captured.Update  # calls it
     metrics: Metrics
     hooks: list[StepHook]
-    step: torch.Tensor  # the step under way, for the hooks
+    finite: Finite  # which of the models were, so far
     factories: dict[str, tuple[str, Any]]  # model name -> registry name and options
 
 
@@ -462,12 +457,12 @@ def build_learner(args: Args, accelerator: Accelerator, spec: Any, updates: int)
     models = torch.nn.ModuleDict({**models, **averages}).to(accelerator.device)  # with what the trainer has added
     parallel.broadcast(torch.nn.ModuleList([models, loss]))
     metrics = Metrics()
-    step = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-    hooks = [StepHook(accelerator, i, name, opt, args, metrics, step) for i, (name, opt) in enumerate(opts.items())]
+    finite = Finite(opts, accelerator.device)
+    hooks = [StepHook(accelerator, i, name, opt, args, metrics, finite) for i, (name, opt) in enumerate(opts.items())]
     watch_loss(loss, hooks)
     alone = accelerator.num_processes == args.grad_accumulation == 1 and not averages
     update = captured.choose(trainer, metrics, opts, accelerator.device, args.compile, alone)
-    return Learner(models, loss, opts, trainer, passed, update, metrics, hooks, step, factories)
+    return Learner(models, loss, opts, trainer, passed, update, metrics, hooks, finite, factories)
 
 
 def make_trainer(args: Args, models: Any, opts: Any, loss: Any, spec: Any, device: Any) -> tuple[Any, list[str]]:
@@ -528,7 +523,7 @@ def evaluate(evaluator: Any, step: int, run: Run) -> None:
 def save(args: Args, learner: Learner, run: Run, progress: Any, mine: dict[str, Any], failed: int, last: bool) -> int:
     """Write a checkpoint; returns how many have failed in a row. Raises at the third, and when it was the last try."""
     models, loss, opts, trainer, *_ = learner
-    check(learner.hooks)
+    learner.finite.check()
     parallel.broadcast(models, buffers_only=True)
     shared = checkpoint.shared_state(models, opts, loss, trainer, progress)
     mine = {"random": get_random_state(), "metrics": learner.metrics.floats(), **mine}
@@ -617,7 +612,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
 
     # What learns, what acts, and where it is evaluated: in the environment asked for, or in the dataset's own.
     learner = build_learner(args, accelerator, spec, args.steps)
-    models, loss, opts, trainer, passed, update, metrics, hooks, *_ = learner
+    models, loss, opts, trainer, passed, update, metrics, *_ = learner
     actor = policy.acting_policy(trainer, models, normaliser, spec, args.policy, partial(cli.given, argv))
     env_name, env = evaluation.choose_env(args.env, args.env_options, partial(cli.given, argv), data.get("env"))
     evaluator = make_evaluator(args, actor, env_name, env, rank, world, run)
@@ -660,7 +655,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
         if not owing:
             where = {"epoch": step // batches.per_epoch, "total_epochs": -(-args.steps // batches.per_epoch)}
             where["iterations"] = step
-            learner.step.fill_(step)
+            learner.finite.begin(step)
             for _ in range(micro_steps):
                 drawn = time.perf_counter()
                 (_, rows, mine), loaded_batch = next(stream)
@@ -681,7 +676,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
         held_out: dict[str, float] = {}
         improved = False
         if due(step, 1, args.eval_every, args.steps) and (holds_out or evaluator is not None):
-            check(hooks)
+            learner.finite.check()
             progress["unevaluated"] = True
             with evaluation_mode(models, opts, args), suppress(StoppedError):
                 if holds_out:
@@ -696,7 +691,7 @@ def learn_from_data(args: Args, argv: list[str], accelerator: Accelerator, run: 
 
         # Log: means over the interval and over the processes.
         if (due(step, 1, args.log_every, args.steps) or held_out) and not progress["unevaluated"]:
-            check(hooks)
+            learner.finite.check()
             count, seconds = max(step - logged_at, 1), max(data_s + step_s, 1e-9)
             rates = {f"train/lr.{name}": opt.param_groups[0]["lr"] for name, opt in opts.items()}
             times = {"data_s": data_s / count, "step_s": step_s / count, "samples_per_s": count * batch_size / seconds}
@@ -734,12 +729,6 @@ learn = learn_from_data  # for `main`, which is the same in both scripts
 def due(step: int, stride: int, every: int, steps: int) -> bool:
     """Whether something that happens every so many steps, and at the end, happened since `stride` steps before."""
     return step >= steps or (every > 0 and step // every > (step - stride) // every)
-
-
-def check(hooks: list[StepHook]) -> None:
-    """Nothing that is not finite reaches the log, an evaluation or a checkpoint."""
-    for hook in hooks:
-        hook.check()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 An update of small networks is hundreds of kernels of a few microseconds each, which Python launches more slowly than
 the GPU runs them; a graph launches all of them at once. It repeats what was recorded, so what changes from step to step
-has to be in tensors: the batch, the learning rates (`optimizers.carry_schedule`), the number of the step (`StepHook`).
+has to be in tensors: the batch, and the learning rates (`optimizers.carry_schedule`).
 """
 
 from contextlib import contextmanager

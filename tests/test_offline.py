@@ -180,9 +180,8 @@ def test_clipping_bounds_the_step() -> None:
     args = offline_trainer.Args(**{f"{name}_options": None for name in offline_trainer.REGISTRIES}, grad_clip=0.5)  # type: ignore[arg-type]
     from accelerate import Accelerator
 
-    hook = offline_trainer.StepHook(
-        Accelerator(), 0, "policy", optimizer, args, offline_trainer.Metrics(), torch.tensor(0)
-    )
+    finite = offline_trainer.Finite(["policy"], torch.device("cpu"))
+    hook = offline_trainer.StepHook(Accelerator(), 0, "policy", optimizer, args, offline_trainer.Metrics(), finite)
     parameter.grad = torch.tensor([3.0, 0.0, 4.0])
     optimizer.step()
     assert parameter.tolist() == pytest.approx([-0.3, 0.0, -0.4], rel=1e-4)  # norm 5 cut to 0.5
@@ -266,27 +265,28 @@ def test_a_gated_step_changes_nothing_until_it_is_looked_at(fused: bool, whose: 
     parameter = nn.Parameter(torch.ones(2))
     optimizer: Any = torch.optim.Adam([parameter], fused=True) if fused else torch.optim.SGD([parameter], lr=1.0)
     args = offline_trainer.Args(**{f"{name}_options": None for name in offline_trainer.REGISTRIES})  # type: ignore[arg-type]
-    step = torch.tensor(4)
-    hook = offline_trainer.StepHook(Accelerator(), 0, "policy", optimizer, args, offline_trainer.Metrics(), step)
+    finite = offline_trainer.Finite(["policy"], torch.device("cpu"))
+    hook = offline_trainer.StepHook(Accelerator(), 0, "policy", optimizer, args, offline_trainer.Metrics(), finite)
     hook.waits = False  # as where there is a GPU
     if fused:
         optimizer.found_inf = hook.bad
     with Launches() as launches:  # norm of all gradients, loss, flag
         parameter.grad, hook.loss = torch.ones(2), torch.tensor(1.0)
         hook(optimizer, (), {})
-    assert launches.number <= (7 if fused else 9) + 2  # with those of this test's own tensors
+    assert launches.number <= (4 if fused else 6) + 2  # with those of this test's own tensors
+    args.grad_clip = 1.0  # by the norm, which is not finite either
     for iteration, bad in ((3, False), (4, True), (5, False)):
-        step.fill_(iteration)
+        finite.begin(iteration)
         parameter.grad = torch.tensor([float("nan"), 1.0] if bad and whose == "gradient" else [1.0, 1.0])
         hook.loss = torch.tensor(float("inf") if bad and whose == "loss" else 1.0)
         optimizer.step()
         if iteration == 3:
-            hook.check()
+            finite.check()
             before = parameter.tolist()
             assert before != [1.0, 1.0]
     assert parameter.tolist() == before
     with pytest.raises(FloatingPointError, match="step 4"):
-        hook.check()
+        finite.check()
 
 
 def test_a_metric_that_is_no_scalar_is_named(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
