@@ -326,7 +326,7 @@ class StepHook:
     ) -> None:
         self.accelerator, self.index, self.name, self.args, self.metrics = accelerator, index, name, args, metrics
         self.count, self.waits = 0, accelerator.device.type != "cuda"
-        self.finite, self.bad = finite, finite.bad[index]
+        self.finite, self.bad = finite, finite.flags[index]
         self.loss: Any = None  # sum of the losses since the last step; `watch_loss` adds them
         self.gates = all(group.get("fused") for group in optimizer.param_groups)  # torch's, which obey `found_inf`
         if self.gates and not self.waits:

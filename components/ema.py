@@ -45,7 +45,7 @@ def _follow(model: nn.Module, optimizer: Any, most: float) -> nn.Module:
     averaged, weights = (list(tensors) for tensors in zip(*learning, strict=True))
     mine, theirs = ([*module.parameters(), *module.buffers()] for module in (average, model))
     tensors: list[Any] = [*zip(mine, theirs, strict=True)]
-    kept, buffers = list(average.buffers()), list(model.buffers())
+    averaged_buffers, buffers = list(average.buffers()), list(model.buffers())
     averages_in = False
 
     @torch.no_grad()
@@ -53,15 +53,15 @@ def _follow(model: nn.Module, optimizer: Any, most: float) -> nn.Module:
         group = optimizer.param_groups[0]
         group["ema_updates"] += 1
         torch._foreach_lerp_(averaged, weights, 1 - decay_at(group["ema_updates"], most))
-        if kept:
-            torch._foreach_copy_(kept, buffers)
+        if buffers:
+            torch._foreach_copy_(averaged_buffers, buffers)
 
     def exchange(averages_wanted: bool) -> None:
         nonlocal averages_in
         if averages_in != averages_wanted:
             averages_in = averages_wanted
-            for average_of, tensor in tensors:
-                average_of.data, tensor.data = tensor.data, average_of.data
+            for kept, tensor in tensors:
+                kept.data, tensor.data = tensor.data, kept.data
 
     optimizer.register_step_post_hook(step)
     optimizer.eval, optimizer.train = lambda: exchange(True), lambda: exchange(False)

@@ -16,6 +16,7 @@ class Finite:
     def __init__(self, names: Iterable[str], device: torch.device) -> None:
         self.names = list(names)
         self.bad = torch.zeros(len(self.names), device=device)
+        self.flags = self.bad.unbind()  # views, one a model
         self.step = torch.zeros(len(self.names), dtype=torch.int64, device=device)
         self.one = torch.ones((), device=device)
 
@@ -25,7 +26,7 @@ class Finite:
 
     def note(self, index: int, numbers: list[torch.Tensor]) -> None:
         """Look at numbers of a model, which stay as they are, in one kernel."""
-        torch._amp_foreach_non_finite_check_and_unscale_(numbers, self.bad[index], self.one)
+        torch._amp_foreach_non_finite_check_and_unscale_(numbers, self.flags[index], self.one)
 
     def check(self) -> None:
         """Raises FloatingPointError: something was not finite. Before a log, a save or an evaluation."""

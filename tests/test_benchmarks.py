@@ -124,7 +124,7 @@ def test_a_side_that_hangs_ends_with_the_time(tmp_path: Path, jobs: list[Job]) -
     assert "NOT MADE: hangs: the time is over" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_what_keeps_the_devices_minutes_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_job_that_is_none_is_refused(tmp_path: Path) -> None:
     done = command(sys.executable, BENCHMARKS / "on_gpu.py", "--only", "nothing", "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == 2 and "invalid choice: 'nothing'" in done.stderr
 

@@ -13,7 +13,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from multiprocessing.connection import Client
 from typing import Any
@@ -107,10 +107,9 @@ def torch_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def learned(networks: dict[str, Any]) -> int:
-    """How many numbers networks learn; targets, averages and single numbers, such as temperatures, are left out."""
-    learning = [network for name, network in networks.items() if "target" not in name and "ema_" not in name]
-    return sum(p.numel() for network in learning for p in network.parameters() if p.ndim)
+def learned(networks: Iterable[torch.nn.Module]) -> int:
+    """How many numbers networks learn; what is frozen, and single numbers, such as temperatures, are left out."""
+    return sum(p.numel() for network in networks for p in network.parameters() if p.requires_grad and p.ndim)
 
 
 # ---- the plugin ----------------------------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ def ticking(trainer: type) -> type:
     @wraps(step)
     def train_step(self: Any, *arguments: Any, **keywords: Any) -> Any:
         if not clocks:
-            clocks.append(Clock(learned=learned(dict(getattr(self, "models", {}).items()))))
+            clocks.append(Clock(learned=learned(getattr(self, "models", {}).values())))
             replayed(clocks[0])
         if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             clocks[0].tick()

@@ -137,7 +137,7 @@ def our_steps(name: str, task: Task, compiled: bool) -> tuple[dict[str, Step], i
                 steps[f"{name} compiled"]()
             seconds = time.perf_counter() - began
             print(f"{name}: compiled for {switch!r} in {seconds:.0f} s, or found in the cache of earlier runs")
-    return steps, learned(dict(trainer.models.items()))
+    return steps, learned(trainer.models.values())
 
 
 # ---- peers ---------------------------------------------------------------------------------------------------------

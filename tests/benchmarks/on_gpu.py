@@ -244,9 +244,8 @@ class Bench:
 
     def is_known(self, unit: Unit, pair: Pair) -> bool:
         key = self.identity(unit, pair)
-        if unit.job == "launches":  # every job counts
-            del key["job"]
-        return any(all(row.get(name) == value for name, value in key.items()) for row in self.rows)
+        names = [name for name in KNOWN_BY if name != "job" or unit.job != "launches"]  # for which every job counts
+        return any(alike(row, key, names) for row in self.rows)
 
     def identity(self, unit: Unit, pair: Pair) -> Row:
         """What a row belongs to, and what it is known by."""
@@ -343,7 +342,7 @@ class Bench:
         """Run the tests that need a GPU, as long as there is time."""
         row: Row = {"job": job.name, "name": job.tests, "command": f"pytest -q {job.tests}", "peer_command": None}
         row |= {"peer_commit": None, "peer": None, "why": "tests have no peer", **self.device}
-        known = any(all(old.get(name) == row.get(name) for name in (*KNOWN_BY, "commit")) for old in self.rows)
+        known = any(alike(old, row, (*KNOWN_BY, "commit")) for old in self.rows)
         if (known and not self.args.again) or (not self.toy and self.left() < job.starting):
             self.say(f"{job.name}: left out, " + ("its row is known" if known else "it does not fit any more"))
             return
@@ -364,11 +363,8 @@ class Bench:
 
     def add(self, row: Row) -> None:
         """Keep a row, in the place of an older one of the same kind, or of one that had no peer yet."""
-        alone = [name for name in KNOWN_BY if not name.startswith("peer")]
-        before = row | {"name": row["name"].partition(" / ")[0], "peer": None}
-        same = [old for old in self.rows if all(old.get(name) == row.get(name) for name in KNOWN_BY)]
-        same += [old for old in self.rows if all(old.get(name) == before.get(name) for name in (*alone, "peer"))]
-        self.rows = [old for old in self.rows if old not in same] + [row]
+        alone = row | {"name": row["name"].partition(" / ")[0], "peer_command": None, "peer_commit": None}
+        self.rows = [old for old in self.rows if not (alike(old, row, KNOWN_BY) or alike(old, alone, KNOWN_BY))] + [row]
         self.made.append(row)
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.rows, indent=1) + "\n")
@@ -381,6 +377,11 @@ class Bench:
         print(text, flush=True)
         self.listener.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def alike(row: Row, other: Row, names: Iterable[str]) -> bool:
+    """Whether two rows have the same under these names."""
+    return all(row.get(name) == other.get(name) for name in names)
 
 
 def without(one: dict[str, float]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from clock import learned
 from torch import Tensor, nn
 
 Step = Callable[[], Any]
@@ -33,11 +34,6 @@ class Peer(NamedTuple):
     step: Step
     learned: int
     wait: Step | None = None
-
-
-def count(networks: dict[str, nn.Module]) -> int:
-    """How many numbers the networks learn."""
-    return sum(p.numel() for network in networks.values() for p in network.parameters() if p.requires_grad)
 
 
 # ---- offline RL ----------------------------------------------------------------------------------------------------
@@ -89,7 +85,7 @@ def corl(name: str, checkout: Path, arrays: Arrays, batch: int, device: str = "c
     with redirect_stdout(io.StringIO()):
         buffer.load_d4rl_dataset(arrays)
     update = trainer.update if name == "awac" else trainer.train
-    return Peer(lambda: update(buffer.sample(batch)), count(networks))
+    return Peer(lambda: update(buffer.sample(batch)), learned(networks.values()))
 
 
 def jax_agent(name: str, checkout: Path, arrays: Arrays, batch: int) -> Peer:
@@ -116,8 +112,8 @@ def jax_agent(name: str, checkout: Path, arrays: Arrays, batch: int) -> Peer:
         agent, info = agent.update(data, **delayed)
 
     parameters = {key: value for key, value in agent.network.params.items() if "target" not in key}
-    learned = sum(leaf.size for leaf in jax.tree_util.tree_leaves(parameters))
-    return Peer(step, learned, lambda: jax.block_until_ready((agent.network, info)))
+    size = sum(leaf.size for leaf in jax.tree_util.tree_leaves(parameters))
+    return Peer(step, size, lambda: jax.block_until_ready((agent.network, info)))
 
 
 # ---- imitation -----------------------------------------------------------------------------------------------------
@@ -224,7 +220,7 @@ def diffusion_policy(
 
         return euler if flow else chunk
 
-    return Imitator(step, plan, count({"": policy}))
+    return Imitator(step, plan, learned([policy]))
 
 
 def lerobot_act(
@@ -290,7 +286,7 @@ def lerobot_act(
         observation = seen(observation)
         return lambda: act.ACTPolicy.predict_action_chunk(policy, observation)
 
-    return Imitator(step, plan, count({"": policy.model}))
+    return Imitator(step, plan, learned([policy.model]))
 
 
 def lerobot_module(checkout: Path, pictures: bool) -> Any:

@@ -5,7 +5,6 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
-from clock import Clock  # noqa: E402
+from clock import Clock, learned  # noqa: E402
 from peers import OBS, STATE, Peer, corl, diffusion_policy, jax_agent, lerobot_act, run_script  # noqa: E402
 
 CAMERAS = ("front", "wrist")
@@ -29,22 +28,20 @@ def arrays_of(path: Path) -> dict[str, Any]:
     return arrays | {"masks": 1 - arrays["terminals"]}
 
 
-def pictures(rows: int, height: int, width: int, steps: int) -> dict[str, torch.Tensor]:
+def pictures(rows: int, toy: bool) -> dict[str, torch.Tensor]:
     """A batch as ACT takes it: 14 joints, two pictures, a chunk of actions."""
+    height, width, steps = (48, 64, 20) if toy else (480, 640, 100)
     batch = {STATE: torch.randn(rows, 14), "action": torch.randn(rows, steps, 14)}
     batch |= {f"observation.images.{name}": torch.randint(0, 256, (rows, 3, height, width)).byte() for name in CAMERAS}
     return batch | {"action_is_pad": torch.zeros(rows, steps, dtype=torch.bool)}
 
 
-def our_plan(name: str, device: str, toy: bool) -> Callable[[], Any]:
+def our_plan(name: str, device: str, toy: bool) -> Peer:
     """One chunk for one observation by our policy, built from the registries as the README's fork does."""
     from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY
 
     cls: Any = TRAINER_REGISTRY[name]
-    if name == "act":
-        batch = pictures(1, *((48, 64, 20) if toy else (480, 640, 100)))
-    else:
-        batch = {STATE: torch.randn(1, *OBS), "action": torch.randn(1, 16, 2)}
+    batch = pictures(1, toy) if name == "act" else {STATE: torch.randn(1, *OBS), "action": torch.randn(1, 16, 2)}
     spec: Any = {key: {"shape": tuple(value.shape[1:])} for key, value in batch.items()}
     spec = {key: feature for key, feature in spec.items() if key != "action_is_pad"}
     size = {"size": "small" if toy else "paper"}
@@ -67,7 +64,7 @@ def our_plan(name: str, device: str, toy: bool) -> Callable[[], Any]:
             noise = {"noise": torch.randn(1, *policy.noise_shape, device=device)}
         return policy(observation | noise)
 
-    return plan
+    return Peer(plan, learned(models.values()))
 
 
 def main() -> None:
@@ -93,12 +90,11 @@ def main() -> None:
     elif args.kind == "jax":
         peer = jax_agent(args.name, args.checkout, arrays_of(args.data), args.batch)
     elif args.kind == "our-plan":
-        peer = Peer(our_plan(args.name, device, args.toy), 0)
+        peer = our_plan(args.name, device, args.toy)
     else:
         if args.kind == "act":
-            size = (48, 64, 20) if args.toy else (480, 640, 100)
-            imitator = lerobot_act(args.checkout, pictures(args.batch, *size), **how)
-            observation = {key: value for key, value in pictures(1, *size).items() if key.startswith("observation")}
+            imitator = lerobot_act(args.checkout, pictures(args.batch, args.toy), **how)
+            observation = {key: value for key, value in pictures(1, args.toy).items() if key.startswith("observation")}
         else:
             imitator = diffusion_policy(args.checkout, args.kind, args.batch, flow=args.name == "flow", **how)
             observation = {STATE: torch.randn(1, *OBS, device=device)}
