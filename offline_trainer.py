@@ -25,36 +25,26 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 import protocols
-from components import (
-    REGISTRIES,
-    UserError,
-    augmentation,
-    captured,
-    checkpoint,
-    compiled,
-    debug,
-    ema,
-    evaluation,
-    features,
-    matmul,
-    optimizers,
-    parallel,
-    policy,
-    process,
-    run_record,
-    saved_policy,
-)
-from components import command_line as cli
+from components import REGISTRIES, UserError, ema, optimizers, parallel
+from components.acting import evaluation, policy
+from components.acting import saved as saved_policy
+from components.acting.policy import Inference
+from components.data import augmentation, features
+from components.data.batches import Batches, derive_seed, fit_batch, to_device
+from components.data.normalisation import Normaliser
+from components.data.random_state import get_random_state
 from components.datasets.transitions import prepared
-from components.environments import Environments
+from components.envs.vector import Environments
 from components.errors import StoppedError
-from components.finite import Finite
-from components.metrics import Metrics
-from components.normalisation import Normaliser
-from components.policy import Inference
-from components.random_state import get_random_state
-from components.run_record import Run
-from components.sampling import Batches, derive_seed, fit_batch, to_device
+from components.learning.finite import Finite
+from components.learning.metrics import Metrics
+from components.run import checkpoint, debug, process
+from components.run import command_line as cli
+from components.run import record as run_record
+from components.run.record import Run
+from components.speed import compile as compiled
+from components.speed import cuda_graphs as captured
+from components.speed import matmul
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
 

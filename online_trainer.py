@@ -29,41 +29,32 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 import protocols
-from components import (
-    REGISTRIES,
-    UserError,
-    captured,
-    checkpoint,
-    compiled,
-    debug,
-    ema,
-    evaluation,
-    experience,
-    features,
-    matmul,
-    optimizers,
-    parallel,
-    policy,
-    process,
-    residual,
-    run_record,
-    saved_policy,
-)
-from components import command_line as cli
-from components.collection import Collector, describe_env, random_actions
-from components.datasets import recording
-from components.environments import Environments
+from components import REGISTRIES, UserError, ema, optimizers, parallel
+from components.acting import evaluation, policy
+from components.acting import saved as saved_policy
+from components.acting.policy import Inference
+from components.data import features
+from components.data.batches import derive_seed, fit_batch, fit_envs, to_device
+from components.data.normalisation import Normaliser
+from components.data.random_state import get_random_state
+from components.data.running import RunningStatistics
+from components.envs.vector import Environments
 from components.errors import StoppedError
-from components.finite import Finite
-from components.metrics import Metrics
-from components.normalisation import Normaliser
-from components.policy import Inference
-from components.random_state import get_random_state
-from components.replay import ReplayBuffer, windowed
-from components.rollout import Rollout
-from components.run_record import Run
-from components.running import RunningStatistics
-from components.sampling import derive_seed, fit_batch, fit_envs, to_device
+from components.experience import frozen_base as residual
+from components.experience import mixed as experience
+from components.experience import recording
+from components.experience.collection import Collector, describe_env, random_actions
+from components.experience.replay import ReplayBuffer, windowed
+from components.experience.rollout import Rollout
+from components.learning.finite import Finite
+from components.learning.metrics import Metrics
+from components.run import checkpoint, debug, process
+from components.run import command_line as cli
+from components.run import record as run_record
+from components.run.record import Run
+from components.speed import compile as compiled
+from components.speed import cuda_graphs as captured
+from components.speed import matmul
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ class Trainer(Protocol):
     `next_action`, `to_go`), `prepare(data, config) -> data` (otherwise, what a dataset's `build` returned as this
     trainer learns from it: goals, ...), `sees(model, spec, config) -> spec` (what one of its models is built for, where
     that is not the data's spec), and `base(config) -> (run folder, scale)` (a frozen policy that its actions correct,
-    see `components/residual.py`). Without `window`, `n_step` and `discount` in `Config` shape the online script's
+    see `experience/frozen_base.py`). Without `window`, `n_step` and `discount` in `Config` shape the online script's
     batches: `reward` is the sum over n steps, `next.*` and `terminated` are those of the last of them, and `discount`
     [B] is the factor of the value that follows.
 
@@ -78,7 +78,7 @@ class DatasetFactory(Protocol):
         "reference_scores" (the random and the expert return, by which D4RL normalises). A dataset may offer
         `get_batch(indices [B], seed) -> dict of batched tensors`, which resident data should have; one that decodes
         says `resident = False` and gets worker processes; one whose items have a `task` lists the texts in `tasks`.
-        More of what it may say is in `components/sampling.py`.
+        More of what it may say is in `components/data/batches.py`.
         """
         ...
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from . import losses, optimizers
+from .acting.saved import load_policy
 from .datasets.d4rl import D4RLDataset
 from .datasets.gymnasium import GymnasiumRollouts
 from .datasets.lerobot import LeRobotDataset
@@ -37,7 +38,6 @@ from .models.tanh_gaussian import TanhGaussian
 from .models.temperature import Temperature
 from .models.unet1d import UNet1d
 from .models.vector_field import VectorField
-from .saved_policy import load_policy
 from .trainers.act import ACT
 from .trainers.awac import AWAC
 from .trainers.bc import BC

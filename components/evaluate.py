@@ -12,13 +12,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import ENV_BUILDER_REGISTRY, load_policy, process, run_record
-from .command_line import at_least, import_plugins, instantiate, one_line, options_of, parse, parse_names, pick
-from .environments import Environments
+from . import ENV_BUILDER_REGISTRY, load_policy
+from .acting.evaluation import Evaluator, headline
+from .acting.policy import Inference
+from .acting.saved import saved_settings
+from .envs.vector import Environments
 from .errors import UserError
-from .evaluation import Evaluator, headline
-from .policy import Inference
-from .saved_policy import saved_settings
+from .run import process
+from .run import record as run_record
+from .run.command_line import at_least, import_plugins, instantiate, one_line, options_of, parse, parse_names, pick
 
 
 @dataclass(kw_only=True)

@@ -26,11 +26,13 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from . import load_policy, process, run_record
-from .command_line import import_plugins, parse, parse_names
+from . import load_policy
+from .acting.policy import Inference, Policy
+from .acting.saved import describe, saved_settings
 from .errors import UserError
-from .policy import Inference, Policy
-from .saved_policy import describe, saved_settings
+from .run import process
+from .run import record as run_record
+from .run.command_line import import_plugins, parse, parse_names
 
 TOLERANCE = 1e-5  # largest difference from the eager policy, relative to the largest action
 

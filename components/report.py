@@ -14,11 +14,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import process, run_record
-from .command_line import parse
-from .curves import diverging, draw_curves, read_lines
+from .acting.evaluation import wilson_interval
 from .errors import UserError
-from .evaluation import wilson_interval
+from .run import process
+from .run import record as run_record
+from .run.command_line import parse
+from .run.curves import diverging, draw_curves, read_lines
 
 # Student's t for a two-sided 95 % interval, by degrees of freedom; 1.96 beyond.
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]

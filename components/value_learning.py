@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .data.features import NO_CHOICE
 from .errors import UserError
-from .features import NO_CHOICE
 
 # What suits all offline trainers; each adds what is its own. The papers train for 1M steps.
 OFFLINE_RL: dict[str, Any] = {

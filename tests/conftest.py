@@ -21,9 +21,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import offline_trainer  # noqa: E402
 import online_trainer  # noqa: E402
 import toy  # noqa: E402, F401  (registers the components that the tests use)
-from components import DATASET_BUILDER_REGISTRY, checkpoint, run_record  # noqa: E402
-from components.curves import read_lines  # noqa: E402
+from components import DATASET_BUILDER_REGISTRY  # noqa: E402
 from components.datasets.recognise import recognise  # noqa: E402
+from components.run import checkpoint  # noqa: E402
+from components.run import record as run_record  # noqa: E402
+from components.run.curves import read_lines  # noqa: E402
 
 torch.set_num_threads(1)
 

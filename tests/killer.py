@@ -29,8 +29,8 @@ import torch  # noqa: E402
 import offline_trainer  # noqa: E402
 import online_trainer  # noqa: E402
 import toy  # noqa: E402, F401
-from components import checkpoint  # noqa: E402
-from components.curves import read_lines  # noqa: E402
+from components.run import checkpoint  # noqa: E402
+from components.run.curves import read_lines  # noqa: E402
 
 BOTH = "--batch-size 16 --eval-episodes 0 --log-every 10"
 OPTIONS = {

@@ -12,8 +12,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from components import run_record  # noqa: E402
 from components.report import result_row  # noqa: E402
+from components.run import record as run_record  # noqa: E402
 
 Runs = dict[str, tuple[str, list[str]]]  # run name -> suite and command line, which may begin with its script
 

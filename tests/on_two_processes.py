@@ -15,7 +15,9 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import offline_trainer  # noqa: E402
 import online_trainer  # noqa: E402
 import toy  # noqa: E402
-from components import TRAINER_REGISTRY, parallel, process, run_record  # noqa: E402
+from components import TRAINER_REGISTRY, parallel  # noqa: E402
+from components.run import process  # noqa: E402
+from components.run import record as run_record  # noqa: E402
 
 # The group of processes lives on from run to run: torch cannot make a second one from the same rendezvous.
 offline_trainer.Accelerator.end_training = lambda self: None  # type: ignore[method-assign]

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-from components.curves import read_lines  # noqa: E402
+from components.run.curves import read_lines  # noqa: E402
 from making import ROOT, Runs, collect, keep, row, rows_of  # noqa: E402
 
 SEEDS = (1, 2, 3)

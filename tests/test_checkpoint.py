@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from components import UserError, checkpoint
-from components.checkpoint import DamagedError, flatten, newest, read_tree, save, unflatten, verify, write_tree
+from components import UserError
+from components.run import checkpoint
+from components.run.checkpoint import DamagedError, flatten, newest, read_tree, save, unflatten, verify, write_tree
 
 
 def make(root: Path, *steps: int, keep_last: int = 10, best: int = -1) -> None:

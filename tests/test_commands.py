@@ -9,8 +9,8 @@ import pytest
 
 import toy
 from components import UserError, evaluate, report
-from components.curves import read_lines
 from components.report import with_interval
+from components.run.curves import read_lines
 
 Script = Callable[..., Path]
 

@@ -16,7 +16,7 @@ import components
 import protocols
 import toy
 from components import REGISTRIES, UserError, register
-from components.command_line import instantiate, options_of
+from components.run.command_line import instantiate, options_of
 from conftest import ROOT
 
 SCRIPTS = ("offline_trainer", "online_trainer")
@@ -84,7 +84,7 @@ def test_every_option_of_the_scripts_is_read_and_documented(name: str) -> None:
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     read |= {
         n.attr
-        for n in ast.walk(ast.parse((ROOT / "components/run_record.py").read_text()))
+        for n in ast.walk(ast.parse((ROOT / "components/run/record.py").read_text()))
         if isinstance(n, ast.Attribute)
     }
     for field in fields(importlib.import_module(name).Args):

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import toy
-from components import TRAINER_REGISTRY, checkpoint, load_policy
-from components.curves import read_lines
+from components import TRAINER_REGISTRY, load_policy
+from components.run import checkpoint
+from components.run.curves import read_lines
 from conftest import difference, learned, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -96,6 +97,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(
             return loss * torch.where(self.calls >= 26, float("inf"), 1.0), metrics
 
     monkeypatch.setitem(TRAINER_REGISTRY, "explodes", Explodes)
-    monkeypatch.setattr("components.compiled.break_even", lambda *_: "")
+    monkeypatch.setattr("components.speed.compile.break_even", lambda *_: "")
     with pytest.raises(FloatingPointError, match="is not finite at step 25"):
         script("--trainer", "explodes", *toy.TRAINERS["iql"][2:], *OPTIONS, "--steps", 40, *options)

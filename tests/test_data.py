@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from components import UserError, features
+from components import UserError
+from components.data import features
+from components.data.normalisation import statistics
 from components.datasets.episodes import EpisodeDataset, build_episodes, from_columns, held_out_episodes
 from components.datasets.lerobot import LeRobotDataset
 from components.datasets.metaworld import MetaWorldDemonstrations
-from components.normalisation import statistics
 from conftest import FIXTURES, everything
 
 LEROBOT = FIXTURES / "lerobot_v30_image"

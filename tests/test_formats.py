@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from components import UserError
+from components.data.normalisation import statistics
 from components.datasets.recognise import recognise
-from components.normalisation import statistics
 from conftest import FIXTURES, build, everything, learned
 
 ENDS = [64, 127, 185, 215]

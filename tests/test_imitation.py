@@ -20,9 +20,9 @@ from components import (
     TRAINER_REGISTRY,
     load_policy,
 )
+from components.data.features import build_models
 from components.ema import averages, decay_at
 from components.errors import UserError
-from components.features import build_models
 from components.losses import sinkhorn, zero_padding
 from components.models.attention import Dropout
 from components.models.encoder import ObservationEncoder

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import toy
-from components.checkpoint import newest, read_tree
-from components.curves import read_lines
+from components.run.checkpoint import newest, read_tree
+from components.run.curves import read_lines
 from conftest import ROOT, difference, learned, replayed, states, two_processes, weights
 
 pytestmark = pytest.mark.launched

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from components import LOSS_BUILDER_REGISTRY, OPTIMIZER_BUILDER_REGISTRY, UserError, evaluation, optimizers, parallel
+from components import LOSS_BUILDER_REGISTRY, OPTIMIZER_BUILDER_REGISTRY, UserError, optimizers, parallel
+from components.acting import evaluation
+from components.data.batches import Batches, batch_indices, fit_batch
+from components.data.normalisation import Normaliser, statistics
+from components.learning.metrics import Metrics
 from components.losses import Huber, zero_padding
-from components.metrics import Metrics
-from components.normalisation import Normaliser, statistics
 from components.optimizers import SGD, Adam, AdamW, learning_rate_factor
-from components.run_record import finite
-from components.sampling import Batches, batch_indices, fit_batch
+from components.run.record import finite
 
 
 def spec(**stats: object) -> dict:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from components import DATASET_BUILDER_REGISTRY, UserError, register
+from components.data.batches import Batches
+from components.data.normalisation import statistics
 from components.datasets.episodes import build_episodes
 from components.datasets.mixture import Mixture, MixtureDataset
-from components.normalisation import statistics
-from components.sampling import Batches
 from conftest import FIXTURES, learned
 
 

@@ -15,9 +15,10 @@ from torch import nn
 
 import offline_trainer
 import toy
-from components import LOSS_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, checkpoint, load_policy
-from components.curves import read_lines
-from components.run_record import lock
+from components import LOSS_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, load_policy
+from components.run import checkpoint
+from components.run.curves import read_lines
+from components.run.record import lock
 from conftest import ROOT, Launches, command, difference, learned, states, weights
 
 Script = Callable[..., Path]
@@ -619,7 +620,7 @@ def test_run_folders_that_cannot_be_used(script: Script, tmp_path: Path) -> None
     with pytest.raises(UserError, match="cannot be written"):
         script("--trainer", "bc", folder="file/run")
     held = lock(run)
-    code = "import sys; from pathlib import Path; from components.run_record import lock; lock(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from components.run.record import lock; lock(Path(sys.argv[1]))"
     assert f"in use by process {os.getpid()}" in command(sys.executable, "-c", code, run, cwd=ROOT).stderr
     held.close()
     assert command(sys.executable, "-c", code, run, cwd=ROOT).returncode == 0

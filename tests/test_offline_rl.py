@@ -17,32 +17,25 @@ from accelerate import Accelerator
 from torch import nn
 
 import toy
-from components import (
-    MODEL_BUILDER_REGISTRY,
-    TRAINER_REGISTRY,
-    UserError,
-    captured,
-    compiled,
-    curves,
-    evaluation,
-    load_policy,
-    matmul,
-    parallel,
-    report,
-)
-from components.command_line import options_of
-from components.curves import diverging, read_lines
+from components import MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, load_policy, parallel, report
+from components.acting import evaluation
+from components.acting.policy import Inference, acting_policy
+from components.data.batches import Batches
+from components.data.features import build_models, describe, seen_by
+from components.data.normalisation import Normaliser
 from components.datasets.episodes import build_episodes
 from components.datasets.gymnasium import GymnasiumRollouts
 from components.datasets.metaworld import MetaWorldDemonstrations
 from components.datasets.transitions import Transitions, prepared, transitions
 from components.envs.ogbench import OGBenchEnv
-from components.features import build_models, describe, seen_by
-from components.metrics import Metrics
-from components.normalisation import Normaliser
+from components.learning.metrics import Metrics
 from components.optimizers import Adam, learning_rate_factor
-from components.policy import Inference, acting_policy
-from components.sampling import Batches
+from components.run import curves
+from components.run.command_line import options_of
+from components.run.curves import diverging, read_lines
+from components.speed import compile as compiled
+from components.speed import cuda_graphs as captured
+from components.speed import matmul
 from conftest import FIXTURES
 
 Script = Callable[..., Path]

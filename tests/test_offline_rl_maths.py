@@ -15,18 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from components import TRAINER_REGISTRY, UserError
+from components.data.features import build_models, describe, seen_by
+from components.data.normalisation import Normaliser
+from components.data.returns import returns_to_go
 from components.datasets.episodes import build, from_columns
 from components.datasets.goals import GOAL, STATE, GoalSampling, GoalTransitions, goal_transitions
 from components.datasets.transitions import Transitions, transitions
-from components.features import build_models, describe, seen_by
 from components.models.actor import Actor
 from components.models.q_ensemble import QEnsemble, VEnsemble
 from components.models.tanh_gaussian import TanhGaussian
 from components.models.temperature import Temperature
 from components.models.vector_field import VectorField
-from components.normalisation import Normaliser
 from components.optimizers import Adam
-from components.returns import returns_to_go
 
 Data = dict[str, Tensor]
 B, DS, DA, CHUNK, LR = 16, 3, 2, 3, 1e-2

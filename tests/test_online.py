@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import toy
-from components import TRAINER_REGISTRY, UserError, checkpoint, load_policy
-from components.collection import describe_env
-from components.curves import read_lines
+from components import TRAINER_REGISTRY, UserError, load_policy
+from components.experience.collection import describe_env
+from components.run import checkpoint
+from components.run.curves import read_lines
 from conftest import ONLINE, difference, learned, replayed, states, weights
 from test_offline import interrupt_after
 

@@ -15,17 +15,18 @@ import pytest
 import torch
 
 import toy
-from components import TRAINER_REGISTRY, UserError, checkpoint, load_policy
-from components.curves import read_lines
-from components.datasets import recording
+from components import TRAINER_REGISTRY, UserError, load_policy
+from components.acting.evaluation import Evaluator
 from components.datasets.episodes import build as build_episodes
 from components.datasets.episodes import from_columns
 from components.datasets.transitions import Transitions
-from components.environments import Environments
 from components.envs.gymnasium import GymnasiumEnv
-from components.evaluation import Evaluator
-from components.replay import ReplayBuffer
-from components.residual import BASE_ACTION, Middle, OnTop, relabelled
+from components.envs.vector import Environments
+from components.experience import recording
+from components.experience.frozen_base import BASE_ACTION, Middle, OnTop, relabelled
+from components.experience.replay import ReplayBuffer
+from components.run import checkpoint
+from components.run.curves import read_lines
 from conftest import build, difference, everything, learned, states, weights
 from test_offline import interrupt_after
 

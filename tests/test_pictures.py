@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from components import UserError, load_policy
-from components.augmentation import Augmentation, uniform
+from components.data.augmentation import Augmentation, uniform
+from components.data.batches import Batches
 from components.datasets import frames
 from components.datasets.lerobot import LeRobotDataset
-from components.sampling import Batches
 from conftest import FIXTURES, build, difference, learned, states, weights
 
 Script = Callable[..., Path]

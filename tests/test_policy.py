@@ -15,9 +15,9 @@ from torch import nn
 
 import toy
 from components import TRAINER_REGISTRY, UserError, export, load_policy
-from components.curves import read_lines
-from components.normalisation import Normaliser
-from components.policy import Inference, Policy
+from components.acting.policy import Inference, Policy
+from components.data.normalisation import Normaliser
+from components.run.curves import read_lines
 from conftest import ROOT, command
 
 

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Normal
 
-from components import UserError, checkpoint
+from components import UserError
+from components.data.normalisation import LIMIT, Normaliser
+from components.data.returns import generalised_advantage
+from components.data.running import RunningStatistics
+from components.experience.rollout import Rollout
 from components.models.actor import Actor
 from components.models.q_ensemble import VEnsemble
-from components.normalisation import LIMIT, Normaliser
 from components.optimizers import Adam
-from components.returns import generalised_advantage
-from components.rollout import Rollout
-from components.running import RunningStatistics
+from components.run import checkpoint
 from components.trainers import ppo
 from components.trainers.ppo import PPO
 from test_sac import LR, adam_step

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from components.collection import Collector, describe_env
-from components.environments import Environments
-from components.evaluation import observation_batch
-from components.replay import ReplayBuffer
-from components.returns import n_step_return
+from components.acting.evaluation import observation_batch
+from components.data.returns import n_step_return
+from components.envs.vector import Environments
+from components.experience.collection import Collector, describe_env
+from components.experience.replay import ReplayBuffer
 
 
 class Counting(gym.Env):

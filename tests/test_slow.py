@@ -16,8 +16,8 @@ import torch
 
 import toy
 from components import load_policy
-from components.curves import read_lines
-from components.sampling import Batches
+from components.data.batches import Batches
+from components.run.curves import read_lines
 from conftest import ROOT, build, command, difference, two_processes, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.launched]

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from components import TRAINER_REGISTRY, checkpoint, process
-from components.curves import read_lines
-from components.process import StopRequest
-from components.run_record import Run, lock
+from components import TRAINER_REGISTRY
+from components.run import checkpoint, process
+from components.run.curves import read_lines
+from components.run.process import StopRequest
+from components.run.record import Run, lock
 from conftest import ROOT, environ, learned, states, two_processes, weights
 
 Script = Callable[..., Path]
@@ -165,7 +166,7 @@ def test_one_request_sent_twice_is_one_request() -> None:
 
 def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path: Path) -> None:
     """Killed runs leave environments that hang; they were forked while the folder was locked."""
-    code = "import os, sys, time; from pathlib import Path; from components.run_record import lock; "
+    code = "import os, sys, time; from pathlib import Path; from components.run.record import lock; "
     code += "held = lock(Path(sys.argv[1])); child = os.fork(); child or time.sleep(60); print(child, flush=True); "
     code += "os.kill(os.getpid(), 9)"
     killed = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environ(), stdout=-1)
@@ -215,8 +216,8 @@ def test_no_float64_where_apple_has_none(online: Script, script: Script, monkeyp
     """Apple's MPS lacks float64: none may come up in a batch, in an update, or in what acts."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from components.normalisation import Normaliser
-    from components.policy import Policy
+    from components.acting.policy import Policy
+    from components.data.normalisation import Normaliser
 
     calls: list[str] = []
 

@@ -11,9 +11,9 @@ import torch
 
 import toy
 from components import DATASET_BUILDER_REGISTRY, ENV_BUILDER_REGISTRY, UserError
-from components.curves import read_lines
+from components.acting.evaluation import observation_batch
 from components.envs.metaworld import MetaWorldEnv
-from components.evaluation import observation_batch
+from components.run.curves import read_lines
 from conftest import everything
 
 Script = Callable[..., Path]

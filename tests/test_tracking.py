@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from components.curves import read_lines
-from components.tracking import Tracker
+from components.run.curves import read_lines
+from components.run.tracking import Tracker
 from conftest import ROOT, environ
 
 
@@ -53,7 +53,7 @@ def test_same_names_and_config_and_a_failure_is_survived(
         return fake
 
     monkeypatch.setattr(wandb, "init", init)
-    monkeypatch.setattr("components.tracking.PATIENCE", 0.2)
+    monkeypatch.setattr("components.run.tracking.PATIENCE", 0.2)
     began = time.monotonic()
     options = ("--track", "--track-project", "p", "--track-name", "n", "--track-group", "g", "--log-every", 10)
     run = script("--trainer", "bc", "--steps", 60, *options)

@@ -23,9 +23,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .. import command_line as cli
-from .. import process
 from ..errors import UserError, require
+from ..run import command_line as cli
+from ..run import process
 from . import source
 from .episodes import IMAGES, EpisodeDataset, Episodes, take
 from .untrusted import check_memory

@@ -6,7 +6,7 @@ import math
 import string
 from typing import Any
 
-from ..command_line import options_of
+from ..run.command_line import options_of
 from .episodes import Episodes
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ def recoverable(episodes: Episodes, options: dict[str, Any]) -> dict[str, Any] |
         options: Registry name (otherwise Gymnasium's) and options, which must be numbers, plain words or lists of such.
     """
     from .. import ENV_BUILDER_REGISTRY
-    from ..evaluation import observation_batch
+    from ..acting.evaluation import observation_batch
 
     options = {key: value for key, value in options.items() if key != "workers"}
     family, name = options.pop("name", "gymnasium"), options.get("id") or options.get("task") or ""

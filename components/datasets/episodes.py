@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data.normalisation import statistics
 from ..errors import UserError, nearest
-from ..normalisation import statistics
 from .frames import Frames, stored
 
 logger = logging.getLogger(__name__)

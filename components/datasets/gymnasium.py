@@ -78,8 +78,8 @@ class GymnasiumRollouts(Scales):
         """The steps of all episodes, and the step after each episode's last one."""
         from tqdm import tqdm
 
-        from ..evaluation import observation_batch
-        from ..saved_policy import load_policy
+        from ..acting.evaluation import observation_batch
+        from ..acting.saved import load_policy
 
         policy = load_policy(self.policy) if self.policy else None
         space, generator = envs.single_action_space, np.random.default_rng(self.seed)

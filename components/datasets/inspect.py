@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import process
+from ..data.features import read
 from ..errors import UserError
-from ..features import read
+from ..run import process
 from . import source
 from .episodes import IMAGES, EpisodeDataset, Episodes, NotFiniteError, steps_only, take
 from .mixture import Mixture
@@ -128,7 +128,7 @@ def vectors(episodes: Episodes) -> list[Column]:
 def declared_space(built: dict[str, Any]) -> dict[str, list[float]]:
     """{"low", "high"} of the action space that the file declares, or else of the environment that the data offers."""
     from .. import ENV_BUILDER_REGISTRY
-    from ..evaluation import choose_env
+    from ..acting.evaluation import choose_env
 
     stored = getattr(getattr(built["dataset"], "episodes", None), "stored", {})
     if "action_space" in stored:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.batches import derive_seed
 from ..envs.metaworld import draw_off_screen
 from ..errors import UserError, require
-from ..sampling import derive_seed
 from .episodes import Scales, build, from_columns
 
 logger = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def demonstrate(
 
 def _named(observation: Any, prefix: str) -> dict[str, np.ndarray]:
     """One observation of the environment by the names of the data."""
-    from ..evaluation import observation_batch
+    from ..acting.evaluation import observation_batch
 
     one = {key: value[0] for key, value in observation_batch(_batched(observation)).items()}
     return {prefix + key: np.ascontiguousarray(value) for key, value in one.items()}

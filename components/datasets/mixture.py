@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..command_line import options_of
+from ..data.batches import derive_seed
+from ..data.features import read
+from ..data.normalisation import quantile, statistics
 from ..errors import UserError, nearest
-from ..features import read
-from ..normalisation import quantile, statistics
-from ..sampling import derive_seed
+from ..run.command_line import options_of
 from .episodes import Batched
 from .recognise import recognise
 

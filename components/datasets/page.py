@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..curves import save_figure
+from ..run.curves import save_figure
 
 PANELS, ACROSS = 48, 6  # histograms on the page, and in a row of it
 PICTURES = 10  # of a film strip

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any
 
-from .. import command_line as cli
 from ..errors import UserError, nearest
+from ..run import command_line as cli
 from .recognise import recognise
 
 

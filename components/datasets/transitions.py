@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data.returns import n_step_return, returns_to_go
 from ..errors import UserError
-from ..returns import n_step_return, returns_to_go
 from .episodes import IMAGES, Batched, EpisodeDataset, take
 from .mixture import Mixture
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..environments import Environments, FaultyEnvError
 from ..errors import UserError, require
+from .vector import Environments, FaultyEnvError
 
 Make = Callable[[int, int], Any]  # (num_envs, seed) -> a vector environment
 

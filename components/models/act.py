@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..data.features import vector_observations
 from ..errors import UserError
-from ..features import vector_observations
 from .attention import Attention, Dropout, sinusoid
 from .mlp import flat_sizes
 from .sequence import check_attention

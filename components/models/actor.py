@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..data.features import vector_observations
 from ..errors import UserError
-from ..features import vector_observations
 from .mlp import ACTIVATIONS, Init, concatenated, flat_sizes, initialise
 
 LOG_STD = (-5.0, 2.0)  # bounds of a learned deviation

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ..data.features import vector_observations
 from ..errors import UserError
-from ..features import vector_observations
 from .mlp import ACTIVATIONS, concatenated
 
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..data.features import history_of
 from ..errors import UserError
-from ..features import history_of
 
 IMAGES = "observation.images."
 FEATURES = "observation.features"

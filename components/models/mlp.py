@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..data.features import vector_observations, width
 from ..errors import UserError
-from ..features import vector_observations, width
 from .heads import HeadOptions, Mixture
 
 Init = Literal["torch", "glorot", "orthogonal"]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from ..data.features import vector_observations
 from ..errors import UserError
-from ..features import vector_observations
 from .mlp import ACTIVATIONS, Init, concatenated, initialise
 
 

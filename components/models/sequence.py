@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.features import vector_observations, width
 from ..errors import UserError
-from ..features import vector_observations, width
 from .attention import Attention, Dropout
 from .heads import HeadOptions, Mixture
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..data.features import vector_observations, width
 from ..errors import UserError
-from ..features import vector_observations, width
 from .mlp import ACTIVATIONS, concatenated
 
 LOG_STD = (-20.0, 2.0)  # the bounds of the authors' code

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from ..errors import UserError
 from ..losses import zero_padding
+from ..models.checks import check_chunks
 from ..models.encoder import EncodedPolicy, encoder_of
-from ..models.fitting import check_chunks
 from ..optimizers import update
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..losses import zero_padding
+from ..models.checks import check_regression
 from ..models.encoder import EncodedPolicy, encoder_of
-from ..models.fitting import check_regression
 from ..optimizers import update
 
 

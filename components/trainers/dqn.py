@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..augmentation import random_shift
+from ..data.augmentation import random_shift
 from ..errors import UserError
 from ..models.encoder import encoder_of
 from ..optimizers import update

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..models.fitting import check_chunks
+from ..models.checks import check_chunks
 from ..optimizers import update
 from ..parallel import global_mean
 from ..value_learning import (

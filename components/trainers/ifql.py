@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..models.fitting import check_chunks
+from ..models.checks import check_chunks
 from ..optimizers import update
 from ..value_learning import (
     OFFLINE_RL,

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..data.returns import generalised_advantage
 from ..errors import UserError
 from ..models.encoder import EncodedPolicy, encoder_of
 from ..optimizers import update
 from ..parallel import global_mean, global_moments
-from ..returns import generalised_advantage
 from ..value_learning import check_rates, check_transitions, networks, successors, summary
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..losses import zero_padding
-from ..models.fitting import check_chunks
+from ..models.checks import check_chunks
 from ..optimizers import update
 from ..value_learning import (
     OFFLINE_RL,

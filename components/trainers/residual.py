@@ -1,6 +1,6 @@
 """A residual policy on top of a frozen imitation policy (Johannink et al., 2019; Silver et al., 2018).
 
-The frozen policy pi_0, from a run folder, is a part of the environment here (`components/residual.py`): the state s
+The frozen policy pi_0, from a run folder, is a part of the environment here (`experience/frozen_base.py`): the state s
 holds its action a_0, and what is executed is clip(a_0 + scale a), a being drawn from the residual policy pi(. | s).
 Policy and critics learn by soft actor-critic (`sac.py`) with LayerNorm in the critics and several updates of them for
 each of the policy (as in Yuan et al., 2024, "Policy Decorator", arXiv:2412.13630, and Ball et al., 2023).
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..augmentation import random_shift
+from ..data.augmentation import random_shift
 from ..models.encoder import detached, encoded
 from ..parallel import global_mean
 from ..value_learning import ONLINE_RL, check_rates, frozen, networks

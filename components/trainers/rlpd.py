@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..augmentation import random_shift
+from ..data.augmentation import random_shift
 from ..models.encoder import detached, encoded
 from ..optimizers import delay, update
 from ..value_learning import ONLINE_RL, bootstrapped, check_rates, data_summary, follow, networks

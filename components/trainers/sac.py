@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..augmentation import random_shift
+from ..data.augmentation import random_shift
 from ..models.encoder import EncodedPolicy, detached, encoded, encoder_of
 from ..optimizers import update
 from ..value_learning import (

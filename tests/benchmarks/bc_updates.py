@@ -36,11 +36,12 @@ from measuring import SWITCHES, Figure, compare, describe_machine, measure  # no
 from peers import corl  # noqa: E402
 
 import offline_trainer  # noqa: E402
-from components import REGISTRIES, features, losses, normalisation, optimizers  # noqa: E402
-from components.compiled import compile_losses  # noqa: E402
+from components import REGISTRIES, losses, optimizers  # noqa: E402
+from components.data import features, normalisation  # noqa: E402
+from components.data.batches import Batches, batch_indices  # noqa: E402
 from components.datasets.episodes import EpisodeDataset, from_columns  # noqa: E402
 from components.models.mlp import MLP  # noqa: E402
-from components.sampling import Batches, batch_indices  # noqa: E402
+from components.speed.compile import compile_losses  # noqa: E402
 from components.trainers.bc import BC  # noqa: E402
 
 STATE, ACTION, BATCH, ROWS = "observation.state", "action", 256, 1_000_000

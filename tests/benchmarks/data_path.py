@@ -29,10 +29,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import offline_trainer  # noqa: E402
-from components import surroundings  # noqa: E402
-from components.curves import read_lines  # noqa: E402
+from components.data.batches import Batches  # noqa: E402
 from components.datasets.lerobot import LeRobotDataset  # noqa: E402
-from components.sampling import Batches  # noqa: E402
+from components.run import provenance as surroundings  # noqa: E402
+from components.run.curves import read_lines  # noqa: E402
 
 BATCH = 64
 WARM_UP = 5  # batches before each measurement

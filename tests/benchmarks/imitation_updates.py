@@ -33,8 +33,8 @@ from measuring import Figure, compare, describe_machine, measure  # noqa: E402
 from peers import OBS, diffusion_policy, lerobot_act  # noqa: E402
 
 from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, ema  # noqa: E402
-from components.compiled import compile_losses  # noqa: E402
 from components.optimizers import AdamW  # noqa: E402
+from components.speed.compile import compile_losses  # noqa: E402
 
 ACT_STATE, ACTION = 14, 14
 UNET = {"observation.state": {"shape": OBS}, "action": {"shape": (16, 2)}}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from components import surroundings
+from components.run import provenance as surroundings
 
 SWITCHES = ("highest", "medium")  # of torch.set_float32_matmul_precision
 

@@ -41,14 +41,15 @@ from clock import learned  # noqa: E402
 from measuring import SWITCHES, Figure, compare, describe_machine, measure  # noqa: E402
 from peers import Peer, Step  # noqa: E402
 
-from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, features  # noqa: E402
-from components.command_line import options_of  # noqa: E402
-from components.compiled import compile_losses  # noqa: E402
+from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY  # noqa: E402
+from components.data import features  # noqa: E402
+from components.data.batches import Batches  # noqa: E402
+from components.data.normalisation import Normaliser  # noqa: E402
 from components.datasets.episodes import build_episodes  # noqa: E402
 from components.datasets.transitions import prepared  # noqa: E402
-from components.normalisation import Normaliser  # noqa: E402
 from components.optimizers import Adam  # noqa: E402
-from components.sampling import Batches  # noqa: E402
+from components.run.command_line import options_of  # noqa: E402
+from components.speed.compile import compile_losses  # noqa: E402
 
 SIZES = {"CORL": (17, 6), "JAX": (28, 5)}  # of observation and action
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")

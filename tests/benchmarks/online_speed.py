@@ -59,8 +59,8 @@ from offline_updates import PRODUCTS, merge, spread  # noqa: E402
 
 import online_trainer  # noqa: E402
 from components import TRAINER_REGISTRY  # noqa: E402
-from components.curves import read_lines  # noqa: E402
-from components.environments import Environments  # noqa: E402
+from components.envs.vector import Environments  # noqa: E402
+from components.run.curves import read_lines  # noqa: E402
 
 Row = dict[str, Any]
 Speed = dict[str, float]  # environment steps a second: by each clock, and in our parts of a step

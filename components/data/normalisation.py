@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError, nearest
+from ..errors import UserError, nearest
 from .features import check_widths
 
 # Mode -> the statistics it needs; "auto" takes the first of those in AUTO whose statistics are there.

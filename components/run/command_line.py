@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from .errors import UserError, nearest
+from ..errors import UserError, nearest
 
 T = TypeVar("T")
 # Options that only one of the scripts has, and that a trainer may have defaults for.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .metrics import Metrics
+from ..learning.metrics import Metrics
 
 WARM_UP = 3  # calls of each kind that run as they are: optimizers and libraries first make what they keep
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .datasets.transitions import prepared
-from .errors import UserError
-from .features import check_dataset, describe, read
-from .normalisation import Normaliser
+from ..data.features import check_dataset, describe, read
+from ..data.normalisation import Normaliser
+from ..datasets.transitions import prepared
+from ..errors import UserError
+from ..run.record import read_args
 from .replay import ReplayBuffer
-from .run_record import read_args
 
 # Options of the online script that have no meaning for a trainer that learns from rollouts.
 OF_REPLAY = ("updates-per-step", "learning-starts", "buffer-size", "dataset")

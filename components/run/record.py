@@ -16,14 +16,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..acting.evaluation import headline, scores
+from ..errors import StoppedError, UserError
+from ..parallel import on_first, world_size
 from .checkpoint import sync, write_json
 from .curves import draw_curves, step_of
-from .errors import StoppedError, UserError
-from .evaluation import headline, scores
-from .parallel import on_first, world_size
 from .process import StopRequest, in_one_line, leave, tell_alone, wait_for_first
 from .progress import Progress
-from .surroundings import environment
+from .provenance import environment
 from .tracking import Tracker
 
 LOGS = ("metrics.jsonl", "eval.jsonl", "episodes.jsonl")
@@ -128,7 +128,7 @@ class Run:
             step: Where the run starts.
             precision: What accelerate computes in.
         """
-        from . import REGISTRIES
+        from .. import REGISTRIES
 
         config = self.config = asdict(args) | {"resume": ""}  # the same for a resumed run
         record: dict[str, Any] = {

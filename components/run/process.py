@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..envs.vector import hurry
+from ..errors import UserError
 from .command_line import where
-from .environments import hurry
-from .errors import UserError
 
 ALONE = 5.0  # seconds after which an error that rank 0 has not told must be this process's own
 PATIENCE = 10.0  # seconds that an environment which does not come back may hold up a stop

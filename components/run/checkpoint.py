@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import parallel
-from .errors import UserError, nearest
-from .random_state import seed_all, set_random_state
+from .. import parallel
+from ..data.random_state import seed_all, set_random_state
+from ..errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 FORMAT = 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UserError
+from ..errors import UserError
 
 LONGEST = 1e7  # seconds that a timer takes on every system
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import UserError
-from .evaluation import total_loss
-from .random_state import preserved
+from ..acting.evaluation import total_loss
+from ..data.random_state import preserved
+from ..errors import UserError
 
 TIMES = 5
 

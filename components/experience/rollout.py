@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Parts
-from .datasets.transitions import Table
-from .errors import UserError
-from .normalisation import Normaliser
+from ..data.normalisation import Normaliser
+from ..datasets.transitions import Table
+from ..errors import UserError
+from ..run.checkpoint import Parts
 
 
 class Rollout:

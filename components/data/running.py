@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..parallel import world_size
 from .normalisation import Normaliser
-from .parallel import world_size
 
 COUNT = 10_000.0  # for how many observations the statistics of a run stand that did not count them
 SMALL = 1e-8  # added to a variance, as Gymnasium's wrappers do

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import parallel
-from .command_line import options_of
-from .environments import Environments, FaultyEnvError, check_finite, executed
-from .errors import StoppedError, UserError
-from .features import read
+from .. import parallel
+from ..data.batches import to_device
+from ..data.features import read
+from ..data.random_state import preserved, seed_all
+from ..envs.vector import Environments, FaultyEnvError, check_finite, executed
+from ..errors import StoppedError, UserError
+from ..run.command_line import options_of
 from .policy import Policy
-from .random_state import preserved, seed_all
-from .sampling import to_device
 
 logger = logging.getLogger(__name__)
 MAX_STEPS = 100_000  # an episode that is longer has no end: the environment lacks a time limit
@@ -83,7 +83,7 @@ def choose_env(
     Returns:
         (name, options); the name is "none" where no environment is known.
     """
-    from . import ENV_BUILDER_REGISTRY
+    from .. import ENV_BUILDER_REGISTRY
 
     offered = dict(offered or {})
     values = offered.pop("options", {}) | {key: value for key, value in offered.items() if key != "name"}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .errors import UserError
+from ..errors import UserError
 from .features import to_tensor
 
 

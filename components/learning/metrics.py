@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import parallel
+from .. import parallel
 
 
 class Metrics:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Parts
-from .errors import UserError
-from .returns import n_step_return, returns_to_go
+from ..data.returns import n_step_return, returns_to_go
+from ..errors import UserError
+from ..run.checkpoint import Parts
 
 PICTURES = "observation.images."
 

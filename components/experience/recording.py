@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..collection import Collector, describe_env
-from ..environments import Environments
+from ..datasets import convert
+from ..datasets.episodes import Episodes, complete_flags, from_columns
+from ..envs.vector import Environments
 from ..errors import UserError, require
-from . import convert
-from .episodes import Episodes, complete_flags, from_columns
+from .collection import Collector, describe_env
 
 FORMATS = {"minari": (("minari", '"minari[hdf5]"'), ("h5py", "h5py")), "lerobot": (("pyarrow", "pyarrow"),)}
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError, nearest
-from .features import history_of
-from .normalisation import Normaliser
+from ..data.features import history_of
+from ..data.normalisation import Normaliser
+from ..errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .environments import Environments, FaultyEnvError, autoreset_mode, check_finite, executed
-from .errors import UserError
-from .evaluation import SUCCESSES, observation_batch, success_of
-from .features import describe
-from .sampling import derive_seed
+from ..acting.evaluation import SUCCESSES, observation_batch, success_of
+from ..data.batches import derive_seed
+from ..data.features import describe
+from ..envs.vector import Environments, FaultyEnvError, autoreset_mode, check_finite, executed
+from ..errors import UserError
 
 
 def describe_env(envs: Any) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from .parallel import from_first
+from ..parallel import from_first
 
 SIZE, WARM_UP, TIMES = 256, 5, 30
 WORST = 1e-3  # error of a float32 product of this size is some 1e-5, of a bfloat16 one some 1e-1

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..acting.evaluation import observation_batch
+from ..acting.policy import Policy
+from ..acting.saved import describe, load_policy
+from ..datasets.episodes import EpisodeDataset, take
+from ..envs.vector import autoreset_mode
+from ..errors import UserError
 from .collection import last_observations
-from .datasets.episodes import EpisodeDataset, take
-from .environments import autoreset_mode
-from .errors import UserError
-from .evaluation import observation_batch
-from .policy import Policy
-from .saved_policy import describe, load_policy
 
 BASE_ACTION = "observation.base_action"
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from ..acting.saved import load_policy
 from . import checkpoint
-from .saved_policy import load_policy
 
 # Defaults under --debug, of the scripts that have them; what the command line gives stays. A component may add its own
 # in `debug_options`.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from .errors import UserError
+from ..errors import UserError
 
 NO_CHOICE = "gives vectors, and the actions are discrete; --trainer ppo and dqn choose such ones"
 ROWS_PER_READ = 4096

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .command_line import instantiate, options_of
-from .errors import UserError
-from .features import build_models, seen_by
-from .normalisation import Normaliser
+from ..data.features import build_models, seen_by
+from ..data.normalisation import Normaliser
+from ..errors import UserError
+from ..run.command_line import instantiate, options_of
 from .policy import Inference, Policy
 
 FORMAT = 1
@@ -36,7 +36,7 @@ def save_policy(
     """
     from safetensors.torch import save_file
 
-    from . import TRAINER_REGISTRY
+    from .. import TRAINER_REGISTRY
 
     def entry(name: str, options: Any) -> dict[str, Any]:
         return {"name": name, "options": asdict(options)}
@@ -84,7 +84,7 @@ def load_policy(folder: str | Path, **settings: Any) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from . import residual
+    from ..experience import frozen_base as residual
 
     path, description = describe(folder)
     try:
@@ -148,7 +148,7 @@ def normalisation_of(run: str, spec: dict[str, Any]) -> dict[str, str]:
 
 def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path) -> nn.Module:
     """Build the acting module as the script did: one model, or the trainer's own `policy()`."""
-    from . import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY
+    from .. import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY
 
     def component(registry: dict[str, type], entry: dict[str, Any]) -> tuple[type, Any]:
         if entry["name"] not in registry:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 # Hue is a rotation of the two colour axes of YIQ.
