@@ -1,14 +1,35 @@
-"""The catalogue of components: plain dicts from name to class, to be read, extended and copied.
+"""The catalogue of components, plain dicts from name to class, and the map of this folder.
 
 TRAINER_REGISTRY["my_trainer"] = MyTrainer          # or, refusing a name that is taken:
 @register(TRAINER_REGISTRY, "my_trainer")
+
+The map, each line standing on those above it:
+
+    errors, parallel     what a user can mend, in one line; what processes must agree on
+    data/                features of a dataset, batches by (seed, step), normalisation, augmentation, random states
+    losses, optimizers, value_learning, contracts      what several algorithms share; what a trainer may offer
+    models/              networks, one file each
+    trainers/            algorithms, one file each
+
+    envs/                environments, one file a family; vector environments that may fail
+    acting/              a policy in the environment's units: chunks, evaluation, saving, loading
+    learning/            what is trained as one object: gradients, metrics, held-out loss
+    speed/               --compile, CUDA graphs, matrix products
+    run/                 arguments, run folder, checkpoints, clock, tracking, curves, how a process ends
+    datasets/            formats, one file each; transitions, goals, mixtures; inspect and convert
+    experience/          collection, replay, rollouts, a frozen policy underneath, recording
+    evaluate, export, report                           commands: python -m components.<name>
+
+The first five lines are plain PyTorch and stand alone: a fork copies `trainers/`, `models/`, `data/` and the flat
+modules beside them, without this file (tests/examples/fork.py is a training with them alone). All else needs the whole
+folder, but neither the scripts nor accelerate.
 """
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from . import losses, optimizers
-from .acting.saved import load_policy
+from .acting.policy_folder import load_policy
 from .datasets.d4rl import D4RLDataset
 from .datasets.gymnasium import GymnasiumRollouts
 from .datasets.lerobot import LeRobotDataset

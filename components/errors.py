@@ -1,35 +1,58 @@
-"""Errors that a user can mend, told in one line."""
+"""Errors that a user can fix, each reported in one line."""
 
 import difflib
 import importlib
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
 class UserError(ValueError):
-    """Input that cannot work: the message names the culprit, what was expected and the remedy."""
+    """Invalid input; the message names the cause, what was expected and the remedy."""
 
-    told = False  # whether a process other than the first has put it on the screen
+    reported = False  # whether a process other than the first has printed it
 
 
 class StoppedError(Exception):
-    """A stop was asked for while something long was going on; what it had done so far is dropped."""
+    """A stop was requested during long work, such as an evaluation, whose partial result is dropped."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return "nearest: a, b" for a misspelt name, or all the known names when none is near."""
+    """Return "nearest: a, b" for a misspelt name, or "known: ..." with all names when none is near."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
 
 
 def require(module: str, install: str) -> Any:
-    """Import an optional package, or say in one line how to install it."""
+    """Import an optional package. Raises UserError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(f"the package {module!r} is needed here ({error}); pip install {install}") from error
-    except Exception as error:  # MuJoCo does this when MUJOCO_GL names a library that is not installed
+    except Exception as error:  # MuJoCo raises these when MUJOCO_GL names a library that is not installed
         raise UserError(
             f"the package {module!r} fails to import ({error}); is MUJOCO_GL set to what is there?"
         ) from error
+
+
+@contextmanager
+def one_line(subject: str) -> Iterator[None]:
+    """Turn any error inside into a UserError of one line that starts with `subject`, with its file and line."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(subject) else f"{subject}: {error}") from error
+    except Exception as error:
+        raise UserError(f"{subject}: {type(error).__name__}: {error} ({where(error)})") from error
+
+
+def where(error: BaseException) -> str:
+    """The file and line of the innermost frame of user code in which `error` was raised."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    frames = list(traceback.extract_tb(error.__traceback__))
+    ours = [frame for frame in frames if "site-packages" not in frame.filename and "importlib" not in frame.filename]
+    frames = ours or frames
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"

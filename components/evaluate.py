@@ -15,17 +15,19 @@ import tyro
 from . import ENV_BUILDER_REGISTRY, load_policy
 from .acting.evaluation import Evaluator, headline
 from .acting.policy import Inference
-from .acting.saved import saved_settings
+from .acting.policy_folder import saved_settings
+from .contracts import instantiate, options_of
 from .envs.vector import Environments
-from .errors import UserError
+from .errors import UserError, one_line
 from .run import process
 from .run import record as run_record
-from .run.command_line import at_least, import_plugins, instantiate, one_line, options_of, parse, parse_names, pick
+from .run.arguments import Rule, check_bounds
+from .run.command_line import import_plugins, parse, parse_names, pick
 
 
 @dataclass(kw_only=True)
 class Names:
-    """What the first pass reads."""
+    """Options that the first pass reads."""
 
     run: Annotated[str, tyro.conf.Positional] = ""
     env: str = ""
@@ -39,26 +41,26 @@ class Args(Names):
     run: Annotated[str, tyro.conf.Positional] = ""
     """Run folder."""
     env: str = ""
-    """Environment; by default the run's own."""
+    """Environment; by default that of the run."""
     plugins: tuple[str, ...] = ()
     """Modules to import first, besides those of the run."""
-    eval_episodes: int = 50
+    eval_episodes: Annotated[int, Rule(1)] = 50
     """Number of episodes."""
-    eval_envs: int = 10
+    eval_envs: Annotated[int, Rule(1)] = 10
     """Environments that are stepped together."""
-    eval_seed: int = 1_000_000
+    eval_seed: Annotated[int, Rule(0)] = 1_000_000
     """Seed of the first episode; the others follow."""
-    env_timeout: float = 60.0
+    env_timeout: Annotated[float, Rule(0)] = 60.0
     """Seconds that a step of the environments may take; 0 for no limit."""
     policy: Inference = Inference()
-    """How the policy acts; by default as in its run."""
+    """Inference settings; by default those of its run."""
     video: bool = False
-    """Film the first three episodes into the run's videos/."""
+    """Record a video of the first three episodes in the run's videos/."""
     env_options: Annotated[Any, tyro.conf.arg(name="env")]
 
 
 def main(argv: list[str]) -> int:
-    """Load, play, append; returns the exit code."""
+    """Load the policy, run the episodes, append a line; returns the exit code. Raises UserError and RuntimeError."""
     run_record.start_logging(rank=0)
     names = parse_names(Names, [word for word in argv if word not in ("-h", "--help")])
     if not names.run:
@@ -70,18 +72,19 @@ def main(argv: list[str]) -> int:
     known = record["env"] or {"name": "none"}
     name = names.env or known["name"]
     if name == "none":
-        raise UserError(f"{run} has no environment of its own; name one with --env")
+        raise UserError(f"{run} has no environment; name one with --env")
     options = {key: value for key, value in known.items() if key != "name"} if name == known["name"] else {}
     component = pick(ENV_BUILDER_REGISTRY, "env", name)
     default = Args(run=str(run), env=name, env_options=options_of(component, options), policy=saved_settings(run))
     args = parse(Args, argv, default)
-    at_least(args, {"eval_episodes": 1, "eval_envs": 1, "eval_seed": 0, "env_timeout": 0})
+    check_bounds(args)
     policy = load_policy(run, **vars(args.policy))
     with one_line(f"env {name!r}"):
         make = instantiate(component, args.env_options).build
         envs = Environments(make, min(args.eval_envs, args.eval_episodes), args.eval_seed, args.env_timeout)
         seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
         evaluator = Evaluator(policy, envs, {"name": name, **asdict(args.env_options)}, seeds)
+        evaluator.options = args.env_options
     step = run_record.read_status(run)["step"]
     result, problem = evaluator.evaluate(step)
     if result is None:
@@ -90,11 +93,11 @@ def main(argv: list[str]) -> int:
     print(f"step {step}: {headline(result)}")
     if args.video:
         film = run / "videos" / f"step-{step:09d}-seed-{args.eval_seed}.mp4"
-        print(evaluator.film(film, args.env_options) or f"film: {film}")
+        print(evaluator.film(film) or f"film: {film}")
     envs.close()
     return 0
 
 
 if __name__ == "__main__":
     os.environ.pop("RANK", None)
-    process.run(main)
+    process.run_script(main)

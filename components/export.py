@@ -1,14 +1,14 @@
 """Write a policy as one file that runs with torch alone: normaliser, encoder, network, sampler.
 
 python -m components.export runs/x                               # writes runs/x/policy/policy.pt2
-python -m components.export runs/x --policy.sampling-steps 5     # with other settings of acting
+python -m components.export runs/x --policy.sampling-steps 5     # with other inference settings
 
     program = torch.export.load("policy.pt2").module()
     chunk = program({"observation.state": state})        # [B, Ds] or [B, To, Ds] -> actions [B, Da] or [B, Ta, Da]
-    chunk = program({"observation.state": state, "noise": torch.randn(B, 1, 16, 4)})  # of a policy that draws noise
+    chunk = program({"observation.state": state, "noise": torch.randn(B, 1, 16, 4)})  # of a stochastic policy
 
 Observations are in the environment's units, with their history, the last step being now; so are the actions. The shapes
-of everything, and how many steps of a chunk to execute, stand in the file itself (`torch.export.load(...,
+of everything, and how many steps of a chunk to execute, are stored in the file itself (`torch.export.load(...,
 extra_files={"policy.json": ""})`).
 """
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from . import load_policy
 from .acting.policy import Inference, Policy
-from .acting.saved import describe, saved_settings
+from .acting.policy_folder import describe, saved_settings
 from .errors import UserError
 from .run import process
 from .run import record as run_record
@@ -39,7 +39,7 @@ TOLERANCE = 1e-5  # largest difference from the eager policy, relative to the la
 
 @dataclass(kw_only=True)
 class Names:
-    """What the first pass reads."""
+    """Options that the first pass reads."""
 
     run: Annotated[str, tyro.conf.Positional] = ""
     plugins: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class Args(Names):
     out: str = ""
     """File to write; by default policy.pt2 beside policy.json."""
     policy: Inference = Inference()
-    """How it acts; by default as it was saved."""
+    """Inference settings; by default those that it was saved with."""
 
 
 class Whole(nn.Module):
@@ -74,7 +74,7 @@ class Whole(nn.Module):
 
 
 def example(policy: Policy, rows: int) -> dict[str, Tensor]:
-    """Inputs of the right shapes and about the right size, `rows` of them."""
+    """A batch of `rows` random inputs of the right shapes and typical magnitude."""
     generator = torch.Generator().manual_seed(0)
     batch: dict[str, Tensor] = {}
     for key in policy.observation_keys:
@@ -93,7 +93,7 @@ def example(policy: Policy, rows: int) -> dict[str, Tensor]:
 
 
 def description(policy: Policy) -> dict[str, Any]:
-    """What the file says of itself: inputs and outputs without the leading batch dimension, and how to act."""
+    """Metadata of the file: shapes of inputs and outputs without the batch dimension, and inference settings."""
     inputs = {
         k: {"shape": list(v.shape[1:]), "dtype": str(v.dtype).removeprefix("torch.")}
         for k, v in example(policy, 1).items()
@@ -103,7 +103,7 @@ def description(policy: Policy) -> dict[str, Any]:
 
 
 def export(policy: Policy, path: Path) -> float:
-    """Write the policy, load it again, and return its largest difference from the eager one on batches of 1 and 3.
+    """Write the policy, load it, and return its largest relative difference from the eager one on batches of 1 and 3.
 
     Raises:
         UserError: a policy that torch.export cannot trace, or whose exported actions differ; nothing is written then.
@@ -114,7 +114,7 @@ def export(policy: Policy, path: Path) -> float:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # where it writes the graph that it could not finish
+            with contextlib.redirect_stderr(io.StringIO()):  # torch prints an incomplete graph there
                 program = torch.export.export(whole, (batch,), dynamic_shapes=({key: {0: rows} for key in batch},))
         except Exception as error:
             raise UserError(f"torch.export cannot trace this policy: {str(error).splitlines()[0]}") from error
@@ -133,7 +133,7 @@ def export(policy: Policy, path: Path) -> float:
 
 
 def main(argv: list[str]) -> int:
-    """Load, export, compare; returns the exit code."""
+    """Load, export and compare the policy; returns the exit code. Raises UserError."""
     run_record.start_logging(rank=0)
     names = parse_names(Names, [word for word in argv if word not in ("-h", "--help")])
     if not names.run:
@@ -155,4 +155,4 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     os.environ.pop("RANK", None)
-    process.run(main)
+    process.run_script(main)

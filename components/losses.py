@@ -1,7 +1,7 @@
-"""Loss factories for supervised targets: the plain mean over all entries, a scalar.
+"""Loss factories for supervised targets: means over all entries.
 
-Each is also a module that maps (prediction, target) of equal shapes to a scalar, so torch's own losses fit, too; that
-of `nll` takes a distribution in the prediction's place.
+A factory builds a module that maps (prediction, target) of equal shapes to a scalar, so torch's own losses fit, too.
+The module of `nll` takes a distribution as the prediction.
 """
 
 import math
@@ -24,7 +24,7 @@ class MSE:
 
 @dataclass(frozen=True)
 class L1:
-    """Mean absolute error; less drawn to outliers than the squared one."""
+    """Mean absolute error; less sensitive to outliers than the squared error."""
 
     def build(self) -> nn.Module:
         return nn.L1Loss()
@@ -32,10 +32,10 @@ class L1:
 
 @dataclass(frozen=True)
 class Huber:
-    """Squared below `delta`, linear above (Huber, 1964)."""
+    """Huber loss: squared error below `delta`, linear above (Huber, 1964)."""
 
     delta: float = 1.0
-    """Error, in normalised units, at which the loss turns linear."""
+    """Error in normalised units from which on the loss is linear."""
 
     def build(self) -> nn.Module:
         if not self.delta > 0:
@@ -62,14 +62,14 @@ class LikelihoodLoss(nn.Module):
 
 @dataclass(frozen=True)
 class Sinkhorn:
-    """Entropic optimal transport between the steps of two chunks: forgives actions that come a little early or late."""
+    """Entropic optimal transport between the steps of two chunks; tolerates actions that are slightly early or late."""
 
     epsilon: float = 0.01
-    """Strength of the entropy, relative to the mean cost; towards 0 it is optimal transport itself."""
+    """Weight of the entropy, relative to the mean cost; the limit at 0 is optimal transport."""
     iterations: int = 100
-    """Sinkhorn iterations."""
+    """Number of Sinkhorn iterations."""
     time_weight: float = 10.0
-    """Cost of moving an action by the whole length of the chunk."""
+    """Cost of moving an action by the length of the chunk."""
 
     def build(self) -> nn.Module:
         if not self.epsilon > 0 or self.iterations < 1 or self.time_weight < 0:
@@ -83,9 +83,9 @@ class Sinkhorn:
 class SinkhornLoss(nn.Module):
     """Sinkhorn divergence (Feydy et al., 2019, eq. 3) of chunks `[B, Ta, Da]`, each a cloud of Ta points.
 
-    S(x, y) = OT(x, y) - (OT(x, x) + OT(y, y)) / 2, which is 0 where the chunks are equal. The cost of two points is the
-    mean squared difference of their actions plus `time_weight` times the squared difference of their times in the
-    chunk. Of single actions `[B, Da]`, clouds of one point, it is the mean squared error.
+    S(x, y) = OT(x, y) - (OT(x, x) + OT(y, y)) / 2, which is 0 for equal chunks. The cost of two points is the mean
+    squared difference of their actions plus `time_weight` times the squared difference of their times in the chunk.
+    For single actions `[B, Da]`, clouds of one point, the loss is the mean squared error.
     """
 
     def __init__(self, epsilon: float, iterations: int, time_weight: float) -> None:
@@ -102,7 +102,7 @@ class SinkhornLoss(nn.Module):
         time = torch.arange(x.shape[1], device=x.device) / x.shape[1]
         cost = (x[:, :, None] - y[:, None]).square().mean(3) + self.time_weight * (time[:, None] - time).square()
         plan = sinkhorn(cost.detach(), self.epsilon, self.iterations).exp()
-        return (plan * cost).sum((1, 2))  # its gradient is that at the fixed plan (Danskin)
+        return (plan * cost).sum((1, 2))  # its gradient is the one with the plan fixed (Danskin)
 
 
 def sinkhorn(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
@@ -121,10 +121,10 @@ def sinkhorn(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
 
 
 def zero_padding(prediction: Any, target: Tensor, is_pad: Tensor) -> tuple[Any, Tensor]:
-    """Zero the padded steps of both, `[B, Ta, Da]` with `is_pad` `[B, Ta]`, before a plain mean.
+    """Set the padded steps of both `[B, Ta, Da]` to zero before a mean; `is_pad` is `[B, Ta]`.
 
-    Padded entries still count in the mean's denominator (ACT's definition, Zhao et al., 2023), so a loss is a mean over
-    samples and needs no communication between processes. A distribution leaves them out of its density.
+    Padded entries still count in the denominator of the mean (as in ACT, Zhao et al., 2023), so a loss is a mean over
+    samples and needs no communication between processes. A distribution omits them from its density.
     """
     keep = ~is_pad[..., None]
     if isinstance(prediction, Tensor):

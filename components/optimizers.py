@@ -1,9 +1,10 @@
-"""Optimizer factories; each optimizer carries its own learning-rate schedule in a step hook.
+"""Optimizer factories; each optimizer has its learning-rate schedule, and its averaged weights, in step hooks.
 
 The schedule's state (its length, the updates so far) lives in the param groups, hence in `state_dict()`, so it resumes
 with the optimizer. It counts real optimizer updates, whatever the number of processes or of accumulated micro-steps.
 """
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ def learning_rate_factor(schedule: str, update: int, length: int | None, warmup:
 
     `constant`, `linear` and `cosine` (to 0; Loshchilov & Hutter, 2017) rise over `warmup` updates. `onecycle` (Smith &
     Topin, 2019) rises from 1/25 by half a cosine over 30 % of the length and falls to 1/250 000. Deviation from the
-    paper: the momentum stays as it is.
+    paper: the momentum is constant.
     """
     update = update if length is None else min(update, length - 1)
     if update < warmup and schedule != "onecycle":
@@ -45,9 +46,9 @@ def _half_cosine(fraction: float) -> float:
 
 
 def carry_schedule(optimizer: torch.optim.Optimizer, schedule: str, length: int | None, warmup: int) -> None:
-    """Set each group's `lr` before every step from its base and the group's own count of updates.
+    """Set each group's `lr` before every step from its base rate and the group's count of updates.
 
-    Rates in tensors, which a CUDA graph reads, are left to whoever replays it, by the optimizer's `advance()`.
+    Rates in tensors, which a CUDA graph reads, are set by the code that replays it, with the optimizer's `advance()`.
     """
     for group in optimizer.param_groups:
         group.update(initial_lr=group["lr"], schedule=schedule, schedule_steps=length, updates=0)
@@ -67,7 +68,7 @@ def carry_schedule(optimizer: torch.optim.Optimizer, schedule: str, length: int 
 
 
 def decay_groups(params: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Decay touches weights with two or more dimensions; biases and normalisation scales keep their size."""
+    """Parameter groups: weights with two or more dimensions decay, biases and normalisation scales do not."""
     params = list(params)
     if not weight_decay:
         return [{"params": params, "weight_decay": 0.0}]
@@ -79,7 +80,7 @@ def decay_groups(params: Iterable[nn.Parameter], weight_decay: float) -> list[di
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """What all optimizers share."""
+    """Options of all optimizers."""
 
     lr: float = 3e-4
     """Highest learning rate of the schedule."""
@@ -89,7 +90,7 @@ class _Options:
     """Weight decay of weights with two or more dimensions."""
 
     def check(self) -> None:
-        """Refuse numbers that make no sense."""
+        """Refuse values out of range. Raises UserError."""
         if not self.lr > 0 or self.weight_decay < 0:
             raise UserError(
                 f"--optimizer.lr {self.lr} must be above 0, --optimizer.weight-decay {self.weight_decay} not below"
@@ -101,14 +102,14 @@ class _Scheduled(_Options):
     """The optimizers whose learning rate follows a schedule."""
 
     schedule: Schedule = "constant"
-    """Course of the learning rate."""
+    """Schedule of the learning rate."""
     warmup_steps: int = 0
     """Updates of linear warm-up, for the schedules constant, linear and cosine."""
     schedule_steps: int | None = None
     """Length of the schedule in updates; None takes the length of the run."""
 
     def scheduled(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Give the optimizer its schedule."""
+        """Attach the schedule to the optimizer; returns it. Raises UserError: lengths out of range, or none."""
         if self.warmup_steps < 0 or (self.schedule_steps is not None and self.schedule_steps < 1):
             raise UserError(
                 f"--optimizer.warmup-steps {self.warmup_steps} must be 0 or more,"
@@ -129,10 +130,10 @@ class Adam(_Scheduled):
     eps: float = 1e-8
     """Added to the root of the second moment."""
     fused: bool = True
-    """One kernel for all parameters: about three times faster, other bits than the plain loop."""
+    """One kernel for all parameters: about three times faster, with other last bits than the plain loop."""
 
     def build(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Adam over one model's trainable parameters; here weight decay adds to the gradient."""
+        """Adam over one model's trainable parameters; weight decay is added to the gradient."""
         self.check()
         groups = decay_groups(params, self.weight_decay)
         return self.scheduled(torch.optim.Adam(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=self.fused))
@@ -170,7 +171,7 @@ class SGD(_Scheduled):
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleFree(_Options):
-    """Schedule-free AdamW (Defazio et al., 2024): averaged weights in the place of a schedule."""
+    """Schedule-free AdamW (Defazio et al., 2024): averaged weights in place of a schedule."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Interpolation between iterate and average, and decay of the running mean of the gradient's square."""
@@ -188,7 +189,7 @@ class ScheduleFree(_Options):
 
 
 def update(optimizers: dict[str, torch.optim.Optimizer], loss: torch.Tensor, *models: str) -> None:
-    """One step down the gradient of one loss, of every optimizer or of those of `models` that are not frozen."""
+    """One gradient step on a loss, by every optimizer or by those of `models` that are not frozen."""
     chosen = [optimizers[name] for name in models if name in optimizers] if models else list(optimizers.values())
     if not chosen:
         return
@@ -197,6 +198,15 @@ def update(optimizers: dict[str, torch.optim.Optimizer], loss: torch.Tensor, *mo
     loss.backward()
     for optimizer in chosen:
         optimizer.step()
+
+
+def trainable(models: nn.ModuleDict, frozen: Iterable[str]) -> dict[str, list[nn.Parameter]]:
+    """The parameters of each model that is trained. Raises UserError: there are none, as all are frozen."""
+    found = {name: [p for p in model.parameters() if p.requires_grad] for name, model in models.items()}
+    found = {name: parameters for name, parameters in found.items() if parameters}
+    if not found:
+        raise UserError(f"nothing to train: --freeze {' '.join(frozen)} leaves no trainable parameters")
+    return found
 
 
 def for_model(factory: Any, model: str, known: Iterable[str]) -> Any:
@@ -221,19 +231,19 @@ def for_model(factory: Any, model: str, known: Iterable[str]) -> Any:
 
 
 def with_length(factory: Any, steps: int) -> Any:
-    """The factory with the length of the run for its schedule, unless it has a length of its own."""
+    """The factory with the length of the run as that of its schedule, unless that is set."""
     return replace(factory, schedule_steps=steps) if getattr(factory, "schedule_steps", 0) is None else factory
 
 
 def delay(optimizers: dict[str, torch.optim.Optimizer], name: str, every: int) -> None:
-    """Fit the schedule of a model that moves with every so many-th update of the others to its own fewer updates."""
+    """Shorten the schedule of a model that is updated only at every `every`-th update of the others."""
     for group in optimizers[name].param_groups if name in optimizers else ():
         if group.get("schedule_steps"):
             group["schedule_steps"] = max(group["schedule_steps"] // every, 1)
 
 
 def kept_length(optimizers: dict[str, torch.optim.Optimizer], steps: int) -> str:
-    """What to say when restored schedules are shorter than the run: their last value holds."""
+    """A note if restored schedules are shorter than the run, so that their last value holds; else ""."""
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     lengths = [g["schedule_steps"] or steps for g in groups if g.get("schedule", "constant") != "constant"]
     longest = max(lengths, default=steps)  # that of a delayed model is shorter
@@ -242,8 +252,71 @@ def kept_length(optimizers: dict[str, torch.optim.Optimizer], steps: int) -> str
 
 
 def set_mode(optimizers: dict[str, torch.optim.Optimizer], training: bool) -> None:
-    """Schedule-free optimizers swap the weights that are trained with the averaged ones that are used."""
+    """Switch optimizers with averaged weights: the models hold the averages, or with `training` the trained weights."""
     for optimizer in optimizers.values():
         switch = getattr(optimizer, "train" if training else "eval", None)
         if callable(switch):
             switch()
+
+
+# ---- exponential moving averages of the weights ----
+# Evaluation, the saved policy and its export use them in place of the last weights.
+
+
+def decay_at(update: int, most: float) -> float:
+    """Decay at `update` (1 is the first): 1 - update^(-3/4), at most `most` (Chi et al., 2023, released code)."""
+    return min(most, 1 - update**-0.75)
+
+
+def averages(models: nn.ModuleDict, optimizers: dict[str, Any], most: float) -> nn.ModuleDict:
+    """Average the weights of every model that an optimizer trains; returns the averages, as `ema_<name>`.
+
+    They are updated after each real step of the optimizer; the number of updates is in its first param group, hence in
+    its state. The optimizer gets `eval()`, which puts the averages into the models, and `train()`, which restores the
+    last weights.
+
+    Args:
+        most: The largest decay; 0 for no averages.
+
+    Raises:
+        UserError: a decay outside [0, 1), or a schedule-free optimizer, which averages by itself.
+    """
+    if not 0 <= most < 1:
+        raise UserError(f"--ema-decay {most} must be from 0 to below 1")
+    if not most:
+        return nn.ModuleDict()
+    for name, optimizer in optimizers.items():
+        if hasattr(optimizer, "eval"):
+            kind = type(optimizer).__name__
+            raise UserError(f"--ema-decay {most}: {kind} of model {name!r} averages by itself; use --ema-decay 0")
+    return nn.ModuleDict({f"ema_{name}": _follow(models[name], opt, most) for name, opt in optimizers.items()})
+
+
+def _follow(model: nn.Module, optimizer: Any, most: float) -> nn.Module:
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer.param_groups[0]["ema_updates"] = 0
+    learning = [(a, p) for a, p in zip(average.parameters(), model.parameters(), strict=True) if p.requires_grad]
+    averaged, weights = (list(tensors) for tensors in zip(*learning, strict=True))
+    of_average, of_model = ([*module.parameters(), *module.buffers()] for module in (average, model))
+    tensors: list[Any] = [*zip(of_average, of_model, strict=True)]
+    averaged_buffers, buffers = list(average.buffers()), list(model.buffers())
+    averages_in = False
+
+    @torch.no_grad()
+    def step(optimizer: Any, args: Any, kwargs: Any) -> None:
+        group = optimizer.param_groups[0]
+        group["ema_updates"] += 1
+        torch._foreach_lerp_(averaged, weights, 1 - decay_at(group["ema_updates"], most))
+        if buffers:
+            torch._foreach_copy_(averaged_buffers, buffers)
+
+    def exchange(averages_wanted: bool) -> None:
+        nonlocal averages_in
+        if averages_in != averages_wanted:
+            averages_in = averages_wanted
+            for kept, tensor in tensors:
+                kept.data, tensor.data = tensor.data, kept.data
+
+    optimizer.register_step_post_hook(step)
+    optimizer.eval, optimizer.train = lambda: exchange(True), lambda: exchange(False)
+    return average

@@ -1,4 +1,4 @@
-"""What every process must agree on: plain torch.distributed, and the identity without a process group."""
+"""Communication between processes by torch.distributed; without a process group, the identity."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ def world_size() -> int:
 
 @contextlib.contextmanager
 def apart() -> Iterator[None]:
-    """Means of batches are this process's own here, where the others may have more batches, fewer, or none."""
+    """A context in which means are taken over this process only, since the others may have fewer batches or none."""
     global _apart
     _apart, before = True, _apart
     try:
@@ -31,7 +31,7 @@ def apart() -> Iterator[None]:
 
 
 def global_mean(x: Tensor) -> Tensor:
-    """Mean over the batches of all processes (equal sizes); a constant as far as gradients are concerned."""
+    """Mean over the batches of all processes (equal sizes), without gradient."""
     return over_processes(x.detach().mean())
 
 
@@ -43,7 +43,7 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def over_processes(numbers: Tensor) -> Tensor:
-    """The mean of each number over all processes, in its place."""
+    """The mean of each number over all processes, in place."""
     if world_size() > 1 and not _apart:
         dist.all_reduce(numbers)
         numbers /= world_size()
@@ -60,7 +60,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(value: Any) -> Any:
-    """Rank 0's value on every process: for whatever depends on a clock, a name or a random choice."""
+    """Rank 0's value on every process, for values that depend on a clock, a name or a random choice."""
     if world_size() == 1:
         return value
     values = [value]
@@ -69,7 +69,7 @@ def from_first(value: Any) -> Any:
 
 
 def on_first(rank: int, action: Callable[[], T]) -> T:
-    """Rank 0's result of `action` on every process; its UserError, too."""
+    """Rank 0's result of `action` on every process; its UserError is raised on every process."""
     result: Any = None
     problem = ""
     if rank == 0:
@@ -84,7 +84,7 @@ def on_first(rank: int, action: Callable[[], T]) -> T:
 
 
 def in_turns(first: bool, action: Callable[[], T]) -> T:
-    """Run `action` on the processes that go first, then on the others; one process's UserError is everybody's."""
+    """Run `action` on the `first` processes, then on the others; a UserError of any process is raised on all."""
     result: Any = None
     for turn in (True, False):
         problem = ""

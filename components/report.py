@@ -1,4 +1,4 @@
-"""One table over runs, and their curves over each other.
+"""A table of runs, and a figure of their curves.
 
 python -m components.report runs/*                                   # runs that differ in the seed alone are one row
 python -m components.report --results tests/results/bc.json          # the table of a results file, as Markdown
@@ -27,16 +27,16 @@ T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.
 
 @dataclass(kw_only=True)
 class Args:
-    """Print one table over runs and draw their curves."""
+    """Print a table of runs and draw their curves."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Run folders."""
     results: tuple[Path, ...] = ()
-    """Files of results (one row a run) to print as Markdown tables instead."""
+    """Files of results, with one row for each run, to print as Markdown tables instead."""
     out: Path = Path("report.png")
-    """Where to draw the curves."""
+    """File of the curves."""
     save: Path | None = None
-    """Results file to write, one row a run."""
+    """Results file to write, with one row for each run."""
 
 
 def main(argv: list[str]) -> int:
@@ -62,13 +62,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-# What a row of a results file may tell besides, and how the table calls it.
+# Optional columns of a results file, and their titles in the table.
 FURTHER = {"plan_ms": "plan ms", "coverage_final": "final coverage", "coverage_max": "largest coverage"}
 FURTHER |= {"train_return": "return while it learns", "before": "before"}
 
 
 def runs_table(runs: list[Path]) -> str:
-    """A row for each group of runs that differ in the seed alone: the last evaluation's mean and 95 % interval."""
+    """One row for each group of runs that differ in the seed alone: mean and 95 % interval of the last evaluation."""
     groups: dict[str, list[Path]] = {}
     for run in runs:
         config = run_record.read_args(run)["args"]
@@ -100,7 +100,7 @@ def runs_table(runs: list[Path]) -> str:
 
 
 def subject(record: dict[str, Any]) -> tuple[str, str]:
-    """What a run learnt from or in: the dataset, or else the environment, and which one of its kind."""
+    """The dataset that a run was trained on, or else the environment, and its path, task or id."""
     config = record["args"]
     name, options = config["dataset"], config["dataset_options"]
     if "num_envs" in config:  # of the online script; a dataset may have named the environment
@@ -109,7 +109,7 @@ def subject(record: dict[str, Any]) -> tuple[str, str]:
 
 
 def last_score(run: Path) -> tuple[str, float] | None:
-    """The last evaluation in the run's own environment: success rate where there is one, else the mean return."""
+    """Metric and value of the last evaluation in the run's environment: success rate where known, else mean return."""
     lines = own_evaluations(run)
     if not lines:
         return None
@@ -118,7 +118,7 @@ def last_score(run: Path) -> tuple[str, float] | None:
 
 
 def own_evaluations(run: Path) -> list[dict[str, Any]]:
-    """The evaluations in the run's environment, or for a run without in its last one; not those added in others."""
+    """The evaluations in the run's environment, or in the last one evaluated for a run without an environment."""
     lines = read_lines(run / "eval.jsonl")
     own = run_record.read_args(run)["env"] or (lines[-1]["env"] if lines else None)
     return [line for line in lines if line["env"] == own]
@@ -147,7 +147,7 @@ def result_row(run: Path) -> dict[str, Any]:
 
 
 def run_seconds(run: Path) -> float:
-    """Seconds spent loading data and in `train_step`, from the log."""
+    """Seconds spent on loading data and in `train_step`, from the log."""
     seconds, before = 0.0, 0
     for line in read_lines(run / "metrics.jsonl"):
         seconds += (line["data_s"] + line["step_s"]) * (line["step"] - before)
@@ -156,10 +156,10 @@ def run_seconds(run: Path) -> float:
 
 
 def with_interval(values: list[float], metric: str, episodes: int) -> str:
-    """Mean over seeds and its 95 % interval: Student's t over two or more seeds.
+    """Mean over seeds and its 95 % interval, by Student's t for two or more seeds.
 
-    For a success rate it is the wider of that and Wilson's interval over the episodes of all seeds, which is right for
-    a single seed, and where all seeds reach 0 or 1.
+    For a success rate, the interval also covers Wilson's interval over the episodes of all seeds, which is valid for a
+    single seed, and where all seeds reach 0 or 1.
     """
     if not values:
         return "-"
@@ -176,7 +176,7 @@ def with_interval(values: list[float], metric: str, episodes: int) -> str:
 
 
 def results_table(path: Path) -> str:
-    """The rows of a results file, one line for each suite, task and trainer. Raises UserError for a damaged file."""
+    """The rows of a results file, one line for each suite, task and trainer. Raises UserError: a damaged file."""
     try:
         rows = json.loads(path.read_text())
         groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -203,7 +203,7 @@ def results_table(path: Path) -> str:
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table that reads well as text, too."""
+    """A Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -213,4 +213,4 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 if __name__ == "__main__":
     os.environ.pop("RANK", None)
-    process.run(main)
+    process.run_script(main)

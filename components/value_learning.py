@@ -1,4 +1,4 @@
-"""What the algorithms with value functions share: losses, targets, and the checks of their data."""
+"""Shared by the algorithms with value functions: losses, targets, and checks of the data."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,39 +10,39 @@ from torch.func import functional_call
 from .data.features import NO_CHOICE
 from .errors import UserError
 
-# What suits all offline trainers; each adds what is its own. The papers train for 1M steps.
+# Defaults of all offline trainers, to which each adds further ones. The papers train for 1M steps.
 OFFLINE_RL: dict[str, Any] = {
     "loss": "mse",
     "optimizer": "adam",
     "optimizer.lr": 3e-4,
-    "normalise": ("action=scale", "observation=none"),
+    "offline.normalise": ("action=scale", "observation=none"),
     "dataset.validation": 0.0,
     "steps": 100_000,
     "batch-size": 256,
     "eval-every": 10_000,
     "save-every": 10_000,
 }
-# What suits the online trainers with a replay buffer.
+# Defaults of the online trainers with a replay buffer.
 ONLINE_RL: dict[str, Any] = {
     "env": "gymnasium",
     "loss": "mse",
     "optimizer": "adam",
     "optimizer.lr": 3e-4,
-    "normalise": ("action=scale", "observation=none"),
+    "offline.normalise": ("action=scale", "observation=none"),
     "steps": 1_000_000,
     "batch-size": 256,
-    "num-envs": 1,
+    "online.num-envs": 1,
     "eval-every": 20_000,
     "save-every": 100_000,
 }
 # The critics of FQL, and OGBench's value functions.
 WIDE = {"hidden_dims": (512, 512, 512, 512), "activation": "gelu", "layer_norm": True, "init": "glorot"}
 GOAL_VALUE = WIDE | {"hidden_dims": (512, 512, 512)}
-TOLERANCE = 1e-3  # by which an action may leave [-1, 1]: float32, and quantised recordings
+TOLERANCE = 1e-3  # by which an action may exceed [-1, 1]: float32, and quantised recordings
 
 
 def networks(*names: str, **options: Any) -> dict[str, Any]:
-    """Defaults of a trainer: these options of its models of these names; "" is its policy's."""
+    """Defaults of a trainer that set these options of its models of these names; "" is the policy."""
     parts = [".".join(filter(None, ("model", name))) for name in names]
     return {f"{part}.{option.replace('_', '-')}": value for part in parts for option, value in options.items()}
 
@@ -54,28 +54,40 @@ def bootstrapped(data: dict[str, Any], following: Tensor, discount: float) -> Te
 
 
 def expectile_loss(difference: Tensor, expectile: float, advantage: Tensor | None = None) -> Tensor:
-    """Mean of |expectile - 1(u < 0)| u^2 (Kostrikov et al., 2022, eq. 4, 5); the sign may be another number's."""
+    """Mean of |expectile - 1(u < 0)| u^2 (Kostrikov et al., 2022, eq. 4, 5); `advantage` may set the sign."""
     sign = difference if advantage is None else advantage
     return (torch.where(sign < 0, 1 - expectile, expectile) * difference.square()).mean()
 
 
 def advantage_weight(advantage: Tensor, temperature: float, largest: float = 100.0) -> Tensor:
-    """exp(temperature * A), cut at `largest`, without gradient: the weight of advantage-weighted regression."""
+    """exp(temperature * A), clipped at `largest`, without gradient: the weight of advantage-weighted regression."""
     return (temperature * advantage.detach()).exp().clamp(max=largest)
 
 
 def frozen(module: nn.Module, *arguments: Any, **keywords: Any) -> Any:
-    """Call a module through which the gradient flows, but not into its parameters: none of it is computed."""
+    """Call a module with constant parameters: gradients flow to its inputs only, and no others are computed."""
     weights = {name: weight.detach() for name, weight in module.named_parameters()}
     return functional_call(module, weights, arguments, keywords)
 
 
+class Counting:
+    """A trainer that counts its updates as part of its state."""
+
+    updates = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+
+
 class Explorer(nn.Module):
-    """Draws actions `[B, Da]` from a policy with `sample`, with the noise that the batch brings.
+    """Samples actions `[B, Da]` from a policy with the noise in the batch.
 
     Args:
-        policy: `draw(observation, noise) -> action`, which is cut to [-1, 1].
-        encoder: Of the observations, where they have pictures.
+        policy: `draw(observation, noise) -> action`, which is clipped to [-1, 1].
+        encoder: Of the observations, if they have pictures.
     """
 
     def __init__(self, policy: nn.Module, encoder: nn.Module | None = None) -> None:
@@ -88,7 +100,7 @@ class Explorer(nn.Module):
 
 
 class GaussianNoise(nn.Module):
-    """The policy's action `[B, Da]` with Gaussian noise of this deviation, which the batch brings, cut to [-1, 1]."""
+    """The policy's action `[B, Da]` plus the noise in the batch, scaled to this deviation, clipped to [-1, 1]."""
 
     def __init__(self, policy: nn.Module, deviation: float) -> None:
         super().__init__()
@@ -100,7 +112,7 @@ class GaussianNoise(nn.Module):
 
 
 def successors(data: dict[str, Any]) -> dict[str, Any]:
-    """The observations that follow, under the names of the present ones."""
+    """The next observations, under the keys of the current ones."""
     return {key.removeprefix("next."): value for key, value in data.items() if key.startswith("next.observation.")}
 
 
@@ -112,7 +124,7 @@ def follow(target: nn.Module, source: nn.Module, rate: float) -> None:
 
 
 def check_rates(config: Any, **bounds: tuple[float, float]) -> None:
-    """Refuse numbers out of range: `discount` and `target_rate`, where there are, in (0, 1], and those of `bounds`.
+    """Refuse numbers out of range: `discount` and `target_rate`, if any, in (0, 1], and those of `bounds`.
 
     Args:
         bounds: option=(least, largest), both allowed.
@@ -146,10 +158,10 @@ def check_transitions(spec: dict[str, Any], trainer: str, more: Iterable[str] = 
 
 
 def check_actions(spec: dict[str, Any], trainer: str) -> None:
-    """Refuse actions that the policy of this trainer cannot give: discrete ones, or outside [-1, 1].
+    """Refuse actions that the policy of this trainer cannot produce: discrete ones, or outside [-1, 1].
 
     Raises:
-        UserError: with the trainers that choose, or the range and the option that scales them.
+        UserError: names the trainers for discrete actions, or the range and the option that scales it.
     """
     if "classes" in spec["action"]:
         raise UserError(f"{trainer} {NO_CHOICE}")
@@ -159,7 +171,7 @@ def check_actions(spec: dict[str, Any], trainer: str) -> None:
     least, largest = float(torch.tensor(low).min()), float(torch.tensor(high).max())
     if max(-least, largest) > 1 + TOLERANCE:
         raise UserError(
-            f"{trainer} gives actions in [-1, 1]; the data's lie in [{least:.4g}, {largest:.4g}]: set"
+            f"{trainer} produces actions in [-1, 1]; the data's lie in [{least:.4g}, {largest:.4g}]: set"
             f" --dataset.action-scale {max(-least, largest):.4g}, which divides them and undoes it when the policy acts"
         )
 
@@ -172,7 +184,7 @@ def summary(name: str, values: Tensor) -> dict[str, Tensor]:
 
 
 def data_summary(data: dict[str, Any]) -> dict[str, Tensor]:
-    """What the batch holds, for the log: the mean reward, the largest one, and how many steps are terminated."""
+    """Statistics of a batch for the log: mean reward, largest absolute reward, and fraction of terminated steps."""
     reward, terminated = data["reward"], data["terminated"]
     largest = torch.linalg.vector_norm(reward, float("inf"))
     return {"reward": reward.mean(), "reward_abs_max": largest, "terminated": terminated.mean(dtype=torch.float32)}

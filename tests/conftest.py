@@ -142,10 +142,10 @@ def states(run: Path) -> dict[str, bytes]:
     found["manifest"] = json.dumps({k: v for k, v in manifest.items() if k not in ("files", "sha256")}).encode()
     for rank in range(manifest["world_size"]):
         own = checkpoint.read_tree(folder / f"rank-{rank}.safetensors")
-        if own.pop("parts", None):
+        if own.get("memory", {}).pop("parts", None):
             for env, columns in enumerate(replayed(folder, rank)):
                 found |= {f"replay-{rank}-{env}-{k}": column.numpy().tobytes() for k, column in columns.items()}
-            own["buffer"].pop("parts")
+            own["memory"]["buffer"].pop("parts")
         tensors, tree = checkpoint.flatten(own)
         found[f"rank-{rank}"] = json.dumps(tree).encode() + b"".join(t.numpy().tobytes() for t in tensors.values())
     return found
@@ -154,7 +154,7 @@ def states(run: Path) -> dict[str, bytes]:
 def replayed(folder: Path, rank: int = 0) -> list[dict[str, torch.Tensor]]:
     """The replay buffer in a checkpoint, the columns of each environment's transitions, oldest first."""
     envs: list[dict[str, list[torch.Tensor]]] = []
-    for name in checkpoint.read_tree(folder / f"rank-{rank}.safetensors")["parts"]:
+    for name in checkpoint.read_tree(folder / f"rank-{rank}.safetensors")["memory"]["parts"]:
         part = checkpoint.read_tree(folder / f"{name}.safetensors")
         envs = envs or [{} for _ in part["envs"]]
         for env, columns, cut in zip(envs, part["envs"], part["cut"], strict=True):

@@ -1,8 +1,9 @@
-"""Lay frames of films under each other, a film a row, as the README's pictures do.
+"""Lay frames of films under each other, a film a row, as the pictures of tests/results/README.md do.
 
 python tests/film_strip.py strip.png before.mp4:66 after.mp4:23 --crop 80 50 250 200
+python tests/film_strip.py part.png strip.png --frames 1 --crop 680 0 1360 300      # a part of a picture
 
-FILM:N takes the first N frames of a film, its first episode where that is so long.
+FILM:N takes the first N frames of a film, its first episode where that is so long. A picture is a film of one frame.
 """
 
 import argparse

@@ -114,6 +114,55 @@ def result(run: Path) -> Any:
     return [path.read_bytes() for path in files], lines, json.loads((run / "status.json").read_text())
 
 
+def before_a_kill(children: list[int], chance: random.Random, duration: float) -> None:
+    """Wait for the moment of a kill; half of them are aimed into a save: one of the next three."""
+    if chance.random() < 0.5:
+        time.sleep(chance.uniform(0.0, 0.7 * duration))
+        return
+    limit = time.monotonic() + 3 * duration
+    for _ in range(chance.randint(1, 3)):
+        for wanted in (0, 1):
+            while saving[0] != wanted and not any(map(gone, children)) and time.monotonic() < limit:
+                time.sleep(0.0002)
+    time.sleep(chance.uniform(0, 0.003))
+
+
+def kill(victim: int, children: list[int], chance: random.Random) -> None:
+    """Kill one process; the others fail by themselves, or the launcher ends them."""
+    os.kill(victim, signal.SIGKILL)
+    limit = time.monotonic() + chance.choice([0, 3])
+    while time.monotonic() < limit and not all(gone(child) for child in children):
+        time.sleep(0.01)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    wait(children)
+
+
+def kill_and_resume(run: Path, args: argparse.Namespace, chance: random.Random, duration: float) -> dict[str, int]:
+    """Make one run to its end through kills; returns how many there were, how many inside a save, and what was lost."""
+    count, last = {"kills": 0, "inside": 0, "lost": 0}, 0
+    while True:
+        children = spawn(args.script, run, args.processes, free_port())
+        victim = chance.choice(children)
+        before_a_kill(children, chance, duration)
+        if gone(victim):
+            codes = wait(children)
+            if codes != [0] * args.processes:
+                count["lost"] += 1
+                print("a run could not go on:", codes, (run.parent / "error.txt").read_text(), flush=True)
+            return count
+        count["inside"] += saving[0]
+        count["kills"] += 1
+        kill(victim, children, chance)
+        if checkpoint.steps(run / "checkpoints"):
+            step = checkpoint.newest(run / "checkpoints", set_aside=False)[1]["step"]
+            damaged = list((run / "checkpoints").glob(".damaged-*"))
+            if step < last or damaged:
+                count["lost"] += 1
+                print(f"LOST: step {last} -> {step}, damaged {damaged}", flush=True)
+            last = step
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--script", choices=SCRIPTS, default="offline")
@@ -132,54 +181,21 @@ def main() -> int:
     codes = wait(spawn(args.script, root / "whole", processes, free_port()))
     assert codes == [0] * processes, (codes, (root / "error.txt").read_text())
     duration, expected = time.monotonic() - began, result(root / "whole")
-    kills = inside = runs = lost = different = 0
-    while kills < args.kills:
-        run, last, done = root / f"run-{runs}", 0, False
+    total, runs, different = {"kills": 0, "inside": 0, "lost": 0}, 0, 0
+    while total["kills"] < args.kills:
+        run = root / f"run-{runs}"
         runs += 1
-        while not done:
-            children = spawn(args.script, run, processes, free_port())
-            victim = chance.choice(children)
-            if chance.random() < 0.5:
-                time.sleep(chance.uniform(0.0, 0.7 * duration))
-            else:  # half of the kills are aimed into a save: one of the next three
-                limit = time.monotonic() + 3 * duration
-                for _ in range(chance.randint(1, 3)):
-                    for wanted in (0, 1):
-                        while saving[0] != wanted and not any(map(gone, children)) and time.monotonic() < limit:
-                            time.sleep(0.0002)
-                time.sleep(chance.uniform(0, 0.003))
-            if gone(victim):
-                codes = wait(children)
-                if codes != [0] * processes:
-                    lost += 1
-                    print("a run could not go on:", codes, (root / "error.txt").read_text(), flush=True)
-                done = True
-                continue
-            inside += saving[0]
-            kills += 1
-            os.kill(victim, signal.SIGKILL)
-            limit = time.monotonic() + chance.choice([0, 3])  # the others fail by themselves, or the launcher ends them
-            while time.monotonic() < limit and not all(gone(child) for child in children):
-                time.sleep(0.01)
-            for child in children:
-                os.kill(child, signal.SIGKILL)
-            wait(children)
-            if checkpoint.steps(run / "checkpoints"):
-                step = checkpoint.newest(run / "checkpoints", set_aside=False)[1]["step"]
-                damaged = list((run / "checkpoints").glob(".damaged-*"))
-                if step < last or damaged:
-                    lost += 1
-                    print(f"LOST: step {last} -> {step}, damaged {damaged}", flush=True)
-                last = step
+        count = kill_and_resume(run, args, chance, duration)
+        total = {key: total[key] + count[key] for key in total}
         if result(run) != expected:
             different += 1
             print("DIFFERENT:", run, flush=True)
         else:
             shutil.rmtree(run)
-    seconds = time.monotonic() - began
+    kills, inside, lost = total.values()
     print(
         f"{args.script}, {processes} process(es): {kills} kills, {inside} inside a save, {runs} runs,"
-        f" {lost} lost, {different} different, {seconds:.0f} s"
+        f" {lost} lost, {different} different, {time.monotonic() - began:.0f} s"
     )
     return int(lost + different > 0)
 

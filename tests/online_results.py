@@ -1,4 +1,4 @@
-"""Make tests/results/online.json: every run that the README's tables of online RL show, and CleanRL's own beside them.
+"""Make tests/results/online.json: every run of the tables of online RL beside it, and CleanRL's own.
 
 python tests/online_results.py --runs runs/online --jobs 2 --only mujoco
 python tests/online_results.py --runs runs/online --jobs 2 --only road

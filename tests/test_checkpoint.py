@@ -5,14 +5,26 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from components import UserError
+from components.learning.metrics import Metrics
 from components.run import checkpoint
-from components.run.checkpoint import DamagedError, flatten, newest, read_tree, save, unflatten, verify, write_tree
+from components.run.checkpoint import (
+    Checkpoints,
+    DamagedError,
+    flatten,
+    newest,
+    read_tree,
+    save,
+    unflatten,
+    verify,
+    write_tree,
+)
 
 
 def make(root: Path, *steps: int, keep_last: int = 10, best: int = -1) -> None:
@@ -214,15 +226,14 @@ def test_stale_temporary_folders_are_removed(tmp_path: Path) -> None:
 
 
 def test_another_trainer_or_shape_is_refused(tmp_path: Path) -> None:
-    class Trainer:
-        """Without state of its own."""
-
     def restore(width: int, name: str) -> None:
         models = nn.ModuleDict({"policy": nn.Linear(2, width, bias=False)})
-        checkpoint.restore(*newest(tmp_path), models, {}, nn.MSELoss(), Trainer(), name)
+        learner = SimpleNamespace(models=models, metrics=Metrics())
+        args = SimpleNamespace(trainer=name)
+        Checkpoints(SimpleNamespace(path=tmp_path), args, learner).load(*newest(tmp_path))
 
     make(tmp_path, 10)
-    with pytest.raises(UserError, match=r"trainer 'bc'; expected format 1, trainer 'iql'"):
+    with pytest.raises(UserError, match=r"trainer 'bc'; expected format 2, trainer 'iql'"):
         restore(3, "iql")
     with pytest.raises(UserError, match=r"does not fit: policy.weight: \[3, 2\] there, \[4, 2\] here"):
         restore(4, "bc")

@@ -21,13 +21,13 @@ from components import (
     load_policy,
 )
 from components.data.features import build_models
-from components.ema import averages, decay_at
 from components.errors import UserError
 from components.losses import sinkhorn, zero_padding
 from components.models.attention import Dropout
 from components.models.encoder import ObservationEncoder
 from components.models.resnet18 import spatial_softmax
 from components.models.unet1d import Conv, ConvBlock, Double, Halve
+from components.optimizers import averages, decay_at
 from components.trainers import act, flow
 from components.trainers.diffusion import DiffusionSampler, noise_schedule
 from conftest import Launches, learned, states, weights

@@ -98,7 +98,7 @@ def test_a_fault_on_one_process_keeps_the_others_in_step(pair: Path, name: str) 
     assert replaced == [0, 1]
     updates = read_lines(run / "metrics.jsonl")[-1]["updates"]
     assert updates == (3 * 2 * 2 if name == "ppo_fault" else 100)  # 3 rollouts of 40 steps, 2 epochs of 2 minibatches
-    statistics = read_tree(folder / "trainer.safetensors")["progress"]["statistics"]
+    statistics = read_tree(folder / "trainer.safetensors")["parts"]["statistics"]
     assert statistics["observation.state"][0, 0] == 120 - 2  # of the two environments that were replaced together
 
 

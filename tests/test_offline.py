@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import nn
 import offline_trainer
 import toy
 from components import LOSS_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, load_policy
+from components.learning.gradients import Finite, Gradients
+from components.learning.metrics import Metrics
 from components.run import checkpoint
 from components.run.curves import read_lines
 from components.run.record import lock
@@ -82,7 +85,7 @@ def test_a_crash_in_the_evaluation_is_reported_and_training_goes_on(
     monkeypatch.setattr(toy.ToyEnv, "step", step)
     run = script("--trainer", "bc", "--steps", 20, "--eval-every", 10, "--eval-episodes", 10, "--eval-envs", 2)
     out = capsys.readouterr().out
-    told = r"the evaluation at step 10 failed, training goes on: process 0: RuntimeError: environment 1 "
+    told = r"the evaluation at step 10 failed, training continues: process 0: RuntimeError: environment 1 "
     told += r"\(seed 1000003, step 2 of its episode\) raised ArithmeticError in step: simulator exploded; action \["
     assert re.search(told, out), out
     assert [line["step"] for line in read_lines(run / "eval.jsonl")] == [20]
@@ -175,14 +178,19 @@ def test_accumulation_is_refused_where_it_would_be_wrong(script: Script) -> None
         script("--trainer", "actor_critic", "--grad-accumulation", 2)
 
 
+def step_hook(optimizer: Any, finite: Finite, clip: float) -> offline_trainer.StepHook:
+    """The hook of a learner that has one model, "policy", and nothing else."""
+    from accelerate import Accelerator
+
+    gradients = {"policy": Gradients(0, "policy", optimizer, finite)}
+    learner: Any = SimpleNamespace(gradients=gradients, metrics=Metrics(), optimizers={"policy": optimizer})
+    return offline_trainer.StepHook(Accelerator(), learner, "policy", clip)
+
+
 def test_clipping_bounds_the_step() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=1.0)
     parameter = optimizer.param_groups[0]["params"][0]
-    args = offline_trainer.Args(**{f"{name}_options": None for name in offline_trainer.REGISTRIES}, grad_clip=0.5)  # type: ignore[arg-type]
-    from accelerate import Accelerator
-
-    finite = offline_trainer.Finite(["policy"], torch.device("cpu"))
-    hook = offline_trainer.StepHook(Accelerator(), 0, "policy", optimizer, args, offline_trainer.Metrics(), finite)
+    hook = step_hook(optimizer, Finite(["policy"], torch.device("cpu")), clip=0.5)
     parameter.grad = torch.tensor([3.0, 0.0, 4.0])
     optimizer.step()
     assert parameter.tolist() == pytest.approx([-0.3, 0.0, -0.4], rel=1e-4)  # norm 5 cut to 0.5
@@ -261,25 +269,22 @@ def test_a_gated_step_changes_nothing_until_it_is_looked_at(fused: bool, whose: 
 
     A fused optimizer obeys the flag, another one gets gradients of zero.
     """
-    from accelerate import Accelerator
-
     parameter = nn.Parameter(torch.ones(2))
     optimizer: Any = torch.optim.Adam([parameter], fused=True) if fused else torch.optim.SGD([parameter], lr=1.0)
-    args = offline_trainer.Args(**{f"{name}_options": None for name in offline_trainer.REGISTRIES})  # type: ignore[arg-type]
-    finite = offline_trainer.Finite(["policy"], torch.device("cpu"))
-    hook = offline_trainer.StepHook(Accelerator(), 0, "policy", optimizer, args, offline_trainer.Metrics(), finite)
-    hook.waits = False  # as where there is a GPU
+    finite = Finite(["policy"], torch.device("cpu"))
+    hook = step_hook(optimizer, finite, clip=0.0)
+    hook.gradients.waits = False  # as where there is a GPU
     if fused:
-        optimizer.found_inf = hook.bad
+        optimizer.found_inf = finite.flags[0]
     with Launches() as launches:  # norm of all gradients, loss, flag
-        parameter.grad, hook.loss = torch.ones(2), torch.tensor(1.0)
+        parameter.grad, hook.gradients.loss = torch.ones(2), torch.tensor(1.0)
         hook(optimizer, (), {})
     assert launches.number <= (4 if fused else 6) + 2  # with those of this test's own tensors
-    args.grad_clip = 1.0  # by the norm, which is not finite either
+    hook.clip = 1.0  # by the norm, which is not finite either
     for iteration, bad in ((3, False), (4, True), (5, False)):
         finite.begin(iteration)
         parameter.grad = torch.tensor([float("nan"), 1.0] if bad and whose == "gradient" else [1.0, 1.0])
-        hook.loss = torch.tensor(float("inf") if bad and whose == "loss" else 1.0)
+        hook.gradients.loss = torch.tensor(float("inf") if bad and whose == "loss" else 1.0)
         optimizer.step()
         if iteration == 3:
             finite.check()
@@ -390,7 +395,7 @@ def test_resume_of_a_finished_run(script: Script, capsys: pytest.CaptureFixture[
     run = script("--trainer", "bc", "--steps", 10)
     before = states(run)
     script("--resume", run)
-    assert "is finished at step 10; give more --steps" in capsys.readouterr().out
+    assert "is finished at step 10; increase --steps" in capsys.readouterr().out
     assert states(run) == before
     script("--resume", run, "--steps", 20)
     assert "the learning-rate schedule keeps its length of 10 updates" in capsys.readouterr().out
@@ -421,7 +426,7 @@ def test_resume_goes_back_behind_a_damaged_checkpoint(script: Script, caplog: py
     path = run / "checkpoints" / "step-000000020" / "model-policy.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     script("--resume", run)
-    assert any("model-policy.safetensors: size or hash does not fit" in r.message for r in caplog.records)
+    assert any("model-policy.safetensors: size or hash does not match" in r.message for r in caplog.records)
     assert (run / "checkpoints" / ".damaged-step-000000020").exists()
     assert states(run) == states(whole)
 
@@ -670,7 +675,7 @@ def test_help_is_quick_and_shows_true_defaults(tmp_path: Path) -> None:
     for text in ("--trainer {bc", "--optimizer.lr FLOAT", "(default: 0.001)", "--dataset.demos INT", "(default: l1)"):
         assert text in done.stdout, text
     assert "--optimizer.schedule {constant,linear,cosine,onecycle}" in done.stdout
-    assert "Course of the learning rate. (default: cosine)" in done.stdout
+    assert "Schedule of the learning rate. (default: cosine)" in done.stdout
 
 
 def test_secrets_stay_out_of_the_run_folder(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:

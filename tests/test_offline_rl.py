@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,24 +19,22 @@ from torch import nn
 
 import toy
 from components import MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, load_policy, parallel, report
-from components.acting import evaluation
 from components.acting.policy import Inference, acting_policy
+from components.contracts import Promises, Window, construct, model_spec_of, needs_of, options_of
 from components.data.batches import Batches
-from components.data.features import build_models, describe, seen_by
+from components.data.features import build_models, describe
 from components.data.normalisation import Normaliser
 from components.datasets.episodes import build_episodes
 from components.datasets.gymnasium import GymnasiumRollouts
 from components.datasets.metaworld import MetaWorldDemonstrations
 from components.datasets.transitions import Transitions, prepared, transitions
 from components.envs.ogbench import OGBenchEnv
-from components.learning.metrics import Metrics
+from components.learning import held_out
 from components.optimizers import Adam, learning_rate_factor
 from components.run import curves
-from components.run.command_line import options_of
 from components.run.curves import diverging, read_lines
 from components.speed import compile as compiled
-from components.speed import cuda_graphs as captured
-from components.speed import matmul
+from components.speed import cuda_graphs, matmul
 from conftest import FIXTURES
 
 Script = Callable[..., Path]
@@ -90,7 +89,7 @@ def trained(name: str, options: dict[str, Any], updates: int, data: dict[str, An
     modes = {"observation": "none", "action": "none"}
     normaliser = Normaliser(spec, modes)
     spec = normaliser.with_ranges(spec)
-    needs = dict(getattr(cls, "needs", {"policy": "mlp"}))
+    needs = needs_of(cls)
     needs.pop("encoder", None)
 
     def build(model: str, seen: dict[str, Any]) -> nn.Module:
@@ -100,13 +99,14 @@ def trained(name: str, options: dict[str, Any], updates: int, data: dict[str, An
         own |= {"std": "learned"} if name in ("iql", "awac") and model == "policy" else {}
         return options_of(factory, own).build(seen)
 
-    models = build_models(list(needs), build, spec, seen_by(cls, config))
+    models = build_models(list(needs), build, spec, model_spec_of(cls, config))
     optimizers = {model: Adam(lr=1e-2).build(module.parameters()) for model, module in models.items()}
-    extras = {"spec": spec, "config": config} if hasattr(cls, "prepare") or hasattr(cls, "window") else {}
-    trainer = cls(models=models, optimizers=optimizers, loss=nn.MSELoss(), **extras)
+    trainer = construct(cls, models, optimizers, nn.MSELoss(), spec, config, torch.device("cpu"))
     for _, batch in zip(range(updates), Batches(data["dataset"], 64, seed=0).stream(0), strict=False):
         trainer.train_step(normaliser(batch))
-    return trainer, acting_policy(trainer, models, normaliser, spec, Inference(), lambda option: False)
+    learner = SimpleNamespace(trainer=trainer, models=models, device=torch.device("cpu"))
+    args = SimpleNamespace(policy=Inference(), given=lambda option: False)
+    return trainer, acting_policy(learner, normaliser, spec, args)
 
 
 def actions(policy: Any) -> np.ndarray:
@@ -222,7 +222,7 @@ def test_bad_input_goals_where_there_are_none(script: Script) -> None:
     """Neither data of single items nor an environment without goals will do."""
     with pytest.raises(UserError, match="gcbc needs episodes; the data is a list of single items"):
         script("--trainer", "gcbc", "--dataset", "minimal_data", *TINY)
-    with pytest.raises(UserError, match="it gives observation.state, the policy needs 'observation.goal'"):
+    with pytest.raises(UserError, match="it returns observation.state, the policy needs 'observation.goal'"):
         script("--trainer", "gcbc", "--steps", 4, "--eval-episodes", 2)
 
 
@@ -252,7 +252,7 @@ def test_rewards_are_shifted_scaled_and_brought_to_a_span() -> None:
     plain, scaled = toy.ToyData(validation=0.0), toy.ToyData(validation=0.0, reward_shift=2.0, reward_scale=3.0)
     before, after = (d.build()["dataset"].episodes.columns["reward"] for d in (plain, scaled))
     assert torch.allclose(after, 3 * (before + 2))
-    data = transitions(plain.build(), "iql")
+    data = transitions(plain.build(), "iql", Window())
     totals = before.view(-1, toy.LENGTH).sum(1)
     stats = data["norm_stats"]["reward"]
     assert stats == pytest.approx({"return_min": float(totals.min()), "return_max": float(totals.max())})
@@ -262,7 +262,7 @@ def test_rewards_are_shifted_scaled_and_brought_to_a_span() -> None:
     totals = reward.view(-1, toy.LENGTH).sum(1)
     assert float(totals.max() - totals.min()) == pytest.approx(1000, rel=1e-4)
     assert torch.equal(Normaliser(spec)(batch)["reward"], batch["reward"])  # unless it is asked for
-    data = transitions(plain.build(), "cql", to_go=True)  # the returns that were reached go with them
+    data = transitions(plain.build(), "cql", Window(to_go=True))  # the returns that were reached go with them
     normaliser = Normaliser(describe(data["dataset"][0], data["norm_stats"]), {"reward": "return_range"})
     plain_batch = data["dataset"].get_batch(torch.arange(200))
     assert torch.allclose(
@@ -372,7 +372,7 @@ def test_a_mixture_is_learnt_from_source_by_source(script: Script) -> None:
 def test_losses_of_what_one_process_has_wait_for_no_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where another process has no step of a source, or was stopped, a mean over both would wait for ever."""
     trainer, _ = trained(name, METHODS[name] | ({"normalise_q": True} if name == "fql" else {}), 1, chain())
-    data = transitions(chain(), name, next_action=name == "rebrac")
+    data = transitions(chain(), name, Window(next_action=name == "rebrac"))
     batch = data["dataset"].get_batch(torch.arange(64))
 
     def no_process(*_: object) -> None:
@@ -383,10 +383,10 @@ def test_losses_of_what_one_process_has_wait_for_no_other(name: str, monkeypatch
     monkeypatch.setattr(torch.distributed, "all_reduce", no_process)
     with pytest.raises(AssertionError, match="met another"):
         trainer.losses(batch)
-    found = evaluation.loss_by_source(trainer, batch | {"source": ["a", "b"] * 32}, "train/")
+    found = held_out.loss_by_source(trainer, batch | {"source": ["a", "b"] * 32}, "train/")
     assert set(found) == {"train/loss.a", "train/loss.b"} and all(map(np.isfinite, found.values()))
     device, normaliser = torch.device("cpu"), Normaliser({})
-    assert np.isfinite(evaluation.held_out_loss(trainer, data["dataset"], normaliser, 500, device)["val/loss"])
+    assert np.isfinite(held_out.held_out_loss(trainer, data["dataset"], normaliser, 500, device)["val/loss"])
 
 
 # ---- what is seen of a run -----------------------------------------------------------------------------------------
@@ -482,7 +482,7 @@ def test_compiling_says_from_which_step_on_it_pays(monkeypatch: pytest.MonkeyPat
 
         return loss
 
-    monkeypatch.setattr(type(trainer), "compiles", ("critic_loss",))
+    trainer.promises = Promises(compiles=("critic_loss",))
     monkeypatch.setattr(type(trainer), "critic_loss", taking(0.005))
     trainer.critic_loss = taking(seconds)
     assert said in compiled.break_even(trainer, data, trainer.models)
@@ -494,21 +494,21 @@ def test_compiling_says_from_which_step_on_it_pays(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"alone": False}, "several processes, micro-steps or averaged weights"),
+        ({"micro_steps": 2}, "several processes, micro-steps or averaged weights"),
+        ({"averaged": True}, "several processes, micro-steps or averaged weights"),
         ({"trainer": object()}, "object does not say when its steps repeat"),
         ({"optimizers": {"policy": torch.optim.SGD([torch.zeros(1)])}}, "they need --optimizer adam or adamw, fused"),
-        ({"wanted": False}, ""),
         ({"device": torch.device("cpu")}, ""),
     ],
 )
 def test_why_updates_are_not_replayed(changes: dict[str, Any], said: str) -> None:
     """The graphs themselves need a GPU: test_cuda.py."""
     optimizers = {"policy": Adam().build([nn.Parameter(torch.zeros(1))])}
-    usual = {"trainer": TRAINER_REGISTRY["iql"], "metrics": Metrics(), "optimizers": optimizers}
-    usual |= {"device": torch.device("cuda"), "wanted": True, "alone": True}
-    update = captured.choose(**usual | changes)
-    assert type(update) is captured.Update and update.note.removeprefix("no CUDA graphs: ").startswith(said)
-    assert bool(update.note) == bool(said)
+    usual = {"trainer": TRAINER_REGISTRY["iql"], "optimizers": optimizers, "device": torch.device("cuda")}
+    usual |= {"micro_steps": 1, "averaged": False, "update": print}
+    update, note = cuda_graphs.choose(SimpleNamespace(**usual | changes))
+    assert update is print and note.removeprefix("no CUDA graphs: ").startswith(said)
+    assert bool(note) == bool(said)
 
 
 def test_a_table_of_transitions_is_taken_to_the_device(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:

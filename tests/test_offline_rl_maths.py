@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from components import TRAINER_REGISTRY, UserError
-from components.data.features import build_models, describe, seen_by
+from components.contracts import GOAL, STATE, Goals, GoalSampling, Window, construct, model_spec_of
+from components.data.features import build_models, describe
 from components.data.normalisation import Normaliser
 from components.data.returns import returns_to_go
 from components.datasets.episodes import build, from_columns
-from components.datasets.goals import GOAL, STATE, GoalSampling, GoalTransitions, goal_transitions
+from components.datasets.goals import GoalTransitions, goal_transitions
 from components.datasets.transitions import Transitions, transitions
 from components.models.actor import Actor
 from components.models.q_ensemble import QEnsemble, VEnsemble
@@ -448,9 +449,9 @@ class Case:
         spec = {k: {"shape": tuple(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")} for k, x in data.items()}
         config = kind.Config(target_rate=0.1, **self.config)  # type: ignore[attr-defined]
         factory = lambda name, seen: self.models[name].build(seen)  # noqa: E731
-        models = build_models(list(self.models), factory, spec, seen_by(kind, config))
+        models = build_models(list(self.models), factory, spec, model_spec_of(kind, config))
         optimizers = {name: Adam(lr=LR).build(model.parameters()) for name, model in models.items()}
-        trainer = kind(models=models, optimizers=optimizers, loss=nn.MSELoss(), spec=spec, config=config)
+        trainer = construct(kind, models, optimizers, nn.MSELoss(), spec, config, torch.device("cpu"))
         with torch.no_grad():
             for p in trainer.models.parameters():
                 p += 0.3 * torch.randn_like(p)
@@ -673,7 +674,7 @@ def rows(dataset: Any) -> dict[int, dict[str, Any]]:
 def test_windows_by_hand(known: bool, chunk: int) -> None:
     """Three steps of rewards, or a chunk of three actions: both end with the episode."""
     options: Any = {"chunk": 3} if chunk > 1 else {"n_step": 3}
-    found = rows(Transitions(three_episodes(known)["dataset"], "test", discount=0.5, **options))
+    found = rows(Transitions(three_episodes(known)["dataset"], "test", Window(discount=0.5, **options)))
     wanted = ("reward", "discount", "terminated", THEN)
     assert {t: tuple(row[key] for key in wanted) for t, row in found.items()} == {
         t: (*numbers, [then]) for t, (*numbers, then) in WINDOWS[known].items()
@@ -688,7 +689,7 @@ def test_windows_by_hand(known: bool, chunk: int) -> None:
 
 
 def test_single_transitions_by_hand() -> None:
-    found = rows(Transitions(three_episodes(True)["dataset"], "test", discount=0.5))
+    found = rows(Transitions(three_episodes(True)["dataset"], "test", Window(discount=0.5)))
     assert [found[t]["reward"] for t in range(12)] == REWARDS
     assert [found[t][THEN] for t in range(12)] == [[s] for s in (1, 2, 3, 50, 5, 6, 7, 51, 9, 10, 11, 52)]
     assert {row["discount"] for row in found.values()} == {0.5}
@@ -701,7 +702,7 @@ def test_returns_to_go_by_hand() -> None:
     terminated[[3, 9]] = True
     assert returns_to_go(torch.tensor(REWARDS).float(), terminated, torch.tensor([4, 8, 12]), 0.5).tolist() == TO_GO
     for known in (True, False):
-        data = transitions(three_episodes(known), "test", discount=0.5, to_go=True)
+        data = transitions(three_episodes(known), "test", Window(discount=0.5, to_go=True))
         found = rows(data["dataset"])
         assert {t: row["return_to_go"] for t, row in found.items()} == {t: TO_GO[t] for t in WINDOWS[known]}
         assert data["norm_stats"]["reward"] == {"return_min": 15, "return_max": 240}  # 1 + 2 + 4 + 8, 16 + ... + 128
@@ -711,13 +712,13 @@ def test_returns_to_go_by_hand() -> None:
 def test_a_chunk_longer_than_the_shortest_episode_is_refused(known: bool, chunk: int, shortest: int) -> None:
     told = f"--trainer.chunk {chunk} is longer than the shortest episode of three, which has {shortest} steps"
     with pytest.raises(UserError, match=told):
-        Transitions(three_episodes(known)["dataset"], "test", chunk=chunk)
-    assert len(Transitions(three_episodes(known)["dataset"], "test", chunk=shortest)) == len(WINDOWS[known])
+        Transitions(three_episodes(known)["dataset"], "test", Window(chunk=chunk))
+    assert len(Transitions(three_episodes(known)["dataset"], "test", Window(chunk=shortest))) == len(WINDOWS[known])
 
 
 def test_next_actions_are_those_of_the_data() -> None:
     """Steps after which the data did nothing are left out; after a terminated one, what it did counts for nothing."""
-    found = rows(Transitions(three_episodes(True)["dataset"], "test", next_action=True))
+    found = rows(Transitions(three_episodes(True)["dataset"], "test", Window(next_action=True)))
     assert sorted(found) == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
     assert all(row["next.action"] == [t + 1] for t, row in found.items() if t != 3)
     assert found[3]["terminated"]
@@ -755,7 +756,7 @@ def drawn(dataset: GoalTransitions, times: int, seed: int = 0) -> Data:
 @pytest.mark.parametrize("known", [True, False])
 def test_later_goals_lie_ahead_in_the_same_episode(known: bool, geometric: bool) -> None:
     sampling = GoalSampling(LATER, geometric)
-    dataset = GoalTransitions(numbered_episodes(known)["dataset"], "test", sampling, sampling, discount=0.8)
+    dataset = GoalTransitions(numbered_episodes(known)["dataset"], "test", Goals(sampling, sampling, discount=0.8))
     batch = drawn(dataset, 10)
     here, end = batch[STATE], last_step(batch[STATE], known)
     assert torch.equal(batch[THEN], here + torch.tensor([0.0, 1.0]))
@@ -777,7 +778,7 @@ def test_later_goals_lie_ahead_in_the_same_episode(known: bool, geometric: bool)
 def test_shares_of_goals_and_what_the_way_there_pays() -> None:
     shares = (0.2, 0.5, 0.3)
     sampling = GoalSampling(shares, True)
-    batch = drawn(GoalTransitions(numbered_episodes()["dataset"], "test", sampling, sampling), 10)
+    batch = drawn(GoalTransitions(numbered_episodes()["dataset"], "test", Goals(sampling, sampling)), 10)
     for key in (GOAL, VALUE_GOAL):
         here, goal = batch[STATE], batch[key]
         same = goal[:, 0] == here[:, 0]
@@ -793,7 +794,7 @@ def test_shares_of_goals_and_what_the_way_there_pays() -> None:
 @pytest.mark.parametrize("known", [True, False])
 def test_subgoals_are_k_steps_ahead_and_not_beyond_the_goal(known: bool) -> None:
     sampling = GoalSampling((0.0, 0.5, 0.5), False)
-    dataset = GoalTransitions(numbered_episodes(known)["dataset"], "test", sampling, subgoal_steps=7)
+    dataset = GoalTransitions(numbered_episodes(known)["dataset"], "test", Goals(sampling, subgoal_steps=7))
     batch = drawn(dataset, 3)
     here, goal, end = batch[STATE], batch[GOAL], last_step(batch[STATE], known)
     ahead = torch.minimum(here[:, 1] + 7, end)
@@ -807,7 +808,7 @@ def test_subgoals_are_k_steps_ahead_and_not_beyond_the_goal(known: bool) -> None
 
 def test_goals_depend_on_the_seed_alone() -> None:
     sampling = GoalSampling((0.2, 0.5, 0.3), True)
-    dataset = GoalTransitions(numbered_episodes()["dataset"], "test", sampling, sampling, subgoal_steps=3)
+    dataset = GoalTransitions(numbered_episodes()["dataset"], "test", Goals(sampling, sampling, subgoal_steps=3))
     first = drawn(dataset, 1, seed=5)
     torch.manual_seed(1)
     again, other = drawn(dataset, 1, seed=5), drawn(dataset, 1, seed=6)
@@ -819,7 +820,7 @@ def test_goals_depend_on_the_seed_alone() -> None:
 def test_goals_have_the_statistics_of_states() -> None:
     sampling = GoalSampling(LATER, False)
     options: Any = {"actor": sampling, "value": sampling, "subgoal_steps": 3}
-    data = goal_transitions(numbered_episodes(), "test", **options)
+    data = goal_transitions(numbered_episodes(), "test", Goals(**options))
     stats, item = data["norm_stats"], data["dataset"][0]
     goals = (GOAL, VALUE_GOAL, "subgoal", "high_target")
     assert all(stats[key] == {"like": STATE} for key in goals) and set(stats) == {STATE, "action", *goals}
@@ -839,7 +840,7 @@ def test_shares_that_make_no_sense_are_refused(shares: tuple[float, float, float
 def test_geometric_distances_need_a_discount() -> None:
     sampling = GoalSampling(LATER, True)
     with pytest.raises(UserError, match="--trainer.discount 1"):
-        goal_transitions(numbered_episodes(), "test", actor=sampling, value=None, discount=1.0)
+        goal_transitions(numbered_episodes(), "test", Goals(sampling, discount=1.0))
 
 
 # ---- networks ------------------------------------------------------------------------------------------------------

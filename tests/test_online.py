@@ -136,14 +136,15 @@ def test_a_default_beyond_the_run_shrinks_and_stays(
 
 def test_a_run_of_the_other_script_is_refused(online: Script, script: Script) -> None:
     run = online("--steps", 30)
-    with pytest.raises(UserError, match="is a run of online_trainer.py; go on with: python online_trainer.py --resu"):
+    message = "is a run of online_trainer.py; continue with: python online_trainer.py --resu"
+    with pytest.raises(UserError, match=message):
         script("--resume", run)
 
 
 def test_resume_of_a_finished_run_goes_on_with_more_steps(online: Script, capsys: pytest.CaptureFixture[str]) -> None:
     run = online("--steps", 40)
     online("--resume", run)
-    assert "is finished at step 40; give more --steps" in capsys.readouterr().out
+    assert "is finished at step 40; increase --steps" in capsys.readouterr().out
     online("--resume", run, "--steps", 60)
     assert read_lines(run / "metrics.jsonl")[-1]["updates"] == 40
 
@@ -158,9 +159,9 @@ def test_resume_of_a_finished_run_goes_on_with_more_steps(online: Script, capsys
         ("raise", r"raised ArithmeticError in step: simulator exploded"),
         ("hang", r"did not come back from step within 1 s \(--env-timeout\)"),
         ("die", r"died in step"),
-        ("nan", r"gave a NaN or Inf in 'observation.state'"),
-        ("inf reward", r"gave a NaN or Inf in 'reward'"),
-        ("end nan", r"gave a NaN or Inf in 'observation.state'"),
+        ("nan", r"returned a NaN or Inf in 'observation.state'"),
+        ("inf reward", r"returned a NaN or Inf in 'reward'"),
+        ("end nan", r"returned a NaN or Inf in 'observation.state'"),
     ],
 )
 def test_a_faulty_environment_is_named_and_replaced(
@@ -172,7 +173,7 @@ def test_a_faulty_environment_is_named_and_replaced(
     run = online(*options, *(("--env.workers",) if workers else ()))
     out = capsys.readouterr().out
     named = rf"environment 1 \(seed \d+, step 6 of its episode\) {message}; action \[ *-?[\d.]+ +-?[\d.]+ *\]"
-    assert re.search(named + r"; replaced \(1 of 10\), its episode is cut", out), out
+    assert re.search(named + r"; replaced \(1 of 10\), its episode is truncated", out), out
     state = checkpoint.read_tree(run / "checkpoints" / "step-000000060" / "rank-0.safetensors")
     assert state["collector"]["replaced"] == 1
     for env in replayed(run / "checkpoints" / "step-000000060"):
@@ -198,7 +199,7 @@ def test_one_that_cannot_be_made_again_is_a_fault_like_any(
     online: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(toy.FaultyEnv, "built", 1)
-    message = "cannot be made anew: env 'faulty': OSError: no licence on this machine.*above --env-restarts 2"
+    message = "cannot be rebuilt: env 'faulty': OSError: no licence on this machine.*above --env-restarts 2"
     with pytest.raises(RuntimeError, match=message):
         online("--env", "faulty", "--env.kind", "gone", "--env-restarts", 2, "--steps", 600)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
@@ -210,7 +211,8 @@ def test_an_evaluation_with_a_faulty_environment_fails_alone(
     options = ("--env", "faulty", "--env.kind", "hang", "--env.at", 15, "--env.index", 0, "--env-timeout", 1)
     run = online(*options, "--eval-episodes", 3, "--eval-envs", 1, "--eval-every", 20, "--steps", 40, "--env.workers")
     told = (
-        r"failed, training goes on: process 0: RuntimeError: environment 0 \(seed 1000001, step 4 of its episode\) did"
+        r"failed, training continues: process 0: RuntimeError: "
+        r"environment 0 \(seed 1000001, step 4 of its episode\) did"
     )
     assert len(re.findall(told, capsys.readouterr().out)) == 2
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
@@ -222,10 +224,10 @@ def test_an_evaluation_with_a_faulty_environment_fails_alone(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--env.id", "CartPole-v1"), "the actions are discrete; --trainer ppo and dqn choose such ones"),
+        (("--env.id", "CartPole-v1"), "the actions are discrete; use --trainer ppo or dqn"),
         (("--env.id", "TendonPair-v0"), r"env 'gymnasium': it has the observation space Tuple\(.*; expected Box, or"),
         (("--env.id", "Pendulum-v9"), "Pendulum-v9"),
-        (("--env", "faulty", "--env.missing", "1"), r"env 'faulty': build\(2, seed\) gives 1 environments"),
+        (("--env", "faulty", "--env.missing", "1"), r"env 'faulty': build\(2, seed\) returned 1 environments"),
         (("--env", "faulty", "--env.kind", "reset"), r"FaultyEnvError: environment 1 raised OSError in reset"),
         (("--env-timeout", "inf"), "--env-timeout inf must be 0 or more"),
         (("--trainer", "sacc"), "unknown trainer; nearest: sac"),
@@ -282,9 +284,9 @@ def test_debug_walks_the_whole_path(
     assert args["hang_timeout"] == 0 and args["env_options"].get("workers", 0) == 0
     assert all(anomaly) and not torch.is_anomaly_enabled()
     assert re.search(r"batch observation.state: \(16, 5\) float32  min -?\d.*mean.*max", out)
-    assert re.search(r"model policy: \d+ parameters, \d+ learn", out) and "gradient norms: policy " in out
+    assert re.search(r"model policy: \d+ parameters, \d+ trainable", out) and "gradient norms: policy " in out
     assert "return" in out or "success" in out
-    assert "loaded step-000000040" in out and "loaded the policy; at zero it acts [" in out
+    assert "loaded step-000000040" in out and "loaded the policy; its action for zeros is [" in out
     request.getfixturevalue(which)("--resume", run, "--steps", 50)
     assert "loaded step-000000050" in capsys.readouterr().out
 

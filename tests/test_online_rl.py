@@ -17,6 +17,7 @@ import torch
 import toy
 from components import TRAINER_REGISTRY, UserError, load_policy
 from components.acting.evaluation import Evaluator
+from components.contracts import Window
 from components.datasets.episodes import build as build_episodes
 from components.datasets.episodes import from_columns
 from components.datasets.transitions import Transitions
@@ -142,10 +143,10 @@ def test_the_share_of_the_dataset_is_exact(online: Script, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--trainer", "rlpd"), "--trainer rlpd learns from old transitions, too; name them"),
+        (("--trainer", "rlpd"), "--trainer rlpd also learns from a dataset; name one"),
         (
             (*LEARNERS["rlpd"], "--dataset.ratio", 0.3),
-            "--dataset.ratio 0.3 of 16 samples is no whole number; use 0.3125",
+            "--dataset.ratio 0.3 of 16 samples is not a whole number; use 0.3125",
         ),
         ((*LEARNERS["rlpd"], "--dataset.ratio", 1.5), "--dataset.ratio 1.5 must be a share from 0 to 1"),
         ((*toy.SAC, "--dataset.ratio", 0.5), "--dataset.ratio is a share of a dataset; choose one with --dataset"),
@@ -155,13 +156,13 @@ def test_the_share_of_the_dataset_is_exact(online: Script, monkeypatch: pytest.M
         (("--trainer", "ppo", "--batch-size", 64, "--trainer.rollout", 10), "64 samples are more than the rollout"),
         (("--trainer", "ppo", "--trainer.rollout", 0), "--trainer.rollout 0 must be 1 or more"),
         (("--trainer", "hiql"), "--trainer hiql learns from a dataset as a whole"),
-        (("--trainer", "bc"), "--trainer bc imitates, which its own experience cannot teach; run it by offline"),
+        (("--trainer", "bc"), "--trainer bc imitates demonstrations, not its own experience; run it by offline"),
         (("--trainer", "diffusion", "--dataset", "toy"), "--trainer diffusion imitates"),
-        (("--trainer", "dqn"), "discrete actions, and these are vectors; --trainer ppo, sac"),
+        (("--trainer", "dqn"), "discrete actions, and these are vectors; use --trainer ppo, sac"),
         *(
             (
                 ("--trainer", name, "--env.id", "CartPole-v1"),
-                f"{name} gives vectors, and the actions are discrete; --tra",
+                f"{name} produces vectors, and the actions are discrete; use --tra",
             )
             for name in ("td3", "iql", "rebrac")
         ),
@@ -171,7 +172,7 @@ def test_the_share_of_the_dataset_is_exact(online: Script, monkeypatch: pytest.M
         ((*toy.SAC, "--init-from", "nowhere"), "nowhere: no"),
         ((*toy.SAC, "--save-what", "collected", "--save-dataset", "/"), "--save-dataset /: exists already"),
         (("--trainer", "ppo", "--save-what", "collected", "--save-dataset", "x"), "rollouts are not kept"),
-        ((*toy.SAC, "--save-dataset", "/proc/x"), "--save-dataset /proc/x: .*; give another folder"),
+        ((*toy.SAC, "--save-dataset", "/proc/x"), "--save-dataset /proc/x: .*; choose another folder"),
         ((*toy.SAC, "--env.wrappers", "RescaleActoin"), "no wrapper of gymnasium.wrappers; nearest: RescaleAction"),
         ((*toy.SAC, "--env.wrappers", "RescaleAction:[1"), "expected NAME:JSON with an object"),
         ((*toy.SAC, "--env.workers", -1), "--env.workers -1 must be 0 or more"),
@@ -239,7 +240,8 @@ def test_a_residual_policy_is_filmed_after_its_run(online: Script, frozen: Path,
     run = online(*RESIDUAL, "--trainer.base", frozen, "--env", "savable", "--steps", 30)
     envs = Environments(Drawn().build, 2, 0, 10.0)
     evaluator = Evaluator(load_policy(run), envs, {"name": "drawn"}, range(3))
-    assert evaluator.evaluate(30)[1] == evaluator.film(tmp_path / "film.mp4", Drawn()) == ""
+    evaluator.options = Drawn()
+    assert evaluator.evaluate(30)[1] == evaluator.film(tmp_path / "film.mp4") == ""
     assert (tmp_path / "film.mp4").stat().st_size > 0
 
 
@@ -338,7 +340,7 @@ def test_demonstrations_beyond_a_corrections_reach_end_the_windows_before_them()
     base.new = lambda: SimpleNamespace(act=lambda seen, rows: np.tile(np.float32([0.9, 0.0]), (len(seen[STATE]), 1)))
     data = build_episodes(from_columns(columns, ends, "these"), 1, 1, 0.0, 0)
     found = relabelled(data, base)["dataset"]
-    one = Transitions(found, "residual", discount=0.5, n_step=3).get_batch(torch.arange(5))
+    one = Transitions(found, "residual", Window(discount=0.5, n_step=3)).get_batch(torch.arange(5))
     assert one[STATE].flatten().tolist() == [0, 1, 3, 4, 6]
     assert one[f"next.{STATE}"].flatten().tolist() == [2, 2, 5, 5, 7]
     assert one["discount"].tolist() == [0.25, 0.5, 0.25, 0.5, 0.5] and one["reward"].tolist() == [1.5, 1, 1.5, 1, 1]
@@ -383,7 +385,7 @@ def test_a_fault_in_a_worker_names_its_environment(
     run = online(*options, "--steps", 100, "--env-timeout", 1)
     out = capsys.readouterr().out
     said = {"raise": "raised ArithmeticError in step: simulator exploded", "hang": "did not come back from step"}
-    said |= {"die": "died in step", "nan": "gave a NaN or Inf in 'observation.state'"}
+    said |= {"die": "died in step", "nan": "returned a NaN or Inf in 'observation.state'"}
     assert re.search(rf"environment 2 \(seed \d+, step \d+ of its episode\) {said[kind]}", out), out
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
@@ -422,7 +424,8 @@ def test_pictures_are_learnt_from(online: Script, name: str, monkeypatch: pytest
     words = [
         w for w in LEARNERS[name] if w not in ("--env", "savable", "--env.discrete", "--dataset", "toy", *toy.UNIT)
     ]
-    monkeypatch.setattr(cls, "needs_data", False, raising=False)
+    if name == "rlpd":  # without a dataset, just here
+        monkeypatch.setattr(cls, "data", staticmethod(TRAINER_REGISTRY["sac"].data))
     env = ("--env", "pictures", *(("--env.discrete",) if name == "dqn" else ()), "--model", "encoder=cnn")
     run = online(*words, *env, "--model.encoder.channels", 4, 4, "--model.encoder.features", 8)
     assert kinds == {torch.uint8}
@@ -474,7 +477,7 @@ def test_a_resumed_run_may_leave_a_dataset_that_it_was_not_asked_for(online: Scr
     online("--resume", run, "--steps", 42, "--save-dataset", tmp_path / "data", "--save-what", "collected")
     built = build(tmp_path / "data", validation=0.0)
     assert built["dataset"].episodes.lengths.sum() == 42 and built["env"]["id"] == "TendonToy-v0"
-    with pytest.raises(UserError, match="/proc/x: .*; give another folder"):
+    with pytest.raises(UserError, match="/proc/x: .*; choose another folder"):
         online("--resume", run, "--steps", 44, "--save-dataset", "/proc/x")
 
 
@@ -497,7 +500,7 @@ def test_pictures_and_choices_are_written_too(tmp_path: Path) -> None:
     spec |= {"next.observation.images.camera": spec["observation.images.camera"]}
     spec |= {"action": {"shape": (), "dtype": "int64", "classes": 3}, "reward": {"shape": (), "dtype": "float32"}}
     spec |= {"terminated": {"shape": (), "dtype": "bool"}}
-    made = ReplayBuffer(spec, 100, 1, 1, {})
+    made = ReplayBuffer(spec, 100, 1, 1, Window())
     for t in range(7):
         picture = torch.full((1, 3, 8, 8), 10 * t, dtype=torch.uint8)
         flags = {"terminated": torch.tensor([t == 3]), "ended": torch.tensor([t == 3]), "valid": torch.tensor([True])}

@@ -347,7 +347,7 @@ def test_settings_of_a_sampler_and_of_single_actions() -> None:
         Policy(Samples(), Normaliser(spec()), spec(), Inference(sampler="c"))
     with pytest.raises(UserError, match=r"--policy.sampling-steps 21 must be 1 to 20"):
         Policy(Samples(), Normaliser(spec()), spec(), Inference(sampling_steps=21))
-    with pytest.raises(UserError, match="--policy.ensemble averages chunks; this policy gives single actions"):
+    with pytest.raises(UserError, match="--policy.ensemble averages chunks; this policy returns single actions"):
         Policy(Samples(), Normaliser(spec()), spec(), Inference(ensemble=0.1))
 
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, Normal
 
 from components import UserError
-from components.data.normalisation import LIMIT, Normaliser
+from components.contracts import Rollouts
+from components.data.normalisation import LIMIT, Normaliser, RunningStatistics
 from components.data.returns import generalised_advantage
-from components.data.running import RunningStatistics
+from components.datasets.transitions import prepared
 from components.experience.rollout import Rollout
 from components.models.actor import Actor
 from components.models.q_ensemble import VEnsemble
@@ -459,10 +460,10 @@ def test_the_divergence_of_all_processes_decides(monkeypatch: pytest.MonkeyPatch
 
 def test_it_refuses_a_dataset_and_numbers_that_make_no_sense() -> None:
     with pytest.raises(UserError, match="ppo learns from rollouts .* online_trainer.py"):
-        PPO.prepare({}, PPO.Config())
+        prepared({}, PPO, "ppo", PPO.Config())
     for option, value in (("rollout", 0), ("epochs", 0), ("gae_lambda", 1.1), ("clip", -0.1), ("value_weight", -1)):
         with pytest.raises(UserError, match=f"--trainer.{option.replace('_', '-')} {value} must be"):
-            PPO.rollout(build(**{option: value}).config)
+            PPO.data(build(**{option: value}).config)
 
 
 # ---- rollouts ------------------------------------------------------------------------------------------------------
@@ -480,7 +481,7 @@ class Numbering:
 def rollout(minibatch: int = 4, epochs: int = 3, normaliser: Normaliser | None = None) -> tuple[Rollout, Numbering]:
     """Of six steps of two environments."""
     trainer, device = Numbering(), torch.device("cpu")
-    return Rollout(trainer, normaliser or Normaliser({}), device, 2, minibatch, 6, epochs), trainer
+    return Rollout(trainer, normaliser or Normaliser({}), device, 2, minibatch, Rollouts(6, epochs)), trainer
 
 
 def step(t: int, valid: tuple[bool, bool] = (True, True)) -> dict[str, Tensor]:
@@ -611,7 +612,7 @@ def statistics(
 ) -> tuple[RunningStatistics, Normaliser, dict[str, Any]]:
     spec = copy.deepcopy(spec or SPEC | {STATE: {"shape": (3,), "dtype": "float32"}})
     running = RunningStatistics(spec, observations, rewards, 0.9, envs)
-    return running, Normaliser(spec, running.modes), spec
+    return running, running.normaliser_of(spec, {}), spec
 
 
 def stream(steps: int = 60, envs: int = 2, seed: int = 0) -> list[dict[str, Tensor]]:
@@ -646,14 +647,14 @@ def test_running_statistics_are_those_of_everything_so_far() -> None:
     for t, one in enumerate(transitions, 1):
         running.add(one)
         if t in (1, 7, 8, 40, 60):
-            running.settle(normaliser)
+            running.settle()
             states = torch.cat([one[STATE][one["valid"]] for one in transitions[:t]]).double().numpy()
             assert np.allclose(normaliser.offset[STATE], states.mean(0), rtol=1e-6, atol=1e-6)
             assert np.allclose(normaliser.scale[STATE], np.sqrt(states.var(0) + 1e-8), rtol=1e-5)
             assert float(normaliser.scale["reward"]) == pytest.approx(
                 math.sqrt(returns(transitions[:t]).var() + 1e-8), rel=1e-5
             )
-    running.settle(normaliser)  # nothing new
+    running.settle()  # nothing new
     assert np.allclose(normaliser.offset[STATE], states.mean(0), rtol=1e-6, atol=1e-6)
 
 
@@ -662,13 +663,13 @@ def test_nothing_changes_between_acting_and_learning() -> None:
     transitions = stream(20)
     for one in transitions[:10]:
         running.add(one)
-    running.settle(normaliser)
+    running.settle()
     before = normaliser(transitions[0])
     for one in transitions[10:]:
         running.add(one)
         after = normaliser(transitions[0])
         assert all(torch.equal(before[key], after[key]) for key in before)
-    running.settle(normaliser)
+    running.settle()
     after = normaliser(transitions[0])
     assert {key for key in before if not torch.equal(before[key], after[key])} == {STATE, f"next.{STATE}", "reward"}
 
@@ -679,7 +680,7 @@ def test_what_is_not_asked_for_is_not_normalised(observations: bool, rewards: bo
     running, normaliser, spec = statistics(observations=observations, rewards=rewards)
     one = stream(1)[0] | {"valid": torch.ones(2, dtype=torch.bool)}
     running.add(one)
-    running.settle(normaliser)
+    running.settle()
     found = normaliser(one)
     for key, asked in ((STATE, observations), (f"next.{STATE}", observations), ("reward", rewards)):
         assert torch.equal(found[key], one[key]) == (not asked), key
@@ -721,7 +722,7 @@ def test_observations_are_normalised_as_gymnasium_does() -> None:
         flags = dict.fromkeys(("valid", "ended"), torch.tensor([True]))
         running.add({STATE: state[None], "reward": torch.ones(1), **flags})
         if i % 100 == 0:
-            running.settle(normaliser)
+            running.settle()
     assert np.allclose(normaliser.offset[STATE], wrapped.obs_rms.mean, rtol=1e-4)
     assert np.allclose(normaliser.scale[STATE], np.sqrt(wrapped.obs_rms.var), rtol=1e-4)
 
@@ -739,7 +740,7 @@ def test_rewards_are_normalised_as_gymnasium_does() -> None:
         for reward, end in zip(rewards, ended, strict=True):
             one = {STATE: torch.zeros(1, 3), "reward": reward[None], "valid": torch.tensor([True])}
             running.add(one | {"ended": torch.tensor([end])})
-        running.settle(normaliser)
+        running.settle()
         found = float(normaliser.scale["reward"])
         if tolerance is None:  # so the numbers do depend on the ends of episodes
             assert abs(found / deviation - 1) > 0.1
@@ -756,7 +757,7 @@ def test_the_return_begins_anew_when_an_episode_ends_or_is_cut() -> None:
     running.add(one | {"ended": torch.tensor([False])})
     running.add(one | {"ended": torch.tensor([False]), "valid": torch.tensor([False])})
     running.add(one | {"ended": torch.tensor([False])})
-    running.settle(normaliser)
+    running.settle()
     assert float(normaliser.scale["reward"]) == pytest.approx(np.sqrt(np.var([1, 1.9, 1, 1, 1])), rel=1e-5)
 
 
@@ -765,7 +766,7 @@ def test_what_running_statistics_give_is_cut_at_10() -> None:
     assert running.modes == {STATE: "running", "reward": "running_return"} and LIMIT == 10
     for one in stream():
         running.add(one)
-    running.settle(normaliser)
+    running.settle()
     one = {STATE: torch.tensor([[1e3, -1e3, -100.0]]), "reward": torch.tensor([-1e4])}
     one |= {f"next.{STATE}": torch.tensor([[6.0, 1e3, 1e3]])}
     found = normaliser(one)
@@ -793,18 +794,20 @@ def test_running_statistics_go_on_where_they_were_saved(tmp_path: Path, own: boo
     for t, one in enumerate(transitions[:30]):
         running.add(one)
         if t == 19:
-            running.settle(normaliser)
-    checkpoint.write_tree(tmp_path / "file", {"shared": running.state_dict(), "own": running.own_state()})
+            running.settle()
+    checkpoint.write_tree(tmp_path / "file", {"shared": running.state_dict(), "own": running.rank_state()})
     saved = checkpoint.read_tree(tmp_path / "file")
     other, another, _ = statistics()
-    other.load_state_dict(saved["shared"], saved["own"] if own else None, another)
+    other.load_state_dict(saved["shared"])
+    if own:
+        other.load_rank_state(saved["own"])
     assert torch.equal(another.offset[STATE], normaliser.offset[STATE])
     assert torch.equal(another.scale["reward"], normaliser.scale["reward"])
     for one in transitions[30:]:
         running.add(one)
         other.add(one)
-    running.settle(normaliser)
-    other.settle(another)
+    running.settle()
+    other.settle()
     assert torch.equal(another.scale["reward"], normaliser.scale["reward"]) == own
     assert torch.equal(another.offset[STATE], normaliser.offset[STATE]) == own
     parts = transitions if own else transitions[:20] + transitions[30:]
@@ -817,7 +820,7 @@ def test_a_run_goes_on_with_the_statistics_of_the_one_it_begins_from() -> None:
     transitions = stream()
     for one in transitions[:30]:
         running.add(one)
-    running.settle(normaliser)
+    running.settle()
     described = running.describe(spec)
     assert described[STATE]["stats"]["count"] == sum(int(one["valid"].sum()) for one in transitions[:30])
     assert described[STATE]["stats"]["mean"] == pytest.approx(normaliser.offset[STATE].tolist(), rel=1e-6)
@@ -828,7 +831,7 @@ def test_a_run_goes_on_with_the_statistics_of_the_one_it_begins_from() -> None:
     following.cut()
     for one in transitions[30:]:
         following.add(one)
-    following.settle(another)
+    following.settle()
     states = torch.cat([one[STATE][one["valid"]] for one in transitions]).double().numpy()
     assert np.allclose(another.offset[STATE], states.mean(0), rtol=1e-5, atol=1e-5)
     assert np.allclose(another.scale[STATE], states.std(0), rtol=1e-4)

@@ -1,5 +1,6 @@
-"""The README's examples are what they claim to be: extracted, written to a folder, and run."""
+"""The READMEs and the examples that they name are what they claim to be: commands run, links lead somewhere."""
 
+import ast
 import importlib
 import os
 import re
@@ -13,19 +14,31 @@ from pathlib import Path
 import pytest
 
 import offline_trainer
-from components import DATASET_BUILDER_REGISTRY, REGISTRIES
+import online_trainer
+from components import DATASET_BUILDER_REGISTRY, REGISTRIES, TRAINER_REGISTRY
+from components.report import results_table
 from conftest import ROOT, command, in_this_process
 
 README = (ROOT / "README.md").read_text()
-FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", README, re.DOTALL))
+DATASETS = (ROOT / "components" / "datasets" / "README.md").read_text()
+EXAMPLES = ROOT / "tests" / "examples"
+LISTED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+READMES = [line for line in LISTED if line.endswith("README.md") and "fixtures" not in line]
 # The kit's own; the tests register more.
 OWN = {name for name, cls in DATASET_BUILDER_REGISTRY.items() if cls.__module__.startswith("components.")}
+OWN_TRAINERS = {name for name, cls in TRAINER_REGISTRY.items() if cls.__module__.startswith("components.")}
+PREFIX = "PYTHONPATH=tests/examples python "
 COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-    if "my_data" in line
+    line.removeprefix(PREFIX)
+    for path in sorted(EXAMPLES.glob("my_*.py"))
+    for line in (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
+    if line.startswith(PREFIX)
 ]
+
+
+def test_the_first_page_is_short() -> None:
+    assert len(README.splitlines()) <= 220
+    assert len(README.split()) <= 2500
 
 
 def test_the_quick_start_is_what_ci_runs() -> None:
@@ -35,26 +48,63 @@ def test_the_quick_start_is_what_ci_runs() -> None:
     assert lines[1] in (ROOT / ".ci" / "run").read_text()
 
 
-def test_all_examples_are_here() -> None:
-    assert set(FILES) == {
-        "my_env.py",
-        "my_data.py",
-        "my_trainer.py",
-        "my_loss.py",
-        "my_optimizer.py",
-        "my_model.py",
-        "plain.py",
-    }
-    assert len(COMMANDS) == 5
+# ---- links and tables ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder with the plugins of the README in it."""
-    folder = tmp_path_factory.mktemp("readme")
-    for name, text in FILES.items():
-        (folder / name).write_text(text)
-    return folder
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\((?!https:)([^)\s]+)\)", without_code((ROOT / page).read_text()))
+    assert links
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / name).resolve() if name else ROOT / page
+        inside = str(target.relative_to(ROOT))
+        assert any(line == inside or line.startswith(f"{inside}/") for line in LISTED), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_every_page_is_linked_from_the_first() -> None:
+    assert all(f"]({page})" in README for page in READMES if page != "README.md")
+
+
+def test_every_trainer_and_dataset_has_a_line() -> None:
+    def first_words(heading: str) -> list[str]:
+        section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        return re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+
+    assert sorted(first_words("Trainers")) == sorted(OWN_TRAINERS)
+    assert sorted(first_words("Datasets")) == sorted(OWN)
+
+
+@pytest.mark.parametrize("name", ["imitation", "offline_rl"])
+def test_tables_are_made_of_the_rows(name: str) -> None:
+    results = ROOT / "tests" / "results"
+    assert results_table(results / f"{name}.json").strip() in (results / "README.md").read_text()
+
+
+# ---- examples ------------------------------------------------------------------------------------------------------
+
+
+def test_all_examples_have_a_command_and_a_link() -> None:
+    names = {path.name for path in EXAMPLES.glob("my_*.py")}
+    assert names == {"my_env.py", "my_data.py", "my_trainer.py", "my_loss.py", "my_optimizer.py", "my_model.py"}
+    assert len(COMMANDS) == len(names)
+    assert all(f"](tests/examples/{name})" in README for name in names | {"plain.py"})
+
+
+def test_the_trainer_on_the_first_page_is_the_example() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert block == (EXAMPLES / "my_trainer.py").read_text()
 
 
 @pytest.fixture
@@ -65,32 +115,37 @@ def own_registries() -> Iterator[None]:
     for name, registry in REGISTRIES.items():
         registry.clear()
         registry.update(before[name])
-    for name in FILES:
-        sys.modules.pop(name.removesuffix(".py"), None)
+    for path in EXAMPLES.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 @pytest.mark.parametrize("line", COMMANDS, ids=lambda line: line.split("--plugins ")[1].split(" --")[0])
 def test_examples_run(
-    folder: Path, line: str, own_registries: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, line: str, own_registries: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first one as a user runs it; the others in this process, which leaves out the imports."""
-    words = shlex.split(line)
-    assert words[:2] == ["python", "offline_trainer.py"]
-    words += ["--steps", "600", "--eval-episodes", "10", "--eval-every", "0"]
-    if line == COMMANDS[0]:
-        done = command(sys.executable, ROOT / "offline_trainer.py", *words[2:], cwd=folder)
+    """The dataset's as a user runs it; the others in this process, which leaves out the imports."""
+    script, *words = shlex.split(line)
+    few = ["--eval-every", "0", "--run-dir", str(tmp_path / "run")]
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.chdir(ROOT)
+    if script == "online_trainer.py":
+        few += ["--steps", "100", "--learning-starts", "50", "--eval-episodes", "2"]
+        in_this_process(online_trainer.main, [*words, *few])
+        assert "over 2 episodes" in capsys.readouterr().out
+        return
+    few += ["--steps", "600", "--eval-episodes", "10"]
+    if "--plugins my_data --dataset" in line:
+        done = command(sys.executable, script, *words, *few, cwd=ROOT, PYTHONPATH="tests/examples")
         assert done.returncode == 0, done.stderr
         out = done.stdout
     else:
-        monkeypatch.syspath_prepend(str(folder))
-        monkeypatch.chdir(folder)
-        in_this_process(offline_trainer.main, words[2:])
+        in_this_process(offline_trainer.main, [*words, *few])
         out = capsys.readouterr().out
     rate = float(re.findall(r"success (\d\.\d\d)", out)[-1])
     assert rate >= 0.8, out
 
 
-TRIED = re.findall(r"`accelerate launch (offline_trainer\.py --trainer bc --dataset .*?)` \|", README)
+TRIED = re.findall(r"`accelerate launch (offline_trainer\.py --trainer bc --dataset .*?)` \|", DATASETS)
 
 
 def test_every_dataset_has_a_command() -> None:
@@ -109,7 +164,7 @@ def test_the_command_of_a_dataset_runs(line: str, tmp_path: Path, monkeypatch: p
 
 def test_the_commands_about_datasets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    lines = [line.split("#")[0] for line in README.splitlines() if line.startswith("python -m components.datasets.")]
+    lines = [line.split("#")[0] for line in DATASETS.splitlines() if line.startswith("python -m components.datasets.")]
     assert len(lines) == 2
     for line in lines:
         words = shlex.split(line.replace("dataset.png", str(tmp_path / "d.png")))
@@ -120,8 +175,8 @@ def test_the_commands_about_datasets_run(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_components_alone_train_in_plain_pytorch(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "components", tmp_path / "components", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "plain.py").write_text(FILES["plain.py"])
-    assert len([line for line in FILES["plain.py"].splitlines() if line.strip()]) <= 30
+    plain = shutil.copy(EXAMPLES / "plain.py", tmp_path)
+    assert len([line for line in Path(plain).read_text().splitlines() if line.strip()]) <= 30
     blocked = "import sys; sys.modules.update(accelerate=None, tyro=None, wandb=None, protocols=None); "
     code = blocked + "import runpy; runpy.run_path('plain.py')"
     done = subprocess.run(
@@ -137,8 +192,7 @@ def test_components_alone_train_in_plain_pytorch(tmp_path: Path) -> None:
 
 
 def test_nothing_but_the_fixed_files_at_the_top() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    top = {line.split("/")[0] for line in LISTED}
     visible = {name for name in top if not name.startswith(".")}
     allowed = {"offline_trainer.py", "online_trainer.py", "components", "protocols.py", "tests"}
     assert visible <= allowed | {"requirements.txt", "README.md", "LICENSE"}

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from components.acting.evaluation import observation_batch
+from components.contracts import Window
 from components.data.returns import n_step_return
+from components.envs.observations import observation_batch
 from components.envs.vector import Environments
 from components.experience.collection import Collector, describe_env
 from components.experience.replay import ReplayBuffer
@@ -160,7 +161,7 @@ def made_spec() -> dict[str, Any]:
 
 
 def buffer(n_step: int, size: int = 100, num_envs: int = 1, **window: Any) -> ReplayBuffer:
-    return ReplayBuffer(made_spec(), size, num_envs, num_envs, {"n_step": n_step, "discount": 0.5, **window})
+    return ReplayBuffer(made_spec(), size, num_envs, num_envs, Window(n_step=n_step, discount=0.5, **window))
 
 
 def row(t: int, terminated: bool = False, ended: bool = False, envs: int = 1, valid: bool = True) -> dict[str, Tensor]:
@@ -265,7 +266,7 @@ def pictured(size: int, num_envs: int = 1) -> ReplayBuffer:
     spec |= {"next.observation.images.camera": {"shape": PICTURE, "dtype": "uint8"}}
     spec |= {"reward": {"shape": (), "dtype": "float32"}, "terminated": {"shape": (), "dtype": "bool"}}
     spec |= {"action": {"shape": (), "dtype": "int64", "classes": 3}}
-    return ReplayBuffer(spec, size, num_envs, num_envs, {})
+    return ReplayBuffer(spec, size, num_envs, num_envs, Window())
 
 
 def frame(t: int, ended: bool = False, envs: int = 1) -> dict[str, Tensor]:
@@ -384,7 +385,7 @@ def test_any_number_of_processes_restores_it() -> None:
     shorter = buffer(n_step=2, size=24, num_envs=4)  # the newest are kept
     assert shorter.restore({"buffer": STATE | {"envs": 4, "total": [13] * 4}, "parts": [part]}, 0)
     assert sorted(drawn(shorter)) == list(range(7, 13))
-    second = ReplayBuffer(made_spec(), 40, 4, 2, {"n_step": 2, "discount": 0.5})  # the second of two processes
+    second = ReplayBuffer(made_spec(), 40, 4, 2, Window(n_step=2, discount=0.5))  # the second of two processes
     assert second.restore({"ranks": [{"buffer": STATE | {"envs": 4}, "parts": [part]}]}, 2)
     assert second.count.tolist() == [10, 10] and drawn(second) == drawn(made)
     assert not buffer(1).restore({}, 0)

@@ -91,7 +91,7 @@ def test_a_long_evaluation_does_not_hold_up_the_stop(
     run = request.getfixturevalue(which)(*options)
     assert time.monotonic() - began < 10
     assert status(run)["state"] == "preempted" and status(run)["step"] == 30
-    assert "stopped at step 30; go on with --resume" in capsys.readouterr().out
+    assert "stopped at step 30; continue with --resume" in capsys.readouterr().out
     assert checkpoint.newest(run / "checkpoints")[1]["step"] == 30
     assert not read_lines(run / "eval.jsonl") and not any(line["step"] == 30 for line in learned(run))
 

@@ -11,8 +11,8 @@ import torch
 
 import toy
 from components import DATASET_BUILDER_REGISTRY, ENV_BUILDER_REGISTRY, UserError
-from components.acting.evaluation import observation_batch
 from components.envs.metaworld import MetaWorldEnv
+from components.envs.observations import observation_batch
 from components.run.curves import read_lines
 from conftest import everything
 

@@ -393,7 +393,7 @@ def test_a_dueling_network_adds_up_value_and_centred_advantages() -> None:
 
 
 def test_dqn_refuses_continuous_actions() -> None:
-    with pytest.raises(UserError, match="this network values discrete actions"):
+    with pytest.raises(UserError, match="this network evaluates discrete actions"):
         DiscreteQ().build(SPEC)
     models = nn.ModuleDict({"critic": DiscreteQ().build(CHOICES)})
     with pytest.raises(UserError, match="dqn chooses among discrete actions; .* sac, td3 or ppo"):

@@ -1,83 +1,34 @@
-"""Evaluation in an environment: a fixed list of episodes, each known by its seed, whatever slot or process runs it."""
+"""Evaluation in an environment: a fixed list of seeds, one episode each, on any slot or process."""
 
-import contextlib
 import itertools
 import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .. import parallel
-from ..data.batches import to_device
-from ..data.features import read
-from ..data.random_state import preserved, seed_all
+from ..contracts import options_of
+from ..data.random_state import preserved
+from ..envs.observations import info_value, observation_batch, success_of
 from ..envs.vector import Environments, FaultyEnvError, check_finite, executed
-from ..errors import StoppedError, UserError
-from ..run.command_line import options_of
+from ..errors import StoppedError, UserError, one_line
 from .policy import Policy
 
 logger = logging.getLogger(__name__)
-MAX_STEPS = 100_000  # an episode that is longer has no end: the environment lacks a time limit
+MAX_STEPS = 100_000  # a longer episode means that the environment lacks a time limit
 
 
-def observation_batch(observation: Any) -> dict[str, np.ndarray]:
-    """Name an environment's observations as the data does.
-
-    A vector `[N, D]` is `observation.state`, pictures are `observation.images.camera` `[N, C, H, W]`, stacked ones side
-    by side in C. In a dict, `agent_pos` and `observation` are the state, `environment_state` keeps its name, `pixels`
-    holds pictures; keys that begin with `observation.` stay.
-    """
-    if not isinstance(observation, dict):
-        array = np.asarray(observation)
-        if array.dtype == np.uint8 and array.ndim > 2:
-            return {"observation.images.camera": channels_first(array)}
-        return {"observation.state": _vectors(array)}
-    named: dict[str, np.ndarray] = {}
-    for key, value in observation.items():
-        if key == "pixels":
-            cameras = value if isinstance(value, dict) else {"camera": value}
-            named |= {f"observation.images.{name}": channels_first(np.asarray(x)) for name, x in cameras.items()}
-        elif key in ("agent_pos", "observation"):
-            named["observation.state"] = _vectors(value)
-        elif key.startswith("observation.images."):
-            named[key] = np.asarray(value)
-        elif np.asarray(value).dtype == np.uint8 and np.ndim(value) > 2:
-            named[f"observation.images.{key}"] = channels_first(np.asarray(value))
-        else:
-            named[key if key.startswith("observation.") else f"observation.{key}"] = _vectors(value)
-    return named
-
-
-def channels_first(pictures: np.ndarray) -> np.ndarray:
-    """`[N, C, H, W]` of grey pictures `[N, H, W]`, coloured ones, channels last, stacks `[N, S, H, W]`, or both."""
-    if pictures.ndim == 3:
-        return pictures[:, None]
-    if pictures.ndim == 5:  # [N, S, H, W, C]
-        pictures = np.moveaxis(pictures, -1, 2)
-        return pictures.reshape(len(pictures), -1, *pictures.shape[3:])
-    return pictures if pictures.shape[1] < pictures.shape[3] else np.moveaxis(pictures, -1, 1)
-
-
-def _vectors(value: Any) -> np.ndarray:
-    """`[N, D]` float32 of an observation of any shape and type that is no picture."""
-    array = np.asarray(value)
-    return array.reshape(len(array), -1).astype(np.float32)
-
-
-def choose_env(
-    asked: str, options: Any, given: Callable[[str], bool], offered: dict[str, Any] | None
-) -> tuple[str, Any]:
-    """The environment and its options: what the command line sets, then what the dataset offers, then the defaults.
+def choose_env(args: Any, offered: dict[str, Any] | None) -> tuple[str, Any]:
+    """The environment and its options, in order of precedence from the command line, the dataset, and the defaults.
 
     Args:
-        asked: Name and `options` as parsed.
-        given: Whether the command line itself sets an option ("env", "env.task").
+        args: With `env`, `env_options` and `given`, which returns whether the command line sets an option.
         offered: {"name", options} of the dataset, or None.
 
     Returns:
@@ -85,21 +36,30 @@ def choose_env(
     """
     from .. import ENV_BUILDER_REGISTRY
 
-    offered = dict(offered or {})
-    values = offered.pop("options", {}) | {key: value for key, value in offered.items() if key != "name"}
-    explicit = {f.name: getattr(options, f.name) for f in fields(options) if given(f"env.{f.name.replace('_', '-')}")}
-    name = asked if given("env") else offered.get("name", asked if explicit else "none")
+    offered, options = dict(offered or {}), args.env_options
+    given = [f.name for f in fields(options) if args.given(f"env.{f.name.replace('_', '-')}")]
+    explicit = {name: getattr(options, name) for name in given}
+    name = args.env if args.given("env") else offered.get("name", args.env if explicit else "none")
     if name not in ENV_BUILDER_REGISTRY:
         return "none", None
-    base = values if name == offered.get("name") else {}
-    return name, options_of(ENV_BUILDER_REGISTRY[name], base | explicit)
+    if name != offered.get("name"):
+        return name, options_of(ENV_BUILDER_REGISTRY[name], explicit)
+    return offered_env(offered, **explicit)
+
+
+def offered_env(offered: dict[str, Any], **explicit: Any) -> tuple[str, Any]:
+    """Name and options of the environment that a dataset offers, {"name", options}; `explicit` options override."""
+    from .. import ENV_BUILDER_REGISTRY
+
+    values = offered.get("options", {}) | {k: v for k, v in offered.items() if k not in ("name", "options")}
+    return offered["name"], options_of(ENV_BUILDER_REGISTRY[offered["name"]], values | explicit)
 
 
 def check_env(envs: Any, spec: dict[str, Any]) -> None:
-    """Refuse an environment whose action or observation widths are not the data's.
+    """Refuse an environment whose actions or observations do not match the data.
 
     Raises:
-        UserError: with both widths.
+        UserError: names both widths, or the key that is missing.
     """
     space, action = envs.single_action_space, spec["action"]
     if "classes" in action:
@@ -118,12 +78,12 @@ def check_env(envs: Any, spec: dict[str, Any]) -> None:
     found = observation_batch(observation)
     for key in (key for key in spec if key.startswith("observation.")):
         if key not in found:
-            raise UserError(f"it gives {', '.join(found)}, the policy needs {key!r}")
+            raise UserError(f"it returns {', '.join(found)}, the policy needs {key!r}")
         stored = tuple(spec[key].get("stored_shape", spec[key]["shape"]))
         frame = found[key].shape[1:]
         if stored[-len(frame) :] != frame:
             have, want = (shape[0] if len(frame) == 1 else tuple(shape) for shape in (frame, stored[-len(frame) :]))
-            raise UserError(f"it gives {key!r} of width {have}, the dataset has {want}")
+            raise UserError(f"it returns {key!r} of width {have}, the dataset has {want}")
 
 
 def run_episodes(
@@ -134,94 +94,96 @@ def run_episodes(
     tick: Callable[[], None] = lambda: None,
     every: int = 1,
 ) -> list[dict[str, Any]]:
-    """Play one episode per seed, in rounds of one episode per slot; what a slot does after its episode is ignored.
+    """Run one episode per seed, in rounds of one episode per slot; a slot's steps after its episode are ignored.
 
-    So a result depends on its seed alone, long episodes count like short ones, and any autoreset mode will do.
+    So a result depends on its seed only, long and short episodes count alike, and all autoreset modes are supported.
 
     Args:
         envs: A vector environment, or `Environments`.
-        frames: Collects the first slot's pictures, when given, one of so many that there would be (`every`).
-        tick: Called at each step; what it raises ends the episodes.
+        frames: If given, collects the rendered frames of the first slot, one in `every`.
+        tick: Called at each step; an exception from it ends the episodes.
 
     Returns:
-        [{"seed", "success" (None when the environment tells none), "success_at_end", "return", "length"}], and the last
+        [{"seed", "success" (None if the environment reports none), "success_at_end", "return", "length"}], and the last
         and the largest value of each number of `info` that the environment's `tracked` names.
     """
-    space, slots, names = envs.single_action_space, envs.num_envs, getattr(envs, "tracked", ())
     episodes: list[dict[str, Any]] = []
-    seen = itertools.count()  # steps that could be drawn
-    for start in range(0, len(seeds), slots):
-        chosen = list(seeds[start : start + slots])
-        padded = chosen + [chosen[-1]] * (slots - len(chosen))  # the last round may have slots to spare
-        observation, _ = envs.reset(seed=padded)
-        policy.reset(seeds=padded)
-        running = np.ones(slots, dtype=bool)
-        running[len(chosen) :] = False
-        returns, lengths = np.zeros(slots), np.zeros(slots, dtype=int)
-        once: list[bool | None] = [None] * slots
-        at_end: list[bool | None] = [None] * slots
-        tracked: list[dict[str, float]] = [{} for _ in range(slots)]
-        while running.any():
+    steps = itertools.count()  # of the first slot
+    for start in range(0, len(seeds), envs.num_envs):
+        played = _Round(list(seeds[start : start + envs.num_envs]), envs)
+        observation, _ = envs.reset(seed=played.padded)
+        policy.reset(seeds=played.padded)
+        while played.running.any():
             tick()
-            if frames is not None and running[0] and next(seen) % every == 0:
+            if frames is not None and played.running[0] and next(steps) % every == 0:
                 frames.append(envs.render()[0])
-            action = executed(policy.act(observation_batch(observation)), space)
+            action = executed(policy.act(observation_batch(observation)), envs.single_action_space)
             try:
                 observation, reward, terminated, truncated, info = envs.step(action)
-                check_finite(observation_batch(observation), reward, np.flatnonzero(running))
+                check_finite(observation_batch(observation), reward, np.flatnonzero(played.running))
             except FaultyEnvError as fault:
-                raise RuntimeError(fault.told(0, padded, lengths, action)) from fault
-            returns[running] += np.asarray(reward)[running]
-            lengths[running] += 1
-            for slot in np.flatnonzero(running):
-                success = success_of(info, int(slot))
-                if success is not None:
-                    once[slot], at_end[slot] = bool(once[slot]) or success, success
-                for key in names:
-                    if (value := told(info, key, int(slot))) is not None:
-                        most = max(float(value), tracked[slot].get(f"{key}_max", -math.inf))
-                        tracked[slot] |= {f"{key}_final": float(value), f"{key}_max": most}
-            running &= ~(np.asarray(terminated) | np.asarray(truncated))
-            if lengths.max() > MAX_STEPS:
-                raise RuntimeError(f"an episode is longer than {MAX_STEPS} steps; set --env.max-episode-steps")
-        for i, seed in enumerate(chosen):
-            result = {"seed": seed, "success": once[i], "success_at_end": at_end[i]} | tracked[i]
-            episodes.append(result | {"return": float(returns[i]), "length": int(lengths[i])})
+                raise RuntimeError(fault.describe(0, played.padded, played.lengths, action)) from fault
+            played.add(reward, info, np.asarray(terminated) | np.asarray(truncated))
+        episodes += played.results()
     return episodes
 
 
-SUCCESSES = ("success", "is_success")
+class _Round:
+    """One episode per slot of a vector environment: which are running, and their results so far.
 
+    Args:
+        seeds: Of the episodes, at most one per slot.
+        envs: The vector environment.
+    """
 
-def success_of(info: dict[str, Any], slot: int) -> bool | None:
-    """`info["success"]` of one slot, under either of its names."""
-    for key in SUCCESSES:
-        if (value := told(info, key, slot)) is not None:
-            return bool(np.all(np.asarray(value) > 0.5))
-    return None
+    def __init__(self, seeds: list[int], envs: Any) -> None:
+        slots = envs.num_envs
+        self.seeds, self.names = seeds, getattr(envs, "tracked", ())
+        self.padded = seeds + [seeds[-1]] * (slots - len(seeds))  # spare slots of the last round
+        self.running = np.arange(slots) < len(seeds)
+        self.returns, self.lengths = np.zeros(slots), np.zeros(slots, dtype=int)
+        self.once: list[bool | None] = [None] * slots
+        self.at_end: list[bool | None] = [None] * slots
+        self.tracked: list[dict[str, float]] = [{} for _ in range(slots)]
 
+    def add(self, reward: Any, info: dict[str, Any], ended: np.ndarray) -> None:
+        """Count a step of the episodes that run, and end those of `ended` `[N]`."""
+        self.returns[self.running] += np.asarray(reward)[self.running]
+        self.lengths[self.running] += 1
+        for slot in map(int, np.flatnonzero(self.running)):
+            success = success_of(info, slot)
+            if success is not None:
+                self.once[slot], self.at_end[slot] = bool(self.once[slot]) or success, success
+            for key in self.names:
+                if (value := info_value(info, key, slot)) is not None:
+                    most = max(float(value), self.tracked[slot].get(f"{key}_max", -math.inf))
+                    self.tracked[slot] |= {f"{key}_final": float(value), f"{key}_max": most}
+        self.running &= ~ended
+        if self.lengths.max() > MAX_STEPS:
+            raise RuntimeError(f"an episode is longer than {MAX_STEPS} steps; set --env.max-episode-steps")
 
-def told(info: dict[str, Any], key: str, slot: int) -> Any:
-    """`info[key]` of one slot, or None; at an episode's end some autoreset modes put it into `final_info`."""
-    final = info.get("final_info")
-    if final is not None and np.any(info.get("_final_info", [False] * (slot + 1))[slot]):
-        info = final
-    return info[key][slot] if key in info and np.all(info.get(f"_{key}", [True] * (slot + 1))[slot]) else None
+    def results(self) -> list[dict[str, Any]]:
+        """The results of each episode, as `run_episodes` returns them."""
+        results = []
+        for i, seed in enumerate(self.seeds):
+            result = {"seed": seed, "success": self.once[i], "success_at_end": self.at_end[i]} | self.tracked[i]
+            results.append(result | {"return": float(self.returns[i]), "length": int(self.lengths[i])})
+        return results
 
 
 class Evaluator:
-    """Evaluates a policy in an environment, each process its share of the episodes.
+    """Evaluates a policy in an environment; the episodes are divided among the processes.
 
     Args:
-        policy: What acts.
-        environments: Of this process; replaced after an evaluation that failed.
+        policy: The policy.
+        environments: Of this process; rebuilt after a failed evaluation.
         env: {"name", options}, for the record.
-        seeds: One episode each, over all processes.
-        rank, world: This process, and how many there are.
-        tick: Called at each step; what it raises ends the evaluation.
+        seeds: Of the episodes of all processes.
+        rank, world: Rank of this process, and number of processes.
+        tick: Called at each step; an exception from it ends the evaluation.
 
     Raises:
-        UserError: the environment's action or observation widths are not the data's.
+        UserError: the environment's actions or observations do not match the data.
     """
 
     def __init__(
@@ -237,17 +199,49 @@ class Evaluator:
         check_env(environments, policy.spec)
         self.policy, self.environments, self.env, self.seeds = policy, environments, env, seeds
         self.rank, self.world, self.tick, self.failed = rank, world, tick, False
-        self.reference: tuple[float, float] | None = None  # returns that count as 0 and 100, where the data has them
+        self.options: Any = None  # of the environment, from which one that renders is made
+        self.reference: tuple[float, float] | None = None  # returns that are normalised to 0 and 100
 
-    def evaluate(self, step: int) -> tuple[dict[str, Any] | None, str]:
-        """Play the episodes; returns (the line for `eval.jsonl`, "") or, on all processes alike, (None, what failed).
+    @classmethod
+    def of(
+        cls, args: Any, run: Any, policy: Policy | None, env: tuple[str, Any], build: Callable[..., Any], world: int
+    ) -> "Evaluator | None":
+        """The evaluator of a run, whose environments are closed with the run; None, with a reported reason, if none.
 
-        Leaves the random generators as they were, so training goes on as if it had not happened.
+        Args:
+            args: With `eval_episodes`, `eval_envs`, `eval_seed` and `env_timeout`.
+            env: Name and options of the environment.
+            build: (name, options, num_envs, seed) -> vector environment.
+            world: Number of processes.
 
         Raises:
-            StoppedError: on all processes, when a stop was asked for on any.
+            UserError: the environment cannot be made, or does not match the data.
         """
-        mine: list[dict[str, Any]] = []
+        name, options = env
+        if not args.eval_episodes or policy is None or name == "none":
+            why = "no environment is known (see --env)" if policy else "the trainer has no policy for this data"
+            run.say(f"no evaluation: {why}" if args.eval_episodes else "")
+            return None
+        seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
+        with one_line(f"env {name!r}"):
+            make: Any = partial(build, name, options)
+            make = policy.base.under(make) if policy.base else make
+            slots = min(args.eval_envs, -(-len(seeds) // world))
+            environments = run.closing(Environments(make, slots, args.eval_seed, args.env_timeout))
+            record = {"name": name, **asdict(options)}
+            evaluator = cls(policy, environments, record, seeds, run.rank, world, run.tick)
+            evaluator.options = options
+            return evaluator
+
+    def evaluate(self, step: int) -> tuple[dict[str, Any] | None, str]:
+        """Run the episodes; returns (the line for `eval.jsonl`, "") or, on all processes, (None, reason of a failure).
+
+        Preserves the random state, so that training continues as without the evaluation.
+
+        Raises:
+            StoppedError: on all processes, when a stop was requested on any.
+        """
+        of_rank: list[dict[str, Any]] = []
         problem, stopped = "", False
         with preserved():
             try:
@@ -255,14 +249,14 @@ class Evaluator:
                     self.environments.rebuild(self.seeds[0])
                 self.failed = True
                 seeds = list(self.seeds)[self.rank :: self.world]
-                mine = run_episodes(self.policy, self.environments, seeds, tick=self.tick)
+                of_rank = run_episodes(self.policy, self.environments, seeds, tick=self.tick)
                 self.failed = False
             except StoppedError:
                 stopped = True
             except Exception as error:
                 logger.debug("evaluation failed", exc_info=True)
                 problem = f"process {self.rank}: {type(error).__name__}: {error}"
-        parts, problems, stops = zip(*parallel.gather((mine, problem, stopped)), strict=True)
+        parts, problems, stops = zip(*parallel.gather((of_rank, problem, stopped)), strict=True)
         if any(stops):
             raise StoppedError("stopped by a signal")
         if any(problems):
@@ -274,77 +268,18 @@ class Evaluator:
             result["return_normalised"] = 100 * (result["return_mean"] - low) / (high - low)
         return result, ""
 
-    def film(self, path: Path, options: Any) -> str:
-        """Film the first three episodes in an environment made from `options`; returns why there is no film, or ""."""
+    def film(self, path: Path) -> str:
+        """Record a video of the first three episodes; returns why there is none, or ""."""
         if "rgb_array" not in (getattr(self.environments.envs, "metadata", None) or {}).get("render_modes", ()):
             return "the environment has no render mode 'rgb_array'"
         around = self.policy.base.under if self.policy.base else lambda make: make
-        return record_video(self.policy, options, self.seeds[:3], path, self.environments.timeout, self.tick, around)
-
-
-@torch.no_grad()
-def held_out_loss(
-    trainer: Any,
-    dataset: Any,
-    normaliser: Any,
-    batch_size: int,
-    device: torch.device,
-    tick: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Mean of the trainer's `losses` over the validation set; leaves the random generators as they were.
-
-    Not of the compiled ones: without gradients, and for the last, smaller batch, they would be compiled again.
-
-    Returns:
-        {"val/loss"}; of a mixture its sources' means, weighted by their shares, and each as "val/loss.<source>".
-
-    Raises:
-        StoppedError: on all processes, when `tick`, which is called for each batch, raised it on the first.
-    """
-    everything = {"": (torch.arange(len(dataset)), 1.0)}
-    sources = dataset.sources() if hasattr(dataset, "sources") else everything
-    means: dict[str, float] | None = None
-    with preserved(), parallel.apart(), contextlib.suppress(StoppedError):
-        seed_all(0)  # noise that a loss draws is the same each time, so that its values can be compared
-        totals = dict.fromkeys(sources, 0.0)
-        for name, (rows, _) in sources.items():
-            for part in rows.split(batch_size):
-                tick()
-                data = normaliser(to_device(read(dataset, part), device))
-                totals[name] += float(total_loss(type(trainer).losses(trainer, data))) * len(part)
-        means = {name: totals[name] / len(rows) for name, (rows, _) in sources.items()}
-    if (means := parallel.from_first(means)) is None:
-        raise StoppedError("stopped by a signal")
-    found = {"val/loss": sum(share * means[name] for name, (_, share) in sources.items())}
-    return found | {f"val/loss.{name}": mean for name, mean in means.items() if name}
-
-
-@torch.no_grad()
-def loss_by_source(trainer: Any, batch: dict[str, Any], prefix: str) -> dict[str, float]:
-    """The trainer's loss on the part of a batch that came from each source of a mixture; {} for other data.
-
-    It stands in for the means over all steps, which would cost as many forwards as there are sources.
-    """
-    if "source" not in batch or not callable(getattr(trainer, "losses", None)):
-        return {}
-    losses = type(trainer).losses  # not the compiled ones: the parts' sizes change
-    found: dict[str, float] = {}
-    with preserved(), parallel.apart():
-        for name in sorted(set(batch["source"])):
-            rows = [i for i, source in enumerate(batch["source"]) if source == name]
-            part = {k: v[rows] if isinstance(v, torch.Tensor) else [v[i] for i in rows] for k, v in batch.items()}
-            found[f"{prefix}loss.{name}"] = float(total_loss(losses(trainer, part)))
-    return found
-
-
-def total_loss(losses: Any) -> Any:
-    """What `losses` returns as one scalar: (loss, metrics), or the loss, or named terms."""
-    losses = losses[0] if isinstance(losses, tuple) else losses
-    return sum(losses.values()) if isinstance(losses, dict) else losses
+        return record_video(
+            self.policy, self.options, self.seeds[:3], path, self.environments.timeout, self.tick, around
+        )
 
 
 def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a success rate (Wilson, 1927): right also for 0 and for all successes."""
+    """Wilson's 95 % interval of a success rate (Wilson, 1927), valid also for 0 and for all successes."""
     rate, n = successes / episodes, episodes
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
@@ -352,7 +287,7 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple
 
 
 def summarise(episodes: list[dict[str, Any]], env: dict[str, Any], step: int, policy: Policy) -> dict[str, Any]:
-    """One line of `eval.jsonl`; a success counts when it happened once in the episode (`rule`)."""
+    """One line of `eval.jsonl`; an episode is a success if it succeeded at any step (`rule`)."""
     successes = [episode["success"] for episode in episodes if episode["success"] is not None]
     known = len(successes) == len(episodes) > 0
     returns = np.array([episode["return"] for episode in episodes])
@@ -381,7 +316,7 @@ def tracked_of(values: Any) -> list[str]:
 
 
 def scores(result: dict[str, Any]) -> dict[str, float]:
-    """The numbers of an evaluation that make curves."""
+    """The numbers of an evaluation for curves, as {"eval/<name>": value}."""
     names = ["success_rate", "success_at_end", "return_mean", "return_normalised", "length_mean", *tracked_of(result)]
     return {f"eval/{name}": result[name] for name in names if result.get(name) is not None}
 
@@ -393,7 +328,7 @@ def headline(result: dict[str, Any]) -> str:
 
 
 def outcome(result: dict[str, Any]) -> str:
-    """Success with its interval where the environment tells it, else the return."""
+    """The success rate with its interval if the environment reports success, else the return."""
     if result["success_rate"] is None:
         return f"return {result['return_mean']:.1f} +- {result['return_std']:.1f} over {result['episodes']} episodes"
     low, high = result["success_ci"]
@@ -410,14 +345,14 @@ def record_video(
     around: Callable[[Any], Any] = lambda make: make,
     every: int = 3,
 ) -> str:
-    """Film one episode per seed as H.264. Returns "" or, in one line, why there is no video.
+    """Record one episode per seed as an H.264 video. Returns "" or, in one line, why there is no video.
 
     Args:
         factory: An environment factory with the option `render_mode`.
         timeout: Seconds that a step of the environment may take.
-        tick: Called at each step; what it raises ends the film.
-        around: What `factory.build` is put into.
-        every: Keep one frame in so many.
+        tick: Called at each step; an exception from it ends the recording.
+        around: Wraps `factory.build`.
+        every: Keep one frame in `every`.
     """
     if not (is_dataclass(factory) and hasattr(factory, "render_mode")):
         return f"{type(factory).__name__} has no option 'render_mode'"
@@ -426,7 +361,7 @@ def record_video(
         import av
 
         with preserved(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # whatever a graphics library warns of, the line below says
+            warnings.simplefilter("ignore")  # of graphics libraries; the result reports failures
             filming: Any = replace(factory, render_mode="rgb_array")  # type: ignore[type-var]
             envs = Environments(around(filming.build), 1, seeds[0], timeout)
             try:
@@ -435,7 +370,7 @@ def record_video(
             finally:
                 envs.close()
         if not frames or frames[0] is None:
-            return "the environment draws no frames"
+            return "the environment renders no frames"
         path.parent.mkdir(parents=True, exist_ok=True)
         height, width = (side - side % 2 for side in frames[0].shape[:2])  # H.264's chroma is halved
         with av.open(str(path), "w") as container:

@@ -1,8 +1,8 @@
-"""A policy that acts in the environment's own units, step by step, from an observation history and action chunks."""
+"""A policy in the environment's units: one action per step, with an observation history and action chunks."""
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import contracts
 from ..data.features import history_of
 from ..data.normalisation import Normaliser
 from ..errors import UserError, nearest
@@ -19,14 +20,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inference:
-    """How a policy acts; the same weights may be far better or worse by it, so it travels with them."""
+    """Inference settings of a policy; they affect its success, so they are saved with its weights."""
 
     action_steps: int | None = None
     """Steps of a chunk that are executed before the next one is planned; None for all of them."""
     ensemble: float | None = None
     """Temporal ensembling: average all chunks with weights exp(-m i), i = 0 the oldest; m, or None for off."""
     sampler: str | None = None
-    """How noise becomes a chunk: ddim or ddpm (diffusion), euler or midpoint (flow)."""
+    """Sampler of chunks from noise: ddim or ddpm (diffusion), euler or midpoint (flow)."""
     sampling_steps: int | None = None
     """Steps of the sampler; midpoint evaluates the network twice in each."""
     task: str | None = None
@@ -38,23 +39,23 @@ class Policy:
 
     Args:
         module: Normalised observations in, normalised action `[B, Da]` or chunk `[B, Ta, Da]` out. It takes the batch,
-            or, when nothing but `observation.state` is observed, that tensor itself. One that draws noise may declare
-            `noise_shape` and find `noise` `[B, *noise_shape]` in the batch, drawn per episode; if it samples in steps,
-            it has `samplers` (names), `most_steps`, and the settings `sampler` and `sampling_steps`.
+            or, if the only observation is `observation.state`, that tensor itself. A stochastic module declares
+            `noise_shape` and receives `noise` `[B, *noise_shape]` in the batch, drawn per episode; if it samples in
+            steps, it has `samplers` (names), `most_steps`, and the settings `sampler` and `sampling_steps`.
         normaliser: Of the data that it was trained on.
         spec: {key: {"shape", "dtype", ...}} of that data.
-        settings: How it acts; what is None is left to the module.
+        settings: Inference settings; where they are None, the module's defaults apply.
 
     Raises:
-        UserError: settings that this policy does not have, or that make no sense.
+        UserError: settings that this policy does not have, or that are out of range.
     """
 
     def __init__(
         self, module: nn.Module, normaliser: Normaliser, spec: dict[str, Any], settings: Inference | None = None
     ) -> None:
         self.module, self.normaliser, self.spec = module, normaliser, spec
-        self.base: Any = None  # of a policy that corrects another one
-        # History and chunk steps are the extra leading axis of the items; a bool mask comes with every chunk.
+        self.base: Any = None  # the frozen `Base` of a residual policy
+        # History and chunk steps are the leading axis of an item; every chunk has a bool mask.
         self.chunked = "action_is_pad" in spec
         self.chunk = int(spec["action"]["shape"][0]) if self.chunked else 1
         self.observation_keys = [key for key in spec if key.startswith("observation.")]
@@ -65,10 +66,10 @@ class Policy:
         self.reset()
 
     def configure(self, **settings: Any) -> "Policy":
-        """Set how it acts (fields of `Inference`; the others stay as they are); returns itself.
+        """Change inference settings (fields of `Inference`; the others are kept); returns itself.
 
         Raises:
-            UserError: a setting that this policy does not have, or that makes no sense.
+            UserError: a setting that this policy does not have, or that is out of range.
         """
         names = [field.name for field in fields(Inference)]
         if unknown := [name for name in settings if name not in names]:
@@ -82,7 +83,7 @@ class Policy:
             )
         if wanted.ensemble is not None:
             if not self.chunked:
-                raise UserError("--policy.ensemble averages chunks; this policy gives single actions")
+                raise UserError("--policy.ensemble averages chunks; this policy returns single actions")
             if not math.isfinite(wanted.ensemble):
                 raise UserError(f"--policy.ensemble {wanted.ensemble} must be a finite number, such as 0.01")
         if not samplers and (wanted.sampler or wanted.sampling_steps):
@@ -97,7 +98,7 @@ class Policy:
             raise UserError(f"--policy.task {wanted.task!r}: the policy does not know it; {have}")
         self.settings = wanted
         self.action_steps = wanted.action_steps or self.chunk
-        # Whether nothing but the newest observation matters.
+        # Whether an action depends on the newest observation only.
         self.plain = self.chunk == self.obs_steps == 1 and wanted.ensemble is None and "task" not in self.spec
         if wanted.sampler is not None:
             module.sampler = wanted.sampler
@@ -108,7 +109,7 @@ class Policy:
 
     @property
     def inference(self) -> dict[str, Any]:
-        """How it acts, recorded beside every evaluation."""
+        """The inference settings in effect, recorded with every evaluation."""
         how: dict[str, Any] = {"obs_steps": self.obs_steps, "chunk": self.chunk, "action_steps": self.action_steps}
         how["ensemble"] = self.settings.ensemble
         if hasattr(self.module, "samplers"):
@@ -116,43 +117,57 @@ class Policy:
         return how | ({"task": self.settings.task} if "task" in self.spec else {})
 
     def reset(self, seeds: Sequence[int] | None = None) -> None:
-        """Start new episodes: forget the history and the chunk. `seeds` fix a stochastic policy's noise, one a row."""
+        """Start new episodes: clear history and chunks. `seeds` fix a stochastic policy's noise, one per row."""
         self._history: dict[str, list[Tensor]] = {}
         self._age: Tensor | None = None  # [N], steps since each row's episode began
         self._plan = torch.empty(0)  # [N, Ta, Da], each row's newest chunk
         self._plans: list[tuple[Tensor, Tensor]] = []  # ensembling: (each row's age then [N], -1 for none; chunk)
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where it is in its episodes: histories and chunks, but not the generators of `reset`'s seeds."""
+    def follow(self, transitions: dict[str, Any] | None) -> None:
+        """Start new episodes in the rows that ended with these transitions; None (after a fault): in all rows."""
+        if transitions is None:
+            self.reset()
+        else:
+            self.restart(transitions["ended"].nonzero().flatten())
+
+    def cut(self) -> None:
+        """Start new episodes in all rows."""
+        self.reset()
+
+    def rank_state(self) -> dict[str, Any]:
+        """The state of its episodes: histories and chunks, but not the generators of `reset`'s seeds."""
         return {"age": self._age, "plan": self._plan, "history": self._history, "plans": self._plans}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Restore the state of `rank_state`."""
         self.reset()
         self._age, self._plan, self._plans = state["age"], state["plan"], state["plans"]
         self._history = {k: [frame.to(self._device) for frame in past] for k, past in state["history"].items()}
 
     def restart(self, rows: Tensor) -> None:
-        """Start new episodes in some rows `[n]` of a batch, while the others go on."""
+        """Start new episodes in the rows `[n]` of a batch; the other rows continue."""
         if self._age is not None and len(rows):
             self._age[rows] = 0
             for ages, _ in self._plans:
                 ages[rows] = -1
 
     @torch.no_grad()
-    def act(self, observation: dict[str, Any], rows: Tensor | None = None) -> np.ndarray:
+    def act(self, observation: dict[str, Any], rows: Tensor | None = None, env_step: int | None = None) -> np.ndarray:
         """Next action, `[Da]` for one observation or `[N, Da]` for a batch, in the environment's units, float32.
 
         Discrete actions are their numbers, one or `[N]` int64.
 
         Args:
             observation: key -> array of one frame, or of N frames (the same N until `reset`); `task`, a text or N.
-            rows: `[n]`, those of a batch that act, whose frames these are; the others stay where they are.
+            rows: `[n]`, the rows of the batch that act, whose frames these are; the other rows are unchanged.
+            env_step: Environment steps of the run so far, for a module whose exploration depends on it.
 
         Raises:
             UserError: an observation key is missing or has another width than the policy was trained with.
         """
+        if env_step is not None:
+            contracts.set_env_step(self.module, env_step)
         frames, batched = self._frames(observation)
         if self._age is None:
             self._age = torch.zeros(len(next(iter(frames.values()))), dtype=torch.int64)
@@ -177,12 +192,12 @@ class Policy:
         return action.numpy() if batched else action[0].numpy()
 
     def _planned(self, batch: dict[str, Any], rows: Tensor | None) -> Tensor:
-        """What the module gives for a batch, in the environment's units, on the CPU."""
+        """The module's output for a batch, in the environment's units, on the CPU."""
         action = self._forward(self.normaliser(batch), rows)
         return self.normaliser.undo("action", action.float() if action.is_floating_point() else action).cpu()
 
     def _remember(self, frames: dict[str, Tensor], rows: Tensor, age: Tensor) -> None:
-        """Add frames of `rows` to the history; a row's first one stands in the place of what came before."""
+        """Add frames of `rows` to the history; the first frame of an episode fills its whole history."""
         for key, frame in frames.items():
             past = self._history.get(key, [frame] * self.obs_steps)
             everything, at = len(rows) == len(past[0]), rows.to(frame.device)
@@ -195,12 +210,12 @@ class Policy:
             self._history[key] = newer
 
     def _replan(self, observation: dict[str, Any], rows: Tensor, age: Tensor, due: Tensor) -> None:
-        """Put new chunks in the place of those of `rows` `[n]`, in the environment's units, on the CPU."""
+        """Replace the chunks of `rows` `[n]` by new ones, in the environment's units, on the CPU."""
         everything = len(rows) == len(next(iter(self._history.values()))[0])
         batch: dict[str, Any] = {}
         for key, past in self._history.items():
-            seen = past if everything else [frame[rows.to(frame.device)] for frame in past]
-            batch[key] = torch.stack(seen, 1) if self.obs_steps > 1 else seen[-1]
+            frames = past if everything else [frame[rows.to(frame.device)] for frame in past]
+            batch[key] = torch.stack(frames, 1) if self.obs_steps > 1 else frames[-1]
         if "task" in self.spec:
             texts = self._tasks(observation, len(due))
             batch["task"] = [text for text, now in zip(texts, due.tolist(), strict=True) if now]
@@ -220,19 +235,19 @@ class Policy:
             self._plans.append((ages, self._plan))
 
     def _averaged(self, rows: Tensor, age: Tensor) -> Tensor:
-        """The mean of what all chunks of these rows' episodes say of this step, `[n, Da]` (Zhao et al., 2023)."""
+        """The weighted mean `[n, Da]` of the actions that all chunks plan for this step (Zhao et al., 2023)."""
         assert self.settings.ensemble is not None and self._age is not None
-        said, counts = [], []
+        actions, counts = [], []
         for ages, chunk in self._plans:  # the oldest first
             planned = age - ages[rows]  # steps ago
             counts.append((ages[rows] >= 0) & (planned < self.chunk))
-            said.append(chunk[rows, planned.clamp(0, self.chunk - 1)])
+            actions.append(chunk[rows, planned.clamp(0, self.chunk - 1)])
         valid = torch.stack(counts)  # [chunks, n]
-        place = valid.cumsum(0) - 1  # the oldest one's is 0
+        place = valid.cumsum(0) - 1  # 0 for the oldest
         weights = (-self.settings.ensemble * place).masked_fill(~valid, -math.inf).softmax(0)
         kept = [bool(((self._age - ages < self.chunk) & (ages >= 0)).any()) for ages, _ in self._plans]
         self._plans = [plan for plan, alive in zip(self._plans, kept, strict=True) if alive]
-        return (weights[..., None] * torch.stack(said)).sum(0)
+        return (weights[..., None] * torch.stack(actions)).sum(0)
 
     def _tasks(self, observation: dict[str, Any], rows: int) -> list[str]:
         """The text of each row's task."""
@@ -242,24 +257,24 @@ class Policy:
             logger.warning(
                 "no task is named (--policy.task, or 'task' of act()); of %d it is %r", 1 + len(others), task
             )
-            self.settings = replace(self.settings, task=task)  # said once, and recorded
+            self.settings = replace(self.settings, task=task)  # warned once, and recorded
         return [task] * rows if isinstance(task, str) else [str(text) for text in task]
 
     def _frames(self, observation: dict[str, Any]) -> tuple[dict[str, Tensor], bool]:
-        """Check the observation and give it a batch dimension."""
+        """Check the observation and add a batch dimension if it has none; returns (frames, whether it had one)."""
         frames, batched = {}, True
         for key in self.observation_keys:
             if key not in observation:
                 found = ", ".join(observation) or "nothing"
                 raise UserError(f"the policy needs the observation {key!r}; found: {found}")
-            stored = self.spec[key].get("stored_shape", self.spec[key]["shape"])  # pictures may be cut to their centre
+            stored = self.spec[key].get("stored_shape", self.spec[key]["shape"])  # pictures may be cropped
             shape = tuple(stored)[self.obs_steps > 1 :]
             frame = torch.as_tensor(np.asarray(observation[key]))
             if tuple(frame.shape[-len(shape) :]) != shape or frame.ndim not in (len(shape), len(shape) + 1):
                 raise UserError(f"the policy expects {key!r} of shape {shape}, found {tuple(frame.shape)}")
             batched = frame.ndim > len(shape)
             frame = frame if frame.dtype == torch.uint8 else frame.float()
-            # What a GPU has under way is waited for once, by the action's way back.
+            # The GPU is synchronised only once, when the action is copied back.
             frames[key] = (frame if batched else frame[None]).to(self._device, non_blocking=True)
         return frames, batched
 
@@ -268,7 +283,7 @@ class Policy:
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
     def _forward(self, batch: dict[str, Tensor], rows: Tensor | None = None) -> Tensor:
-        """What the module gives for a batch, of all rows or of `rows` `[n]`, whose generators draw its noise."""
+        """The module's output for a batch of all rows or of `rows` `[n]`, with noise from the rows' generators."""
         shape = getattr(self.module, "noise_shape", None)
         if shape is not None:
             count = len(next(iter(batch.values())))
@@ -279,7 +294,7 @@ class Policy:
         return self.module(batch["observation.state"] if self.takes_tensor else batch)
 
     def _takes_tensor(self) -> bool:
-        """Try the module on zeros, so that what does not fit is found before it acts.
+        """Call the module on zeros, to find mismatches early; returns whether it takes the bare state tensor.
 
         Raises:
             UserError: it fails, or its actions have another shape than the data's.
@@ -294,7 +309,7 @@ class Policy:
             batch["task_index"] = torch.zeros(1, dtype=torch.int64, device=self._device)
         problems: list[str] = []
         action: Any = None
-        training = self.module.training
+        modes = [(part, part.training) for part in self.module.modules()]  # some may be frozen
         self.module.eval()
         self._generators = []
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -307,36 +322,36 @@ class Policy:
                     problems.append(str(error).splitlines()[0] if str(error) else repr(error))
             else:
                 raise UserError(f"the policy fails on an observation: {'; on the bare state: '.join(problems)}")
-        self.module.train(training)
+        for part, training in modes:
+            part.training = training
         found, expected = tuple(getattr(action, "shape", ())[1:]), tuple(self.spec["action"]["shape"])
         if found != expected:
-            raise UserError(f"the policy gives actions of shape {found}, the data has {expected}")
+            raise UserError(f"the policy returns actions of shape {found}, the data has {expected}")
         return self.takes_tensor
 
 
 def acting_policy(
-    trainer: Any,
-    models: nn.ModuleDict,
-    normaliser: Normaliser,
-    spec: dict[str, Any],
-    settings: Inference,
-    given: Callable[[str], bool],
-) -> Policy | None:
-    """What acts: the trainer's own `policy()`, or `models["policy"]`; None without either, or with nothing to act on.
+    learner: Any, normaliser: Normaliser, spec: dict[str, Any], args: Any, needed: bool = False, base: Any = None
+) -> Any:
+    """The policy of a learner: its trainer's `policy()`, or `models["policy"]`; None if it cannot act on the data.
 
     Args:
-        settings: How it acts.
-        given: Whether the command line itself sets an option; a default that goes beyond what there is shrinks to it.
+        args: With `policy`, the inference settings, and `given`, which returns whether the command line sets an option:
+            a default out of range is reduced.
+        needed: Refuse a trainer without a policy.
+        base: The frozen policy that it corrects, or None.
 
     Raises:
-        UserError: it fails on an observation, gives actions of another shape than the data's, or settings do not fit.
+        UserError: it fails on an observation, its actions have another shape than the data's, or invalid settings.
     """
-    own = callable(getattr(trainer, "policy", None))
-    observes = any(key.startswith("observation.") for key in spec)
-    if not observes or "action" not in spec or not (own or "policy" in models):
+    if "action" not in spec or not any(key.startswith("observation.") for key in spec):
         return None
-    module = trainer.policy() if own else models["policy"]
-    module.to(next(models.parameters()).device)  # it may have tensors of its own
+    if (module := contracts.acting_module(learner.trainer, learner.models)) is None:
+        if needed:
+            raise UserError(f"trainer {args.trainer!r} has no policy: neither policy() nor a model named 'policy'")
+        return None
+    module.to(learner.device)  # it may have further tensors
+    settings, given = args.policy, args.given
     chunk = int(spec["action"]["shape"][0]) if "action_is_pad" in spec else 1
     if settings.action_steps is not None and not given("policy.action-steps"):
         settings = replace(settings, action_steps=min(settings.action_steps, chunk))
@@ -345,4 +360,6 @@ def acting_policy(
     if settings.sampling_steps is not None and not given("policy.sampling-steps"):
         most = getattr(module, "most_steps", settings.sampling_steps)
         settings = replace(settings, sampling_steps=min(settings.sampling_steps, most))
-    return Policy(module, normaliser, spec, settings)
+    policy = Policy(module, normaliser, spec, settings)
+    policy.base = base
+    return policy

@@ -1,6 +1,6 @@
-"""Random changes to pictures, on the device, each a function of (seed, step, item) and of nothing else.
+"""Random changes to pictures, on the device, each a function of (seed, step, item) alone.
 
-So they are the same for any number of processes and workers, and after a resume.
+So they are equal for any number of processes and workers, and after a resume.
 """
 
 import math
@@ -23,23 +23,23 @@ class Augmentation:
     """Random changes to the pictures of training batches."""
 
     shift: int = 0
-    """Largest random shift in pixels; the edge is repeated (DrQ, Kostrikov et al., 2021)."""
+    """Largest random shift in pixels; edge pixels are repeated (DrQ, Kostrikov et al., 2021)."""
     crop: tuple[int, ...] = ()
-    """Height and width of a random crop; evaluation and acting take the centre."""
+    """Height and width of a random crop; evaluation and inference crop the centre."""
     brightness: float = 0.0
-    """Brightness is multiplied by 1 - x to 1 + x."""
+    """Largest change x of the brightness, which is multiplied by 1 - x to 1 + x."""
     contrast: float = 0.0
-    """Contrast is multiplied by 1 - x to 1 + x."""
+    """Largest change x of the contrast, which is multiplied by 1 - x to 1 + x."""
     saturation: float = 0.0
-    """Saturation is multiplied by 1 - x to 1 + x."""
+    """Largest change x of the saturation, which is multiplied by 1 - x to 1 + x."""
     hue: float = 0.0
-    """Hue is turned by up to x of a full circle, at most 0.5."""
+    """Largest rotation of the hue, as a fraction of a full circle, at most 0.5."""
 
     def cropped(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """`spec` as the models see it: cropped pictures, which keep the size that is stored as `stored_shape`.
+        """The `spec` of the models' input: cropped pictures; `stored_shape` is their size before the crop.
 
         Raises:
-            UserError: options that make no sense, or no pictures to change.
+            UserError: invalid options, or no pictures in the data.
         """
         jitter = (self.brightness, self.contrast, self.saturation)
         if self.shift < 0 or not all(0 <= x <= 1 for x in jitter) or not 0 <= self.hue <= 0.5:
@@ -58,10 +58,10 @@ class Augmentation:
         return spec
 
     def __call__(self, batch: dict[str, Any], rows: Tensor, seed: int, step: int) -> dict[str, Any]:
-        """Change the pictures `[B, (To,) C, H, W]` uint8 of a batch; all time steps of an item alike.
+        """Change the pictures `[B, (To,) C, H, W]` uint8 of a batch, all time steps of an item in the same way.
 
         Args:
-            rows: `[B]`, the items' numbers.
+            rows: `[B]`, indices of the items.
         """
         if self == Augmentation():
             return batch
@@ -73,6 +73,7 @@ class Augmentation:
         return out
 
     def _change(self, x: Tensor, numbers: Tensor) -> Tensor:
+        """Shift, crop and colour jitter of pictures by `numbers` `[B, 6]` in [0, 1)."""
         if self.shift or self.crop:
             x = self._move(x, numbers[:, :2])
         if self.brightness or self.contrast or self.saturation or self.hue:
@@ -80,11 +81,11 @@ class Augmentation:
         return x
 
     def _move(self, x: Tensor, numbers: Tensor) -> Tensor:
-        """Crop and shift at random: `numbers` `[B, 2]`, down and right."""
+        """Crop and shift by `numbers` `[B, 2]` in [0, 1): down and right."""
         flat = x.flatten(1, -3).permute(0, 2, 3, 1)  # [B, H, W, To * C]
         size, room = flat.shape[1:3], numbers.new_tensor([self.shift, self.shift])
         to = self.crop or size
-        # The crop may start at 0 to size - to, and is shifted by -shift to shift.
+        # The crop starts at 0 to size - to, and is shifted by -shift to shift.
         spread = numbers.new_tensor([size[0] - to[0], size[1] - to[1]]) + 2 * room
         start = ((numbers * (spread + 1)).floor() - room).long().to(x.device)  # [B, 2]
         rows = (start[:, 0, None] + torch.arange(to[0], device=x.device)).clamp(0, size[0] - 1)  # [B, h]
@@ -118,21 +119,22 @@ class Augmentation:
         return (pictures * 255).round().to(torch.uint8).view_as(x)
 
     def _grey(self, pictures: Tensor) -> Tensor:
+        """Luma of colour pictures, `[B, To, 1, H, W]`."""
         weights = torch.tensor(GREY, device=pictures.device).view(1, 1, 3, 1, 1)
         return (pictures * weights).sum(2, keepdim=True)
 
 
 def random_shift(batch: dict[str, Any], pixels: int) -> dict[str, Any]:
-    """Shift the pictures of a batch at random, the successors' too; drawn from torch's global generator."""
+    """Shift the pictures of a batch and of its successors at random, by torch's global generator."""
     keys = [key for key in batch if "observation.images." in key] if pixels else []
     move = Augmentation(shift=pixels)._move
     return batch | {key: move(batch[key], torch.rand(len(batch[key]), 2)) for key in keys}
 
 
 def uniform(key: tuple[int, ...], rows: np.ndarray, n: int) -> np.ndarray:
-    """Numbers in [0, 1), `[len(rows), n]` float64, each a function of `key`, its row and its column alone.
+    """Uniform numbers in [0, 1), `[len(rows), n]` float64, each a function of `key`, its row and its column.
 
-    SplitMix64 (Steele et al., 2014) in counter mode: the finaliser applied once for each word of the key.
+    SplitMix64 (Steele et al., 2014) in counter mode: its finaliser is applied once for each word of the key.
     """
     words: list[Any] = [np.uint64(word % 2**64) for word in key]
     state: Any = np.zeros((len(rows), n), np.uint64)

@@ -1,22 +1,19 @@
-"""Batches as a function of (seed, step): nothing to save, exact resume, the same data for any number of processes."""
+"""Batches as a function of (seed, step): no state to save, exact resume, the same data on any number of processes."""
 
 import os
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import lru_cache
+from itertools import tee
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from .features import to_tensor
-
-
-def derive_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, well mixed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+from .random_state import derive_seed
 
 
 @lru_cache(maxsize=2)
@@ -28,18 +25,18 @@ def permutation(rows: int, seed: int, epoch: int) -> Tensor:
 def batch_indices(rows: int, batch_size: int, seed: int, step: int) -> Tensor:
     """Rows of the batch of update `step`, `[B]`, over all processes: slice `step % E` of the pass `step // E`.
 
-    A pass holds E = rows // batch_size batches; it drops the remainder, another one each time.
+    A pass has E = rows // batch_size batches and drops the remaining rows, different ones in each pass.
     """
     epoch, slice_ = divmod(step, rows // batch_size)
     return permutation(rows, seed, epoch)[slice_ * batch_size : (slice_ + 1) * batch_size]
 
 
 def fit_batch(batch_size: int, rows: int, parts: int, asked: bool) -> tuple[int, str]:
-    """The batch size to use, and a note for the screen when a default had to shrink to the data.
+    """The batch size to use, and a note for the screen when the default was reduced to the size of the data.
 
     Args:
         parts: Processes times micro-steps.
-        asked: Whether the user asked for this size; then it is refused rather than changed.
+        asked: Whether the user set this size; then it is refused rather than changed.
 
     Raises:
         UserError: not divisible by `parts` (names the two nearest), or more than the data holds.
@@ -61,10 +58,10 @@ def fit_batch(batch_size: int, rows: int, parts: int, asked: bool) -> tuple[int,
 
 
 def fit_envs(num_envs: int, world: int, asked: bool) -> tuple[int, str]:
-    """The number of environments over all processes, and a note when a default had to grow to give each its share.
+    """The number of environments over all processes, and a note when the default was raised to a multiple of them.
 
     Raises:
-        UserError: not divisible by the number of processes, and asked for by the user (names the two nearest).
+        UserError: set by the user, and not divisible by the number of processes (names the two nearest).
     """
     below, above = num_envs // world * world, -(-num_envs // world) * world
     if below == above:
@@ -79,17 +76,17 @@ class Batches:
     """This process's part of every batch, from update `start` on.
 
     Args:
-        dataset: Map-style; `get_batch(indices, seed)` is the fast path. It is given the indices of the global batch, so
-            that random choices are the same for any number of processes, and sliced afterwards; a dataset that makes
-            none says `deterministic = True` and is asked for its part only.
+        dataset: Map-style; `get_batch(indices, seed)` is the fast path. It receives the indices of the global batch, so
+            that random choices are the same on any number of processes, and its result is sliced. A dataset without
+            random choices sets `deterministic = True`, and receives the indices of this process only.
         batch_size: Samples per update over all processes and micro-steps, divisible by their product.
-        rank, world: This process, and how many there are.
+        rank, world: Rank of this process, and number of processes.
         micro_steps: Calls of `train_step` per update.
-        workers: DataLoader workers for a dataset that is not resident: it has no `get_batch`, or says
-            `resident = False`; for the latter, None takes some by the machine's cores.
+        workers: DataLoader workers for a dataset that is not resident: it has no `get_batch`, or sets
+            `resident = False`; for the latter, None chooses by the number of cores.
+        device: Of the training; a dataset may move its rows there by `to(device)`.
 
-    A dataset may lay out its own passes with `rows_per_pass` and `order(seed, epoch) -> [rows_per_pass]`, and move its
-    rows to a GPU by `to(device)`, which the offline script calls.
+    A dataset may define the order of its passes by `rows_per_pass` and `order(seed, epoch) -> [rows_per_pass]`.
     """
 
     def __init__(
@@ -101,7 +98,10 @@ class Batches:
         world: int = 1,
         micro_steps: int = 1,
         workers: int | None = None,
+        device: torch.device | None = None,
     ) -> None:
+        if device is not None and hasattr(dataset, "to"):  # a table that fits a GPU is read there
+            dataset.to(device)
         self.dataset, self.rows = dataset, len(dataset)  # type: ignore[arg-type]
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.micro_steps = micro_steps
@@ -127,19 +127,33 @@ class Batches:
                 yield step, rows, slice(first, first + part)
             step += 1
 
-    def stream(self, start: int) -> Generator[dict[str, Any], None, None]:
-        """Yield batches of tensors, on the CPU unless the dataset has moved."""
-        # A generator of its own: a loader would otherwise draw from the global one when it starts, also on a resume.
+    def epoch(self, step: int, steps: int) -> tuple[int, int]:
+        """The pass over the data that a step belongs to, from 0, and the number of passes in so many steps."""
+        return step // self.per_epoch, -(-steps // self.per_epoch)
+
+    def with_rows(self, start: int) -> Generator[tuple[Tensor, dict[str, Any]], None, None]:
+        """`stream`, with the indices in the dataset of each batch's rows."""
+        parts, again = tee(self.indices(start))
+        with closing(self.stream(start, parts)) as stream:
+            for (_, rows, here), batch in zip(again, stream, strict=True):
+                yield rows[here], batch
+
+    def stream(
+        self, start: int, parts: Iterator[tuple[int, Tensor, slice]] | None = None
+    ) -> Generator[dict[str, Any], None, None]:
+        """Yield batches of tensors, on the CPU unless the dataset has moved; `parts` are its `indices`."""
+        parts = self.indices(start) if parts is None else parts
+        # A separate generator: otherwise a loader draws from the global one when it starts, also on a resume.
         loading: dict[str, Any] = {"num_workers": self.workers, "generator": torch.Generator()}
         loading["generator"].manual_seed(derive_seed(self.seed, start))
         if not self.fast:
-            rows = (indices[mine].tolist() for _, indices, mine in self.indices(start))
+            rows = (indices[here].tolist() for _, indices, here in parts)
             yield from DataLoader(self.dataset, batch_sampler=_Stream(rows), **loading)
         elif self.resident or not self.workers:
-            yield from map(_Fetch(self.dataset, self.seed), self.indices(start))
+            yield from map(_Fetch(self.dataset, self.seed), parts)
         else:
             fetch: Any = _Fetch(self.dataset, self.seed)
-            for batch in DataLoader(fetch, sampler=_Stream(self.indices(start)), batch_size=None, **loading):
+            for batch in DataLoader(fetch, sampler=_Stream(parts), batch_size=None, **loading):
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
@@ -152,14 +166,14 @@ class _Fetch:
         self.dataset, self.seed = dataset, seed
 
     def __call__(self, part: tuple[int, Tensor, slice]) -> dict[str, Any]:
-        step, indices, mine = part
+        step, indices, here = part
         if getattr(self.dataset, "deterministic", False):
-            return self.dataset.get_batch(indices[mine], 0)
+            return self.dataset.get_batch(indices[here], 0)
         batch = self.dataset.get_batch(indices, derive_seed(self.seed, step))
-        return {key: value[mine] for key, value in batch.items()}
+        return {key: value[here] for key, value in batch.items()}
 
     def __getitem__(self, part: tuple[int, Tensor, slice]) -> Any:
-        """What a worker sends: a damaged picture is told in its own words, which a loader would wrap in a traceback."""
+        """The batch, or a UserError as its value: a loader would wrap one that is raised in a traceback."""
         try:
             return self(part)
         except UserError as error:
@@ -170,7 +184,7 @@ class _Fetch:
 
 
 class _Stream:
-    """An endless iterable in the place of a sampler."""
+    """An endless iterable that takes the place of a sampler."""
 
     def __init__(self, endless: Iterator[Any]) -> None:
         self.endless = endless
@@ -180,7 +194,7 @@ class _Stream:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch to the device; texts stay as they are."""
+    """Move the tensors of a batch to the device; texts are unchanged."""
     tensors = {}
     for key, value in batch.items():
         is_text = isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], str))

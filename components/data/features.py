@@ -1,4 +1,4 @@
-"""What a dataset holds: keys, shapes, dtypes and statistics of one item, and the checks on them."""
+"""The features of a dataset: keys, shapes, dtypes and statistics of an item, and checks of them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,15 +10,15 @@ from torch.utils.data import Dataset, default_collate
 
 from ..errors import UserError
 
-NO_CHOICE = "gives vectors, and the actions are discrete; --trainer ppo and dqn choose such ones"
+NO_CHOICE = "produces vectors, and the actions are discrete; use --trainer ppo or dqn"
 ROWS_PER_READ = 4096
-MAX_SLOW_ROWS = 10_000  # items read one at a time to look for NaN; reading more would delay the start
+MAX_SLOW_ROWS = 10_000  # items that are checked for NaN one at a time; more would delay the start
 
 
 def describe(item: Any, norm_stats: dict[str, Any], tasks: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
-    """Read `spec` off one item: {key: {"shape", "dtype", "stats"}}, JSON-able, of the tensors only.
+    """Derive `spec` from an item: {key: {"shape", "dtype", "stats"}} of its tensors, JSON-able.
 
-    Of the texts, `task` is described where the data has several: {"shape": (), "dtype": "text", "values": `tasks`}.
+    Texts are left out, except `task` where the data has several: {"shape": (), "dtype": "text", "values": `tasks`}.
 
     Raises UserError: an item is no dict, or a statistic is unknown, not finite or has another width than its key.
     """
@@ -34,7 +34,7 @@ def describe(item: Any, norm_stats: dict[str, Any], tasks: Sequence[str] = ()) -
     for key, stats in norm_stats.items():
         if key not in spec:
             raise UserError(f"norm_stats has {key!r}, which the data lacks; keys of the data: {', '.join(spec)}")
-        if "like" in stats:  # another key's statistics hold for this one, too
+        if "like" in stats:  # normalised by the statistics of another key
             spec[key]["like"] = stats["like"]
             continue
         spec[key]["stats"] = {name: as_list(value) for name, value in stats.items()}
@@ -43,14 +43,14 @@ def describe(item: Any, norm_stats: dict[str, Any], tasks: Sequence[str] = ()) -
 
 
 def history_of(spec: dict[str, Any]) -> tuple[int, ...]:
-    """`(To,)`, the leading axis of what is observed over a history of To steps, or `()` for the last step alone."""
+    """`(To,)`, the leading axis of observations with a history of To steps, or `()` without a history."""
     shapes = [feature["shape"] for key, feature in spec.items() if key.startswith("observation.")]
     leading = [tuple(shape[:-3] if len(shape) > 2 else shape[:-1]) for shape in shapes]  # pictures or vectors
     return leading[0] if leading else ()
 
 
 def check_widths(key: str, feature: dict[str, Any]) -> None:
-    """Refuse statistics that do not fit their key: a scalar, [D], or [T, D] per time step of a chunk or history."""
+    """Refuse statistics that do not fit their key; they may be scalars, [D], or [T, D] for each step of a chunk."""
     shape = tuple(feature["shape"])
     for name, value in feature["stats"].items():
         if name == "count":
@@ -64,25 +64,25 @@ def check_widths(key: str, feature: dict[str, Any]) -> None:
 
 
 def as_list(value: Any) -> Any:
-    """Lists, arrays and tensors alike, as JSON holds them."""
+    """A list, array or tensor in the form that JSON stores."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def to_tensor(value: Any) -> Tensor:
-    """As a tensor; float64 becomes float32 (it is missing on Apple's MPS, and no network here needs it)."""
+    """A value as a tensor; float64 becomes float32, since Apple's MPS lacks it and no network needs it."""
     tensor = torch.as_tensor(value)
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def read(dataset: Dataset, indices: Tensor, seed: int = 0) -> dict[str, Any]:
-    """One batch of items, by the fast path where the dataset has one."""
+    """One batch of items, by the dataset's `get_batch` where it has one."""
     if hasattr(dataset, "get_batch"):
         return dataset.get_batch(indices, seed)
     return default_collate([dataset[i] for i in indices.tolist()])
 
 
 def check_dataset(dataset: Any, name: str) -> None:
-    """Refuse what no training could use: no map-style dataset, no items, NaN or Inf (count and first place)."""
+    """Refuse a dataset that is not map-style, has no items, or has NaN or Inf (with count and first place)."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError(
             f"{name}: 'dataset' must be map-style (__len__ and __getitem__), found {type(dataset).__name__}"
@@ -106,8 +106,18 @@ def check_dataset(dataset: Any, name: str) -> None:
         raise UserError(f"{name}: {n} NaN or Inf values in {key!r}, first at item {first[key]}; clean or drop them")
 
 
+def describe_data(data: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """`spec` of what a dataset's factory returned, as `describe` reads it off the first item.
+
+    Raises UserError: as `check_dataset` and `describe`.
+    """
+    dataset = data["dataset"]
+    check_dataset(dataset, name)
+    return describe(dataset[0], data["norm_stats"] or {}, getattr(dataset, "tasks", ()))
+
+
 def width(spec: dict[str, Any], key: str) -> int:
-    """Width of one frame of a vector key. Raises UserError naming the keys there are."""
+    """Width of one step of a vector key. Raises UserError, with the keys of the data: no such key."""
     if key not in spec:
         raise UserError(f"the data has no {key!r}; found: {', '.join(spec)}")
     if "classes" in spec[key]:
@@ -116,33 +126,27 @@ def width(spec: dict[str, Any], key: str) -> int:
 
 
 def vector_observations(spec: dict[str, Any]) -> list[str]:
-    """The observation keys that hold vectors, in the order of their names."""
+    """The keys of vector observations, sorted. Raises UserError: none."""
     keys = [key for key in sorted(spec) if key.startswith("observation.") and "images" not in key]
     if not keys:
         raise UserError(f"the data has no vector observation such as 'observation.state'; found: {', '.join(spec)}")
     return keys
 
 
-def seen_by(trainer: type, config: Any) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
-    """(model, spec of the data) -> spec that the model is built for, as the trainer says by `sees`."""
-    sees = getattr(trainer, "sees", None)
-    return (lambda model, spec: sees(model, spec, config)) if sees else (lambda model, spec: spec)
-
-
 def build_models(
     names: Sequence[str],
     build: Callable[[str, dict[str, Any]], nn.Module],
     spec: dict[str, Any],
-    sees: Callable[[str, dict[str, Any]], dict[str, Any]] = lambda name, spec: spec,
+    model_spec: Callable[[str, dict[str, Any]], dict[str, Any]] = lambda name, spec: spec,
 ) -> Any:
-    """Models by name; an encoder comes first, and the others are built for what it gives (its `spec`).
+    """Models by name; an encoder comes first, and the others are built for its output (its `spec`).
 
     Args:
-        build: (name, what the model will see of the data) -> the model.
-        sees: (name, `spec`) -> what that model of the trainer sees in its place.
+        build: (name, the spec that it is built for) -> the model.
+        model_spec: (name, `spec`) -> the spec that the trainer has that model built for.
     """
     models: dict[str, nn.Module] = {}
     if "encoder" in names:
         models["encoder"] = build("encoder", spec)
         spec = getattr(models["encoder"], "spec", spec)
-    return nn.ModuleDict({name: models.get(name) or build(name, sees(name, spec)) for name in names})
+    return nn.ModuleDict({name: models.get(name) or build(name, model_spec(name, spec)) for name in names})

@@ -4,18 +4,25 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import UserError, nearest
+from ..parallel import world_size
 from .features import check_widths
 
 # Mode -> the statistics it needs; "auto" takes the first of those in AUTO whose statistics are there.
 MODES = {"mean_std": ("mean", "std"), "min_max": ("min", "max"), "quantile": ("q01", "q99"), "none": ()}
 MODES |= {"scale": ("scale",), "return_range": ("return_min", "return_max")}
-MODES |= {"running": ("mean", "std"), "running_return": ("return_std",)}  # of what an environment has given so far
-LIMIT = 10.0  # the largest size of what these two give
+MODES |= {
+    "running": ("mean", "std"),
+    "running_return": ("return_std",),
+}  # of the transitions collected so far
+LIMIT = 10.0  # at which these two modes clip
 AUTO = ("mean_std", "min_max", "quantile")
-RETURN_SPAN = 1000.0  # that the returns of the data have after `return_range` (Kostrikov et al., 2022, appendix)
+RETURN_SPAN = 1000.0  # range of the data's returns after `return_range` (Kostrikov et al., 2022, appendix)
+COUNT = 10_000.0  # number of observations behind the statistics of a run that did not count them
+SMALL = 1e-8  # added to a variance, as Gymnasium's wrappers do
 
 
 def statistics(values: Tensor) -> dict[str, list[float]]:
@@ -27,10 +34,10 @@ def statistics(values: Tensor) -> dict[str, list[float]]:
 
 
 def quantile(values: np.ndarray, weights: np.ndarray, q: float) -> np.ndarray:
-    """Weighted quantile over rows, `[N, D]` with weights `[N] -> [D]`; equal weights give numpy's linear one."""
+    """Weighted quantile over rows, `[N, D]` with weights `[N] -> [D]`; with equal weights, numpy's linear one."""
     order = np.argsort(values, axis=0)
     x, w = np.take_along_axis(values, order, 0), weights[order]
-    # Row i stands at the share of weight below it, scaled so that the first row is at 0 and the last at 1.
+    # Row i is at the share of weight below it, scaled so that the first row is at 0 and the last at 1.
     below = np.cumsum(w, axis=0) - w
     places = below / below[-1].clip(min=1e-300)
     return np.array([np.interp(q, places[:, d], x[:, d]) for d in range(x.shape[1])])
@@ -39,11 +46,11 @@ def quantile(values: np.ndarray, weights: np.ndarray, q: float) -> np.ndarray:
 class Normaliser:
     """Maps each key that has statistics to (x - offset) / scale and back; other keys pass unchanged.
 
-    `mean_std` gives mean 0 and deviation 1; `min_max` and `quantile` map [min, max] and [q01, q99] to [-1, 1]; `scale`
-    divides by the statistic of that name, where there is one; `return_range` divides rewards so that the returns of the
-    data's episodes span 1000. `running` is `mean_std` and `running_return` divides by the deviation of the discounted
-    return, both cut to [-10, 10]. A constant feature gets scale 1. `next.<key>` shares the statistics of `<key>`.
-    Pictures that are larger than the models see them (`stored_shape` in `spec`) are cut to their centre.
+    `mean_std` maps to mean 0 and deviation 1; `min_max` and `quantile` map [min, max] and [q01, q99] to [-1, 1];
+    `scale` divides by the statistic of that name, if there is one; `return_range` divides rewards so that the returns
+    of the data's episodes span 1000. `running` is `mean_std` and `running_return` divides by the deviation of the
+    discounted return, both clipped to [-10, 10]. A constant feature has scale 1. `next.<key>` shares the statistics of
+    `<key>`. Pictures larger than the models' input (`stored_shape` in `spec`) are cropped to their centre.
 
     Args:
         spec: {key: {"shape", "dtype", "stats"}}.
@@ -55,12 +62,12 @@ class Normaliser:
 
     def __init__(self, spec: dict[str, Any], modes: dict[str, str] | None = None) -> None:
         self.modes: dict[str, str] = {}
-        # Texts of the tasks; the models get their numbers, as `task_index`.
+        # Texts of the tasks; the models receive their numbers, as `task_index`.
         self.tasks = {text: number for number, text in enumerate(spec.get("task", {}).get("values", ()))}
         self.crops = {key: tuple(f["shape"][-2:]) for key, f in spec.items() if "stored_shape" in f}
         self.offset: dict[str, Tensor] = {}
         self.scale: dict[str, Tensor] = {}
-        self.like = {key: f["like"] for key, f in spec.items() if "like" in f}  # keys with another one's statistics
+        self.like = {key: f["like"] for key, f in spec.items() if "like" in f}  # keys that use another's statistics
         for key, mode in expanded(modes or {}, spec).items():
             feature = spec[key]
             stats = feature.get("stats") or {}
@@ -116,7 +123,7 @@ class Normaliser:
         return out
 
     def with_ranges(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """`spec` with the `range` of each key whose least and greatest values are known: both, normalised."""
+        """`spec` with the `range` of each key with known bounds: [min, max], normalised."""
         described = dict(spec)
         for key, feature in spec.items():
             if {"min", "max"} <= set(feature.get("stats", ())) and "images" not in key:
@@ -127,13 +134,13 @@ class Normaliser:
         return described
 
     def undo(self, key: str, value: Tensor) -> Tensor:
-        """Map a normalised tensor of `key` back to its own units."""
+        """Map a normalised tensor of `key` back to its original units."""
         key = self.like.get(key, key)
         return value * self.scale[key] + self.offset[key] if key in self.modes else value
 
 
 def expanded(modes: dict[str, str], spec: dict[str, Any]) -> dict[str, str]:
-    """The mode of every key of `spec`, "auto" where there are statistics for it and `modes` says nothing.
+    """The mode of every key of `spec`; without an entry in `modes`, "auto" for keys with statistics, else "none".
 
     Raises UserError: an unknown key or mode.
     """
@@ -149,12 +156,136 @@ def expanded(modes: dict[str, str], spec: dict[str, Any]) -> dict[str, str]:
 
 
 def can_be_auto(feature: dict[str, Any]) -> bool:
-    """Whether a key is normalised unless it is told otherwise: numbers with statistics of their values."""
+    """Whether a key is normalised by default: numbers with statistics of their values."""
     others = {"scale", *MODES["return_range"], *MODES["running_return"]}
     return feature["dtype"] != "uint8" and bool(set(feature.get("stats") or ()) - others)
 
 
 def centre(pictures: Tensor, height: int, width: int) -> Tensor:
-    """The centre of pictures `[..., H, W]`; those of that size stay as they are."""
+    """Crop pictures `[..., H, W]` to their centre of `height` times `width`."""
     top, left = (pictures.shape[-2] - height) // 2, (pictures.shape[-1] - width) // 2
     return pictures[..., top : top + height, left : left + width]
+
+
+class RunningStatistics:
+    """Mean and deviation of the observations, and the deviation of the discounted return, which divides the rewards.
+
+    Added transitions take effect at `settle`, so that a policy acts and learns with the same statistics. The return
+    starts from zero after an episode's last step, terminated or truncated. Deviation: the return of
+    gymnasium.wrappers.NormalizeReward restarts with a terminating step's reward, and continues through truncations.
+
+    Args:
+        spec: Of the transitions; the normalised keys start with the statistics of a standard normal distribution.
+        observations, rewards: Whether each is normalised.
+        discount: Per environment step.
+        num_envs: Environments of this process.
+    """
+
+    def __init__(self, spec: dict[str, Any], observations: bool, rewards: bool, discount: float, num_envs: int) -> None:
+        self.keys = [k for k, f in spec.items() if k.startswith("observation.") and f["dtype"] == "float32"]
+        self.keys = self.keys if observations else []
+        self.rewards, self.discount = rewards, discount
+        self.returns, self.ended = torch.zeros(num_envs), torch.ones(num_envs, dtype=torch.bool)
+        self.moments: dict[str, Tensor] = {}  # key -> [3, D] float64: count, mean, sum of squared deviations
+        self.new: dict[str, list[Tensor]] = {}
+        self.modes = dict.fromkeys(self.keys, "running")
+        for key in self.keys:
+            before = spec[key].get("stats", {})  # of the run that this one starts from
+            width, known = spec[key]["shape"][-1], {"mean", "std"} <= set(before)
+            mean, std = (torch.tensor(before[n] if known else [v] * width) for n, v in (("mean", 0.0), ("std", 1.0)))
+            spec[key]["stats"] = {"mean": mean.tolist(), "std": std.tolist()}
+            counts = torch.full((width,), float(before.get("count", COUNT) if known else 0))
+            self.moments[key] = torch.stack([counts, mean, counts * std.square()]).double()
+        if rewards:
+            self.modes["reward"] = "running_return"
+            before = spec["reward"].get("stats", {})
+            deviation, count = before.get("return_std", 1.0), float(before.get("count", 0.0))
+            spec["reward"]["stats"] = {"return_std": deviation}
+            self.moments["reward"] = torch.tensor([[count], [0.0], [count * deviation**2]], dtype=torch.float64)
+
+    def normaliser_of(self, spec: dict[str, Any], modes: dict[str, str]) -> Normaliser:
+        """A normaliser of `spec` with these modes, into which the statistics are written whenever they change."""
+        self.normaliser = Normaliser(spec, modes | self.modes)
+        return self.normaliser
+
+    def add(self, transitions: dict[str, Tensor] | None) -> None:
+        """Add transitions `[N, ...]` where `valid` `[N]` holds; None after a fault, which truncates all episodes."""
+        if transitions is None:
+            self.cut()
+            return
+        if not self.modes:
+            return
+        valid = transitions["valid"]
+        new = {key: transitions[key] for key in self.keys}
+        if self.rewards:
+            self.returns = torch.where(self.ended, 0.0, self.returns * self.discount) + transitions["reward"]
+            self.ended = transitions["ended"] | ~valid
+            new["reward"] = self.returns[:, None]
+        everything = bool(valid.all())
+        for key, value in new.items():
+            self.new.setdefault(key, []).append(value if everything else value[valid])
+
+    def cut(self) -> None:
+        """Start the returns of new episodes in all environments."""
+        self.ended = torch.ones_like(self.ended)
+
+    def settle(self) -> None:
+        """Merge the added transitions of all processes into the statistics by Chan's update (Chan et al., 1979)."""
+        for key, (count, mean, squares) in self.moments.items():  # the same keys on all processes
+            sums = torch.zeros_like(self.moments[key])
+            if key in self.new:
+                x = torch.cat(self.new[key]).double()
+                sums = torch.stack([torch.full_like(mean, len(x)), x.sum(0), x.square().sum(0)])  # [3, D]
+            if world_size() > 1:
+                dist.all_reduce(sums)
+            more, total, square = sums
+            if not float(more[0]):
+                continue
+            other = total / more
+            delta, whole = other - mean, count + more
+            squares = squares + (square - more * other.square()).clamp(min=0) + delta.square() * count * more / whole
+            self.moments[key] = torch.stack([whole, mean + delta * more / whole, squares])
+        self.new = {}
+        self._write()
+
+    def _write(self) -> None:
+        normaliser = self.normaliser
+        for key, (count, mean, squares) in self.moments.items():
+            if float(count[0]):
+                deviation = (squares / count + SMALL).sqrt()
+                if key == "reward":
+                    normaliser.scale[key].copy_(deviation[0])
+                else:
+                    normaliser.offset[key].copy_(mean)
+                    normaliser.scale[key].copy_(deviation)
+
+    def describe(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """`spec` with the current statistics."""
+        spec = dict(spec)
+        for key, (count, mean, squares) in self.moments.items():
+            if key in spec and float(count[0]):
+                deviation = (squares / count + SMALL).sqrt()
+                stats: dict[str, Any] = {"mean": mean.tolist(), "std": deviation.tolist()}
+                stats = {"return_std": float(deviation)} if key == "reward" else stats
+                spec[key] = spec[key] | {"stats": stats | {"count": float(count[0])}}
+        return spec
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics, the same on all processes."""
+        return dict(self.moments)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of `state_dict`."""
+        self.moments = dict(state)
+        self._write()
+
+    def rank_state(self) -> dict[str, Any]:
+        """State of this process: the returns so far, and transitions that are not merged yet."""
+        new = {key: torch.cat(parts) for key, parts in self.new.items()}
+        return {"returns": self.returns, "ended": self.ended, "new": new} if self.modes else {}
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Restore the state of `rank_state`."""
+        if state:
+            self.returns, self.ended = state["returns"], state["ended"]
+            self.new = {key: [part] for key, part in state["new"].items()}

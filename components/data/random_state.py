@@ -1,4 +1,4 @@
-"""The state of every random generator of this process, to save, restore and protect it."""
+"""Seeds, and the state of all random generators of this process: saved, restored, preserved."""
 
 import random
 from collections.abc import Iterator
@@ -9,8 +9,13 @@ import numpy as np
 import torch
 
 
+def derive_seed(*numbers: int) -> int:
+    """Mix several numbers into one 63-bit seed."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
 def get_random_state() -> dict[str, Any]:
-    """Python's, numpy's, torch's and each CUDA device's generator, as tensors and JSON values."""
+    """The state of the generators of Python, numpy, torch and the GPU, as tensors and JSON values."""
     version, words, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -26,7 +31,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back as `get_random_state` found them."""
+    """Restore the state that `get_random_state` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = state["numpy"]
@@ -47,7 +52,7 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Whatever is drawn inside changes nothing outside."""
+    """A context that restores the state of all generators at its end."""
     state = get_random_state()
     try:
         yield

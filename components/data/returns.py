@@ -1,20 +1,20 @@
-"""Returns over several steps, with the borders where episodes end and where the data ends."""
+"""Returns over several steps that respect the ends of episodes and of the data."""
 
 import torch
 from torch import Tensor
 
 
 def n_step_return(reward: Tensor, ended: Tensor, discount: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Discounted sum of the rewards of a window, cut after its first step that ends.
+    """Discounted sum of the rewards of a window, cut after the first step at which an episode ends.
 
     Args:
-        reward: `[B, n]`, from now on.
-        ended: `[B, n]` bool, the last step that is known of an episode: terminated, truncated, or the newest one.
+        reward: `[B, n]`, from the current step on.
+        ended: `[B, n]` bool, the last known steps of episodes: terminated, truncated, or the newest ones.
         discount: Factor per environment step.
 
     Returns:
         (sum_{i <= last} discount^i r_i `[B]`, last `[B]` int64, discount^(last + 1) `[B]`). The target of the first
-        step bootstraps, by that factor, from the observation after step `last`, unless that step terminated.
+        step bootstraps by the last factor from the observation after step `last`, unless that step terminated.
     """
     before = torch.zeros_like(ended)
     before[:, 1:] = ended[:, :-1].cumsum(1) > 0  # an earlier step ended
@@ -25,7 +25,7 @@ def n_step_return(reward: Tensor, ended: Tensor, discount: float) -> tuple[Tenso
 
 
 def returns_to_go(reward: Tensor, terminated: Tensor, ends: Tensor, discount: float) -> Tensor:
-    """Discounted sum of the rewards `[N]` from each step to the first that terminates, or the last of its episode.
+    """Discounted sum of the rewards `[N]` from each step to the next terminated step, or to its episode's end.
 
     Args:
         reward, terminated: `[N]`, episodes one after the other.
@@ -34,17 +34,17 @@ def returns_to_go(reward: Tensor, terminated: Tensor, ends: Tensor, discount: fl
     """
     lengths = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int64))
     returns, factor = reward.double(), discount * (~terminated).double()
-    for back in range(1, int(lengths.max())):  # all episodes together, from their ends
+    for back in range(1, int(lengths.max())):  # all episodes at once, from their ends backwards
         row = ends[lengths > back] - 1 - back
         returns[row] += factor[row] * returns[row + 1]
     return returns.to(reward.dtype)
 
 
 def generalised_advantage(delta: Tensor, ended: Tensor, decay: float) -> Tensor:
-    """A_t = delta_t + decay A_{t+1} `[T, N]`, 0 beyond an episode's end and the rollout's (Schulman et al., 2016).
+    """A_t = delta_t + decay A_{t+1} `[T, N]`, 0 after the end of an episode or rollout (Schulman et al., 2016).
 
     Args:
-        delta: `[T, N]`, one-step errors of the value function, which know what follows the last step of an episode.
+        delta: `[T, N]`, one-step errors of the value function, which include the value after an episode's last step.
         ended: `[T, N]` bool, the last steps of episodes, terminated or truncated.
         decay: gamma lambda.
     """

@@ -1,1 +1,1 @@
-"""Dataset factories: one file per format, and the demonstration makers."""
+"""Dataset factories: one file per format, and one for each generator of demonstrations."""

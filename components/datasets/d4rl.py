@@ -1,8 +1,8 @@
 """D4RL's HDF5 files (Fu et al., 2020): all episodes one after the other in flat arrays.
 
-`observations`, `actions`, `rewards`, `terminals`, and in most files `timeouts` and `next_observations`. Where there are
-no successors, the next row is one, except at the end of an episode: that row is kept for imitation, and left out by
-`transitions()`, as D4RL's own `qlearning_dataset` does.
+A file has `observations`, `actions`, `rewards`, `terminals`, and usually `timeouts` and `next_observations`. Where
+successors are missing, the next row is the successor, except at the end of an episode: that row is kept for imitation,
+and left out by `transitions()`, as D4RL's own `qlearning_dataset` does.
 """
 
 from dataclasses import dataclass
@@ -52,8 +52,8 @@ class D4RLDataset(Reader):
     max_episode_steps: int = 1000
     """Steps after which an episode was cut, in files without timeouts."""
     terminals_end_episodes: bool | None = None
-    """Whether `terminals` end episodes. None: not where the file has infos/goal (antmaze, maze2d), where they mark the
-    goal reached while the episode goes on."""
+    """Whether `terminals` end episodes. None: not in files with infos/goal (antmaze, maze2d), whose terminals mark that
+    the goal was reached while the episode continued."""
 
     env_name = "gymnasium"
 
@@ -82,7 +82,7 @@ class D4RLDataset(Reader):
 
 
 def read(path: Path, max_episode_steps: int = 1000, terminals_end: bool | None = None) -> Episodes:
-    """Read a file; see the options of `D4RLDataset`."""
+    """Read a file; the arguments are options of `D4RLDataset`."""
     with open_hdf5(path) as file:
         arrays: dict[str, np.ndarray] = {}
         for name in NEEDED + OPTIONAL:

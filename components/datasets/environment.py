@@ -1,4 +1,4 @@
-"""The environment that a dataset was recorded in, offered for evaluation where it can be made again."""
+"""The environment that a dataset was recorded in, offered for evaluation where it can be built again."""
 
 import json
 import logging
@@ -6,22 +6,23 @@ import math
 import string
 from typing import Any
 
-from ..run.command_line import options_of
+from ..contracts import options_of
+from ..envs.observations import observation_batch
 from .episodes import Episodes
 
 logger = logging.getLogger(__name__)
 WORD = string.ascii_letters + string.digits + "-_/."
+# The environments that a file may name. ENV_BUILDER_REGISTRY also holds plugins, and a file must not choose a plugin.
 BUILT_IN = ("gymnasium", "metaworld", "ogbench", "pusht")
 
 
 def recoverable(episodes: Episodes, options: dict[str, Any]) -> dict[str, Any] | None:
-    """{"name", options} of an environment, or None, with a word about why, when it does not fit the data.
+    """{"name", options} of an environment; None, and the reason in the log, when it does not fit the data.
 
     Args:
-        options: Registry name (otherwise Gymnasium's) and options, which must be numbers, plain words or lists of such.
+        options: `name` in the registry ("gymnasium" by default) and options: numbers, plain words or lists of these.
     """
     from .. import ENV_BUILDER_REGISTRY
-    from ..acting.evaluation import observation_batch
 
     options = {key: value for key, value in options.items() if key != "workers"}
     family, name = options.pop("name", "gymnasium"), options.get("id") or options.get("task") or ""
@@ -43,7 +44,7 @@ def recoverable(episodes: Episodes, options: dict[str, Any]) -> dict[str, Any] |
         for key, width in wanted.items():
             if found.get(key) != width:
                 raise ValueError(f"its {key} has width {found.get(key, 0)}, the data has {width}")
-    except Exception as error:  # of whatever kind: an environment is a bonus here
+    except Exception as error:  # of any kind: the data can be used without its environment
         reason = " ".join(str(error).split())[:160]
         logger.info("%s: the environment %s cannot be made again here (%s); no evaluation", episodes.name, name, reason)
         return None
@@ -51,7 +52,7 @@ def recoverable(episodes: Episodes, options: dict[str, Any]) -> dict[str, Any] |
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value from a file is a number, a flag, a plain word, or a list of such."""
+    """Whether a value from a file is a number, a flag, a plain word, or a list of these."""
     if isinstance(value, list):
         return all(is_plain(part) for part in value)
     if isinstance(value, str):
@@ -60,7 +61,7 @@ def is_plain(value: Any) -> bool:
 
 
 def plain_words(values: Any) -> str:
-    """Those arguments of an environment that are numbers, flags or plain words, as JSON: the file is not trusted."""
+    """The arguments of an environment that are numbers, flags or plain words, as JSON; others are not trusted."""
     kept = {}
     for key, value in values.items() if isinstance(values, dict) else ():
         plain = isinstance(value, (bool, int, float)) or (isinstance(value, str) and value.replace("-", "").isalnum())

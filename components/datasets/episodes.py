@@ -1,7 +1,7 @@
-"""What all datasets share: history, action chunks, padding, successors, the validation split and the statistics.
+"""The common part of all datasets: history, action chunks, padding, successors, validation split and statistics.
 
-Every reader fills an `Episodes` and ends in `build`, so that all formats have one definition of a window and of a
-transition. Vectors are resident; pictures are decoded when they are needed (`frames.py`).
+Every reader fills an `Episodes` and calls `build`, so that all formats share one definition of a window and of a
+transition. Vectors are kept in memory; pictures are decoded when they are needed (`frames.py`).
 """
 
 import logging
@@ -24,7 +24,7 @@ IMAGES = "observation.images."
 
 
 class NotFiniteError(UserError):
-    """The data has NaN or Inf; holds the episodes, so that `inspect` can show them."""
+    """The data has NaN or Inf. The error keeps the episodes, so that `inspect` can show them."""
 
     def __init__(self, message: str, episodes: "Episodes") -> None:
         super().__init__(message)
@@ -39,21 +39,21 @@ class Episodes:
     """
 
     name: str
-    """Of the data, for messages."""
+    """Name of the data, for messages."""
     ends: Tensor
     """`[E]` int64, the step after each episode's last one."""
     columns: dict[str, Tensor]
-    """`[N, ...]`: action, and where known reward, terminated, truncated, ..."""
+    """`[N, ...]`: action, and where recorded reward, terminated, truncated, ..."""
     observations: dict[str, Any]
     """`[M, ...]`: a tensor, or `Frames`."""
     at: Tensor
     """`[N]`, the observation of each step."""
     after: Tensor
-    """`[N]`, the observation that followed; -1 where it is not known."""
+    """`[N]`, the observation after the action of each step; -1 where it is unknown."""
     tasks: Sequence[str] = ()
     """Texts; the column `task_index` `[N]` chooses among them."""
     stored: dict[str, Any] = field(default_factory=dict)
-    """What the format itself declares, for `inspect`: fps, action_space, ..."""
+    """Declarations of the format itself, for `inspect`: fps, action_space, ..."""
 
     @property
     def lengths(self) -> Tensor:
@@ -66,7 +66,7 @@ class Episodes:
         return {key: store for key, store in self.observations.items() if key.startswith(IMAGES)}
 
     def place(self, row: int) -> tuple[int, int]:
-        """(episode, step in it) of step `row` of all."""
+        """(episode, step within it) of step `row`."""
         episode = int(torch.searchsorted(self.ends, row, right=True))
         return episode, row - (int(self.ends[episode - 1]) if episode else 0)
 
@@ -91,8 +91,8 @@ def join_successors(
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Observations `[N, ...]` and their stored successors as one array each, with `at` and `after`.
 
-    Inside an episode a successor is the next observation, so only the last ones are kept; data in which that does not
-    hold keeps all of them.
+    Inside an episode a successor is the next observation, so only the last ones are kept. Where that does not hold in
+    the data, all of them are kept.
     """
     same = steps_only(ends)[1]
     inner = same >= 0
@@ -110,7 +110,7 @@ def join_successors(
 
 
 class Batched(Dataset):
-    """A dataset whose items are batches of one; it has `__len__` and `get_batch`."""
+    """A dataset whose items are batches of one; subclasses have `__len__` and `get_batch`."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):  # type: ignore[arg-type]
@@ -122,22 +122,22 @@ class Batched(Dataset):
 class EpisodeDataset(Batched):
     """An item is one time step with its history and its action chunk.
 
-    Keys, besides the columns: observation.X, and where rewards are known next.observation.X of the vectors (the
+    Keys, besides the columns: observation.X, and where rewards are recorded next.observation.X of the vectors (the
     pictures' successors are in `transitions()` only). The successor is the observation after this step's action, never
-    one of another episode. Where it is not known, `next.is_pad` is true and the observation itself stands in its place;
-    `transitions()` leaves such steps out, unless the step is `terminated`, where nothing is bootstrapped from it.
+    one of another episode. Where it is unknown, `next.is_pad` is true and the observation is repeated in its place;
+    `transitions()` leaves such steps out, unless the step is `terminated`, so that its successor is never used.
 
     Args:
         rows: `[n]`, the steps that are items; all by default.
-        obs_steps: Observation steps To. 1 gives `[Ds]`, more give `[To, Ds]`, the last being now; before the first step
-            the first observation is repeated.
-        action_steps: Action steps Ta. 1 gives `[Da]`, more give `[Ta, Da]` from now on, and `action_is_pad` `[Ta]`:
-            after the last step the last action is repeated.
-        next_images: Give the pictures' successors, too.
+        obs_steps: Observation steps To: `[Ds]` for 1, else `[To, Ds]`, the last being the current one; before the
+            first step the first observation is repeated.
+        action_steps: Action steps Ta: `[Da]` for 1, else `[Ta, Da]` from the current one on, and `action_is_pad`
+            `[Ta]`: after the last step the last action is repeated.
+        next_images: Include the pictures' successors.
     """
 
-    deterministic = True  # no random choices: each process may ask for its own part of a batch
-    checked = True  # `build` has looked for NaN
+    deterministic = True  # no random choices, so each process may read its part of a batch alone
+    checked = True  # `build` has checked for NaN
 
     def __init__(
         self,
@@ -161,19 +161,19 @@ class EpisodeDataset(Batched):
 
     @property
     def tasks(self) -> Sequence[str]:
-        """Texts of the tasks that the items may have."""
+        """Texts of the tasks of the items."""
         return self.episodes.tasks
 
     @property
     def resident(self) -> bool:
-        """Whether a batch is read from memory, so that workers would only cost time."""
+        """Whether batches are read from memory, so that workers would only cost time."""
         return not any(isinstance(store, Frames) for store in self.episodes.observations.values())
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def get_batch(self, indices: Tensor, seed: int = 0) -> dict[str, Any]:
-        """Items `indices` `[B]` as one batch; `seed` is not needed, since nothing here is random."""
+        """Items `indices` `[B]` as one batch; `seed` is not used, since nothing is random."""
         data, rows = self.episodes, self.rows[indices]
         batch: dict[str, Any] = {}
         for key, column in data.columns.items():
@@ -199,14 +199,14 @@ class EpisodeDataset(Batched):
         return batch
 
     def before(self, rows: Tensor) -> Tensor:
-        """Places of what is observed at steps `rows` `[B]`: `[B]`, or `[B, To]` with the history."""
+        """Indices of the observations at steps `rows` `[B]`: `[B]`, or `[B, To]` with the history."""
         if self.obs_steps == 1:
             return self.episodes.at[rows]
         history = rows[:, None] + torch.arange(1 - self.obs_steps, 1)  # [B, To]
         return self.episodes.at[torch.maximum(history, self.first[rows, None])]
 
     def after(self, rows: Tensor) -> Tensor:
-        """Places of what is observed after steps `rows` `[B]`; their own where that is not known."""
+        """Indices of the observations after steps `rows` `[B]`; those at the steps where these are unknown."""
         then = self.episodes.after[rows]
         if self.gaps:
             then = torch.where(then < 0, self.episodes.at[rows], then)
@@ -220,7 +220,7 @@ class EpisodeDataset(Batched):
         return data.columns[key][self.rows] if key in data.columns else data.observations[key][data.at[self.rows]]
 
     def transitions(self) -> "EpisodeDataset":
-        """The steps that offline RL can learn from: reward and successor are known, or the episode terminated there.
+        """The steps that offline RL can use: reward and successor are known, or the episode terminated there.
 
         Raises:
             UserError: the data has no rewards.
@@ -233,7 +233,7 @@ class EpisodeDataset(Batched):
 
 
 def take(store: Any, rows: Tensor) -> Tensor:
-    """Observations `rows` `[B]` or `[B, To]` of a tensor, or of pictures that are decoded now."""
+    """Observations `rows` `[B]` or `[B, To]` of a tensor, or of pictures, which are then decoded."""
     flat = rows.flatten()
     taken = store.read(flat.numpy()) if isinstance(store, Frames) else store.index_select(0, flat)
     return taken.view(*rows.shape, *taken.shape[1:])
@@ -241,18 +241,18 @@ def take(store: Any, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Scales:
-    """The options of every dataset whose rewards and actions may have another scale."""
+    """Options that rescale the rewards and actions of a dataset."""
 
     action_scale: float = 1.0
-    """Largest size of an action: algorithms with actions in [-1, 1] learn from actions divided by it, and their policy
-    acts with its multiple."""
+    """Largest magnitude of an action. Algorithms with actions in [-1, 1] train on actions divided by it, and their
+    policy's actions are multiplied by it."""
     reward_shift: float = 0.0
     """Added to every reward."""
     reward_scale: float = 1.0
     """Factor on every reward, after the shift."""
 
     def scaled(self, episodes: "Episodes") -> "Episodes":
-        """Give the rewards their scale; returns `episodes`. Raises UserError: a scale that is not above 0."""
+        """Rescale the rewards in place; returns `episodes`. Raises UserError: a scale that is not above 0."""
         if not (0 < self.action_scale < math.inf and 0 < self.reward_scale < math.inf):
             scales = f"--dataset.action-scale {self.action_scale} and --dataset.reward-scale {self.reward_scale}"
             raise UserError(f"{scales} must be above 0")
@@ -262,7 +262,7 @@ class Scales:
         return episodes
 
     def with_scale(self, built: dict[str, Any]) -> dict[str, Any]:
-        """What `build` made, with the statistic `scale` of the actions."""
+        """Add the statistic `scale` of the actions to the result of `build`."""
         if self.action_scale != 1.0 and "action" in built["norm_stats"]:
             built["norm_stats"]["action"]["scale"] = self.action_scale
         return built
@@ -270,7 +270,7 @@ class Scales:
 
 @dataclass(frozen=True)
 class Reader(Scales):
-    """The options that every dataset of files has."""
+    """Options of every dataset that is read from files."""
 
     path: str = ""
     """File or folder of the data."""
@@ -290,7 +290,7 @@ class Reader(Scales):
     """Seed of the choice of held-out episodes."""
 
     def finish(self, episodes: Episodes, held_out: Tensor | None = None) -> dict[str, Any]:
-        """What `build` returns of `episodes`; `held_out` `[E]` are a split of the data's own."""
+        """The result of `build` for `episodes`; `held_out` `[E]` is a validation split that the data brings along."""
         lazy = {key: store for key, store in episodes.observations.items() if isinstance(store, Frames)}
         episodes.observations |= stored(lazy, self.cache, self.cache_dir, episodes.name)
         window = (self.obs_steps, self.action_steps)
@@ -321,11 +321,11 @@ def build(
     seed: int = 0,
     held_out: Tensor | None = None,
 ) -> dict[str, Any]:
-    """What a dataset factory returns: {"dataset", "norm_stats"}, and "validation" where episodes could be held out.
+    """The result of a dataset factory: {"dataset", "norm_stats"}, and "validation" where episodes could be held out.
 
     Args:
         validation: Fraction of the episodes to hold out: at least one, never more than a fifth of the rows; 0 for none.
-        held_out: `[E]` bool, a split of the data's own, instead of that.
+        held_out: `[E]` bool, a split that the data brings along, used instead.
 
     Raises:
         UserError: no rows, NaN or Inf (count and first place), options that make no sense.
@@ -360,14 +360,14 @@ def build(
 
 
 def build_episodes(columns: dict[str, Tensor], ends: Tensor, name: str, *window: Any, **options: Any) -> dict[str, Any]:
-    """`build` from columns `[N, ...]` alone, which may hold `next.observation.X`; the other arguments are its."""
+    """`build` from columns `[N, ...]`, which may include `next.observation.X`; the other arguments are passed on."""
     if not len(ends):
         raise UserError(f"{name}: the dataset is empty; expected at least one episode with one step")
     return build(from_columns(columns, ends, name), *window, **options)
 
 
 def from_columns(columns: dict[str, Tensor], ends: Tensor, name: str) -> Episodes:
-    """Episodes from one row a step: observation.X, next.observation.X where known, action, ..."""
+    """Episodes from columns with one row for each step: observation.X, next.observation.X where known, action, ..."""
     now = {key: value for key, value in columns.items() if key.startswith("observation.")}
     then = {key: columns[f"next.{key}"] for key in now if f"next.{key}" in columns}
     rest = {key: value for key, value in columns.items() if "observation." not in key}
@@ -379,7 +379,7 @@ def from_columns(columns: dict[str, Tensor], ends: Tensor, name: str) -> Episode
 
 
 def complete_flags(episodes: Episodes) -> None:
-    """Data with rewards has both flags: an episode that ends without `terminated` is truncated."""
+    """Add missing flags to data with rewards: an episode that ends without `terminated` is truncated."""
     columns = episodes.columns
     if "reward" in columns:
         n = len(columns["reward"])
@@ -391,7 +391,7 @@ def complete_flags(episodes: Episodes) -> None:
 
 
 def vectors(episodes: Episodes, rows: Tensor) -> list[tuple[str, Tensor]]:
-    """The keys that have statistics, with their values at the steps `rows`."""
+    """The keys that have statistics, and their values at the steps `rows`."""
     named = [("action", episodes.columns["action"][rows])] if "action" in episodes.columns else []
     for key, store in episodes.observations.items():
         if isinstance(store, Tensor) and store.is_floating_point() and store.ndim == 2:
@@ -400,7 +400,7 @@ def vectors(episodes: Episodes, rows: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def held_out_episodes(lengths: Tensor, fraction: float, seed: int) -> Tensor:
-    """Choose validation episodes, `[E]` bool: at random, as many as fit into a fifth of the rows."""
+    """Choose validation episodes at random, `[E]` bool, as many as fit into a fifth of the rows."""
     held_out = torch.zeros(len(lengths), dtype=torch.bool)
     wanted = max(1, round(fraction * len(lengths))) if fraction > 0 else 0
     room = int(lengths.sum()) // 5
@@ -412,7 +412,7 @@ def held_out_episodes(lengths: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def check_finite(episodes: Episodes) -> None:
-    """Raise UserError with the count and the first place of NaN or Inf values."""
+    """Refuse NaN and Inf. Raises NotFiniteError with their count and first place."""
     named = [(key, column, torch.arange(len(column))) for key, column in episodes.columns.items()]
     named += [(key, store, episodes.at) for key, store in episodes.observations.items() if isinstance(store, Tensor)]
     for key, values, at in named:
@@ -431,7 +431,7 @@ def check_finite(episodes: Episodes) -> None:
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """Numbers as the batches hold them: floats and integers become float32, bools stay, bytes stay."""
+    """An array as a tensor with the types of a batch: floats and integers become float32; bools and bytes stay."""
     if array.dtype == np.bool_ or array.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(array))
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))

@@ -1,7 +1,7 @@
-"""Pictures of a dataset: decoded where and when they are needed, or once into a store of bytes.
+"""Pictures of a dataset: decoded when they are needed, or once into a store of bytes.
 
-A `Frames` is one camera: picture i of M, uint8 `[C, H, W]`. Worker processes read it, so it opens its files in
-the process that reads. `stored` decodes all of them into memory, or into a file that is mapped into memory.
+A `Frames` is one camera with M pictures, each uint8 `[C, H, W]`. Worker processes read it, so it opens its files in
+the process that reads. `stored` decodes all pictures into memory, or into a file that is mapped into memory.
 """
 
 import fcntl
@@ -32,9 +32,9 @@ class Frames:
     """One camera's pictures.
 
     Args:
-        count: How many.
+        count: Number of pictures.
         shape: (C, H, W) of each.
-        files: What they are read from; a store is made again when one of these changes.
+        files: The files that hold them; a store is made again when one of these changes.
     """
 
     def __init__(self, count: int, shape: tuple[int, int, int], files: Sequence[Path]) -> None:
@@ -45,11 +45,11 @@ class Frames:
 
     @property
     def nbytes(self) -> int:
-        """Size when decoded."""
+        """Size of all pictures when decoded."""
         return self.count * math.prod(self.shape)
 
     def read(self, rows: np.ndarray) -> Tensor:
-        """Pictures `rows` `[n]`, in that order, `[n, C, H, W]` uint8; one that is asked for twice is decoded once."""
+        """Pictures `rows` `[n]` in that order, `[n, C, H, W]` uint8; a repeated picture is decoded once."""
         unique, inverse = np.unique(rows, return_inverse=True)
         pictures = np.empty((len(unique), *self.shape), np.uint8)
         self.decode(unique, pictures)
@@ -66,11 +66,11 @@ class Frames:
 
 
 class EncodedFrames(Frames):
-    """PNG or JPEG files that lie in memory as they came.
+    """PNG or JPEG files that are kept in memory in encoded form.
 
     Args:
-        data: `[bytes]` uint8, all of them.
-        starts, ends: `[M]`, where each picture lies.
+        data: `[bytes]` uint8, the files one after the other.
+        starts, ends: `[M]`, the range of each picture in `data`.
     """
 
     def __init__(
@@ -96,9 +96,9 @@ class VideoFrames(Frames):
 
     Args:
         files: The videos.
-        file_of: `[M]`, which of them holds each frame.
-        times: `[M]` float64, seconds from that file's start.
-        fps: Frames a second; a frame counts as found when it is within a quarter of a frame's duration.
+        file_of: `[M]`, the number of the file of each frame.
+        times: `[M]` float64, its time in seconds from the start of that file.
+        fps: Frames a second; a frame must be within a quarter of a frame's duration of its time.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class VideoFrames(Frames):
             self._decode_file(int(number), self.times[rows[mine]], out, mine)
 
     def _decode_file(self, number: int, times: np.ndarray, out: np.ndarray, slots: np.ndarray) -> None:
-        """Decode the frames at `times`, increasing, into `out[slots]`; seeks to the keyframe before, where it pays."""
+        """Decode the frames at increasing `times` into `out[slots]`; seeks to a keyframe where that is faster."""
         import av
 
         path = self.files[number]
@@ -154,20 +154,20 @@ class VideoFrames(Frames):
     def _container(self, number: int) -> Any:
         import av
 
-        if self._process != os.getpid():  # a worker process must not share the open files of the one that started it
+        if self._process != os.getpid():  # a worker process must not share the open files of its parent
             self._open, self._process = {}, os.getpid()
         container = self._open.pop(number, None)
         if container is None:
             if len(self._open) >= MOST_OPEN:
                 self._open.pop(next(iter(self._open))).close()
             path = self.files[number].resolve()
-            # By its name and not by its content: a playlist would make FFmpeg open what else it names.
+            # The format follows from the name, not from the content: a playlist would make FFmpeg open further files.
             form = VIDEO_FORMATS.get(path.suffix.lower(), "mp4")
             container = av.open(str(path), format=form, options={"protocol_whitelist": "file"})
             context = container.streams.video[0].codec_context
-            context.thread_count = 1  # the workers are the parallelism
+            context.thread_count = 1  # the worker processes run in parallel already
             context.options = {"max_pixels": str((self.shape[1] + 128) * (self.shape[2] + 128))}
-        self._open[number] = container  # the one used last comes last
+        self._open[number] = container  # the most recently used one is last
         return container
 
 
@@ -176,8 +176,8 @@ class HDF5Frames(Frames):
 
     Args:
         names: The arrays.
-        array_of, row_of: `[M]`, where each picture is.
-        channels_first: They are stored as `[n, C, H, W]`.
+        array_of, row_of: `[M]`, the array of each picture and its row there.
+        channels_first: Whether the arrays are `[n, C, H, W]`.
     """
 
     def __init__(
@@ -208,13 +208,13 @@ class HDF5Frames(Frames):
 
 
 def stored(frames: dict[str, Frames], mode: str, folder: str, name: str) -> dict[str, Any]:
-    """Decode all pictures once, as `--dataset.cache` says: "memory", "disk", or "none", which leaves them as they are.
+    """Decode all pictures once, by `--dataset.cache`: into "memory" or on "disk"; "none" leaves them as they are.
 
     Returns:
-        key -> `[M, C, H, W]` uint8; with "disk" its pages are read from the file when they are used.
+        key -> `[M, C, H, W]` uint8; with "disk", pages of the file are read when they are used.
 
     Raises:
-        UserError: they do not fit; said before anything is decoded.
+        UserError: they do not fit; raised before anything is decoded.
     """
     size = sum(camera.nbytes for camera in frames.values())
     if mode == "none" or not frames:
@@ -238,7 +238,7 @@ def stored(frames: dict[str, Frames], mode: str, folder: str, name: str) -> dict
 
 
 def _in_order(camera: Frames) -> Iterator[tuple[int, np.ndarray]]:
-    """Decode a camera, a few hundred pictures at a time: the number of the first, and the pictures."""
+    """Decode a camera in parts of some hundred pictures; yields the number of the first one, and the pictures."""
     from tqdm import tqdm
 
     for start in tqdm(range(0, len(camera), AT_ONCE), unit_scale=AT_ONCE, unit="picture", disable=None, leave=False):
@@ -246,7 +246,7 @@ def _in_order(camera: Frames) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _on_disk(camera: Frames, folder: Path, key: str, name: str) -> Tensor:
-    """The store of one camera in `folder`, made when it is not there; a killed run leaves none that is half full."""
+    """The store of one camera in `folder`, made where it is missing; a killed run leaves no incomplete store."""
     stamps = [
         [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in camera.files if path.exists()
     ]
@@ -256,7 +256,7 @@ def _on_disk(camera: Frames, folder: Path, key: str, name: str) -> Tensor:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / f".{path.name}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # of several runs that start at once, one decodes
+                fcntl.flock(lock, fcntl.LOCK_EX)  # when several runs start at once, one of them decodes
                 if not (path.exists() and path.stat().st_size == camera.nbytes):
                     _decode_to(camera, path, key, name)
         except OSError as error:
@@ -268,6 +268,7 @@ def _on_disk(camera: Frames, folder: Path, key: str, name: str) -> Tensor:
 
 
 def _decode_to(camera: Frames, path: Path, key: str, name: str) -> None:
+    """Decode a camera into the file `path`. Raises UserError: the disk has too little space."""
     free = shutil.disk_usage(path.parent).free
     logger.info("%s: decoding %d pictures (%s) to %s: %s", name, len(camera), key, path, gigabytes(camera.nbytes))
     if camera.nbytes > 0.95 * free:

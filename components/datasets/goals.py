@@ -1,106 +1,82 @@
-"""Transitions towards goals that are drawn among the states of the data, as OGBench does (Park et al., 2025).
+"""Transitions with goals that are sampled among the states of the data, as in OGBench (Park et al., 2025).
 
-The reward is -1 a step and 0 where the state is the goal, which ends the task there (arXiv:2410.20092).
+The reward is -1 in each step, and 0 where the state is the goal; the task ends there (arXiv:2410.20092).
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..contracts import GOAL, STATE, Goals, GoalSampling
 from ..errors import UserError
 from .episodes import Batched, EpisodeDataset
-from .transitions import through
+from .mixture import through
 
-STATE, GOAL = "observation.state", "observation.goal"
 OTHER_GOALS = ("value_goal", "subgoal", "high_target")  # states, too, with the statistics of states
 
 
-@dataclass(frozen=True)
-class GoalSampling:
-    """Where the goal of a step comes from. Raises UserError unless the three shares sum to 1."""
-
-    shares: tuple[float, float, float]
-    """Of goals that are the state itself, a later one of the same episode, one of any episode."""
-    geometric: bool
-    """Distance of a later state: geometric with parameter 1 - discount, or else uniform up to the episode's end."""
-
-    def __post_init__(self) -> None:
-        if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
-            raise UserError(f"the shares of current, later and random goals must sum to 1, found {self.shares}")
-
-
-def goal_transitions(data: dict[str, Any], trainer: str, **options: Any) -> dict[str, Any]:
-    """`data`, what a dataset's factory returned, for goal-conditioned trainers; `options` are `GoalTransitions`'.
+def goal_transitions(data: dict[str, Any], trainer: str, goals: Goals) -> dict[str, Any]:
+    """`data`, what a dataset's factory returned, with goals.
 
     Raises:
-        UserError: no `observation.state` alone, a history or chunks, data that is no episodes or has pictures.
+        UserError: other observations than `observation.state`, a history or chunks, data without episodes.
     """
-    data = through(data, lambda dataset: GoalTransitions(dataset, trainer, **options), trainer)
+    data = through(data, lambda dataset: GoalTransitions(dataset, trainer, goals), trainer)
     item, stats = data["dataset"][0], data["norm_stats"]
     stats |= {key: {"like": STATE} for key in (GOAL, *OTHER_GOALS) if key in item}
     return data | {"norm_stats": {key: value for key, value in stats.items() if key in item}}
 
 
 class GoalTransitions(Batched):
-    """Steps of episodes with goals that are drawn anew for each batch.
+    """Steps of episodes with goals that are sampled for each batch.
 
-    Items: observation.state `[Ds]`, next.observation.state, action `[Da]`, and observation.goal `[Ds]`, where the actor
-    shall go. With `value`, also value_goal `[Ds]`, and reward and terminated on the way there. With `subgoal_steps`,
-    also subgoal, the state so many steps later, and high_target, which is the same, or the actor's goal where that lies
-    ahead and nearer.
+    Items: observation.state `[Ds]`, next.observation.state, action `[Da]`, and observation.goal `[Ds]`, the actor's
+    goal. With `value`, also value_goal `[Ds]`, and reward and terminated with respect to it. With `subgoal_steps`, also
+    subgoal, the state that many steps later, and high_target: the subgoal, or the actor's goal where it is ahead and
+    nearer.
 
     Args:
         source: The episodes.
         trainer: Name of the algorithm, for messages.
-        actor, value: How the goals of actor and value functions are drawn.
-        discount: Factor per environment step, for geometric distances.
-        subgoal_steps: Steps to the subgoals of a hierarchy; 0 for none.
+        goals: How they are drawn.
 
     Raises:
         UserError: as `goal_transitions`.
     """
 
     deterministic = False
-    checked = True  # the episodes were
+    checked = True  # as the episodes are
 
-    def __init__(
-        self,
-        source: EpisodeDataset,
-        trainer: str,
-        actor: GoalSampling,
-        value: GoalSampling | None = None,
-        discount: float = 0.99,
-        subgoal_steps: int = 0,
-    ) -> None:
+    def __init__(self, source: EpisodeDataset, trainer: str, goals: Goals) -> None:
         data = source.episodes
         if set(data.observations) != {STATE}:
             found = ", ".join(data.observations)
             raise UserError(f"{trainer} draws goals among the states, {STATE!r} alone; {data.name} has {found}")
         if source.obs_steps > 1 or source.action_steps > 1:
             raise UserError(f"{trainer} takes single steps; leave out --dataset.obs-steps and --dataset.action-steps")
-        # All states in their order, the last one of each episode included where it is known.
+        # All states in their order, with the last one of each episode where it is known.
         ends, states, steps = data.ends, data.observations[STATE], torch.arange(len(data.at))
         more = (data.after[ends - 1] >= 0).long()  # [E], states beyond the steps
         episode = torch.searchsorted(ends, steps, right=True)
-        self.place = steps + (more.cumsum(0) - more)[episode]  # [N], where the state of each step stands
-        self.final = (self.place[ends - 1] + more)[episode]  # [N], where its episode's last state stands
+        self.place = steps + (more.cumsum(0) - more)[episode]  # [N], the index of the state of each step
+        self.final = (self.place[ends - 1] + more)[episode]  # [N], the index of its episode's last state
         order = torch.empty(len(steps) + int(more.sum()), dtype=torch.int64)
         order[self.place] = data.at
         order[self.final[ends - 1]] = torch.where(more > 0, data.after[ends - 1], data.at[ends - 1])
         self.states, self.actions, self.successors = states[order], data.columns["action"], (states, data.after)
         self.rows = source.rows[data.after[source.rows] >= 0]
-        if discount == 1 and any(sampling and sampling.geometric for sampling in (actor, value)):
+        if goals.discount == 1 and any(sampling and sampling.geometric for sampling in (goals.actor, goals.value)):
             raise UserError("with --trainer.discount 1 no goal has a geometric distance: leave the geometric ones out")
-        self.actor, self.value, self.discount, self.subgoal_steps = actor, value, discount, subgoal_steps
+        self.actor, self.value = goals.actor, goals.value
+        self.discount, self.subgoal_steps = goals.discount, goals.subgoal_steps
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def get_batch(self, indices: Tensor, seed: int = 0) -> dict[str, Any]:
-        """Steps `indices` `[B]` with goals drawn by `seed`."""
+        """Steps `indices` `[B]` with goals sampled by `seed`."""
         generator = torch.Generator().manual_seed(seed)
         step = self.rows[indices]
         here, final = self.place[step], self.final[step]
@@ -114,13 +90,13 @@ class GoalTransitions(Batched):
         batch[GOAL] = self.states[goal]
         if self.subgoal_steps:
             ahead = torch.minimum(here + self.subgoal_steps, final)
-            on_the_way = (here < goal) & (goal <= final)  # a goal of this episode, which may be nearer
+            on_the_way = (here < goal) & (goal <= final)  # the goal is ahead in the same episode
             target = torch.where(on_the_way, torch.minimum(ahead, goal), ahead)
             batch |= {"subgoal": self.states[ahead], "high_target": self.states[target]}
         return batch
 
     def draw(self, sampling: GoalSampling, here: Tensor, final: Tensor, generator: torch.Generator) -> Tensor:
-        """Places of goals `[B]` of the steps at places `here`, whose episodes' last states stand at `final`."""
+        """Sample goals: their indices `[B]` for states `here` of episodes whose last states are `final`."""
         count = len(here)
         anywhere = self.place[self.rows[torch.randint(len(self.rows), (count,), generator=generator)]]
         u = torch.rand(count, generator=generator).double()

@@ -1,4 +1,4 @@
-"""Rollouts in any environment of Gymnasium, of random actions or of a policy that a run has left."""
+"""Rollouts in any environment of Gymnasium, of random actions or of a run's policy."""
 
 import logging
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..envs.gymnasium import GymnasiumEnv
+from ..envs.observations import observation_batch
 from ..errors import UserError, require
 from .episodes import Scales, build, from_columns
 
@@ -23,11 +24,11 @@ class GymnasiumRollouts(Scales):
     episodes: int = 100
     """Episodes to play."""
     policy: str = ""
-    """Run folder whose policy plays; empty for random actions."""
+    """Run folder of the policy; empty for random actions."""
     noise: float = 0.0
     """Deviation of Gaussian noise on the policy's actions, as a fraction of half their range."""
     random: float = 0.0
-    """Fraction of the episodes in which all actions are random, whatever --dataset.policy."""
+    """Fraction of the episodes in which all actions are random, also with --dataset.policy."""
     max_episode_steps: int | None = None
     """Steps until an episode is cut; None keeps the limit that is registered with the id."""
     kwargs: str = ""
@@ -75,11 +76,10 @@ class GymnasiumRollouts(Scales):
         return built | {"env": {"name": "gymnasium", **env}}
 
     def _play(self, envs: Any) -> tuple[list[dict[str, Any]], list[int]]:
-        """The steps of all episodes, and the step after each episode's last one."""
+        """Play the episodes; returns all steps, and the step after each episode's last one."""
         from tqdm import tqdm
 
-        from ..acting.evaluation import observation_batch
-        from ..acting.saved import load_policy
+        from ..acting.policy_folder import load_policy
 
         policy = load_policy(self.policy) if self.policy else None
         space, generator = envs.single_action_space, np.random.default_rng(self.seed)
@@ -112,7 +112,7 @@ class GymnasiumRollouts(Scales):
 
 
 def final_of(observation: Any, info: dict[str, Any]) -> Any:
-    """The last observation of an episode of one environment that resets in the same step, as a batch of one."""
+    """The last observation of an episode, as a batch of one, where the environment resets in the same step."""
     final = info["final_obs"][0] if "final_obs" in info else None
     if final is None:
         return observation

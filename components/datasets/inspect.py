@@ -1,9 +1,9 @@
-"""What is in a dataset, and what about it looks wrong: a report on the screen and one page of pictures.
+"""Report what a dataset contains and what looks wrong about it: text on the screen and one page of pictures.
 
 python -m components.datasets.inspect demos.hdf5
 python -m components.datasets.inspect --dataset lerobot --dataset.path demos --dataset.cameras front --out demos.png
 
-It reads the data as a training does, so the statistics are the ones that would be used, without the held-out episodes.
+The data is read as for training, so the statistics are those that training would use, without the held-out episodes.
 """
 
 import logging
@@ -20,15 +20,18 @@ from torch import Tensor
 from ..data.features import read
 from ..errors import UserError
 from ..run import process
-from . import source
+from ..run.curves import save_figure
+from .commands import built_by, parse
 from .episodes import IMAGES, EpisodeDataset, Episodes, NotFiniteError, steps_only, take
 from .mixture import Mixture
-from .page import PICTURES, Page, Panel, draw
 from .untrusted import gigabytes
 
 SAMPLED = 100_000  # rows of a histogram
-ITEMS = 10_000  # that are read of a dataset without episodes
-SPIKE = 10.0  # times the change from step to step that 99 of 100 stay below
+ITEMS = 10_000  # items read of a dataset without episodes
+SPIKE = 10.0  # smallest jump reported, in multiples of the 99 % quantile of the changes from step to step
+PANELS, ACROSS = 48, 6  # histograms on the page, and in a row of it
+PICTURES = 10  # of a film strip
+WIDTH, LEFT, RIGHT = 14.0, 0.5, 0.2  # of the page and its margins, in inches
 
 
 @dataclass(kw_only=True)
@@ -36,11 +39,11 @@ class Options:
     """Inspect a dataset: PATH, or --dataset NAME with its options."""
 
     out: Path = Path("dataset.png")
-    """Where to draw the page; a mixture gets one for each source, with its name."""
+    """File of the page; a mixture gets one for each source, with its name."""
 
 
 class Column(NamedTuple):
-    """A key's values, and which of them belong to each step."""
+    """A key's values, and the row of each step among them."""
 
     key: str
     values: Tensor  # [M, D] or [M]
@@ -61,13 +64,13 @@ class Finding(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Print the report and draw the page; returns the exit code."""
-    options, words, factory = source.parse(Options, argv, 1, {"cameras": ("all",)})
+    options, words, factory = parse(Options, argv, 1, {"cameras": ("all",)})
     logging.getLogger("components").setLevel(logging.WARNING)
     if not options.out.absolute().parent.is_dir() or options.out.is_dir():
         raise UserError(f"--out {options.out}: expected a file in a folder that exists")
     trouble = ""
     try:
-        built = source.built(factory)
+        built = built_by(factory)
     except UserError as error:
         bad = error if isinstance(error, NotFiniteError) else error.__cause__
         if not isinstance(bad, NotFiniteError):
@@ -86,7 +89,7 @@ def main(argv: list[str]) -> int:
         print("\nsuspicious:" if found else "\nnothing suspicious")
         for key, dims, what in grouped(found):
             print(f"  {key}[{dims}]: {what}")
-        draw(page_of(episodes, found), path)
+        draw_page(page_of(episodes, found), path)
         print(f"\npage: {path}\n")
     print("\n".join(statistics_table(built["norm_stats"])))
     if "validation" in built:
@@ -98,7 +101,7 @@ def main(argv: list[str]) -> int:
 
 
 def as_episodes(dataset: Any, name: str) -> Episodes:
-    """The episodes of a dataset; of one that has none, its first items as one."""
+    """The episodes of a dataset; the first items of a dataset without episodes count as one."""
     if isinstance(dataset, EpisodeDataset):
         return dataset.episodes
     count = min(len(dataset), ITEMS)
@@ -126,20 +129,20 @@ def vectors(episodes: Episodes) -> list[Column]:
 
 
 def declared_space(built: dict[str, Any]) -> dict[str, list[float]]:
-    """{"low", "high"} of the action space that the file declares, or else of the environment that the data offers."""
+    """{"low", "high"} of the action space that the file declares, or else of the environment that the dataset names."""
     from .. import ENV_BUILDER_REGISTRY
-    from ..acting.evaluation import choose_env
+    from ..acting.evaluation import offered_env
 
     stored = getattr(getattr(built["dataset"], "episodes", None), "stored", {})
     if "action_space" in stored:
         return stored["action_space"]
     try:
-        name, options = choose_env("none", None, lambda option: False, built["env"])
+        name, options = offered_env(built["env"])
         envs = ENV_BUILDER_REGISTRY[name](**vars(options)).build(1, 0)
         space = envs.single_action_space
         envs.close()
         return {"low": space.low.ravel().tolist(), "high": space.high.ravel().tolist()}
-    except Exception:  # there is none, or it cannot be made here
+    except Exception:  # no environment, or one that cannot be built here
         return {}
 
 
@@ -147,7 +150,7 @@ def declared_space(built: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def findings(episodes: Episodes, space: dict[str, list[float]]) -> list[Finding]:
-    """Dimensions of the action and the vector observations that somebody should look at."""
+    """Suspicious dimensions of the action and the vector observations."""
     found: list[Finding] = []
     inner = steps_only(episodes.ends)[1] >= 0  # steps that are followed by one of the same episode
     for column in vectors(episodes):
@@ -172,7 +175,7 @@ def findings(episodes: Episodes, space: dict[str, list[float]]) -> list[Finding]
 
 
 def grouped(found: list[Finding]) -> list[tuple[str, str, str]]:
-    """Findings that say the same as one, with their dimensions: "3, 5-7"."""
+    """Merge findings that differ in the dimension alone; their dimensions become text such as "3, 5-7"."""
     dims: dict[tuple[str, str], list[int]] = {}
     for key, dim, what in found:
         dims.setdefault((key, what), []).append(dim)
@@ -186,7 +189,7 @@ def grouped(found: list[Finding]) -> list[tuple[str, str, str]]:
 
 
 def _spike(x: np.ndarray, inner: Tensor, episodes: Episodes) -> str:
-    """Words about the largest change from one step to the next, where it is out of all proportion."""
+    """Describe the largest change from one step to the next where it is out of proportion, else ""."""
     after = np.flatnonzero(inner.numpy())
     change = np.abs(x[after + 1] - x[after]) if len(after) else np.zeros(1)
     change = np.nan_to_num(change, posinf=0.0)
@@ -198,7 +201,7 @@ def _spike(x: np.ndarray, inner: Tensor, episodes: Episodes) -> str:
 
 
 def _outside(x: np.ndarray, dim: int, space: dict[str, list[float]]) -> list[str]:
-    """Words about values of an action that its space does not hold; without one, [-1, 1] when most lie in it."""
+    """Describe values of an action outside its space; without one, outside [-1, 1] when most values are inside."""
     low, high = (space[bound][dim] if len(space.get(bound, ())) > dim else math.nan for bound in ("low", "high"))
     guessed = math.isnan(low) or math.isnan(high)
     low, high = (-1.0, 1.0) if guessed else (low, high)
@@ -247,7 +250,7 @@ def table(episodes: Episodes) -> list[str]:
         note = f"{constant} of {x.shape[1]}" if values.ndim > 1 else "yes" if constant else ""
         rows.append((key, _shape(values.shape[1:]), dtype, low, high, str(x.size - len(finite)), note))
     for key, store in episodes.cameras.items():
-        shown = take(store, episodes.at[spread(len(episodes.at), 50)]).numpy()
+        shown = take(store, episodes.at[evenly(len(episodes.at), 50)]).numpy()
         black = sum(picture.min() == picture.max() for picture in shown)
         note = f"{black} of {len(shown)} pictures of one colour" if black else ""
         rows.append((key, _shape(store.shape[-3:]), "uint8", str(shown.min()), str(shown.max()), "0", note))
@@ -260,23 +263,23 @@ def _shape(shape: Any) -> str:
     return " x ".join(map(str, shape)) or "number"
 
 
-def spread(count: int, most: int) -> Tensor:
-    """At most so many numbers below `count`, evenly."""
+def evenly(count: int, most: int) -> Tensor:
+    """At most `most` numbers below `count`, evenly spaced."""
     return torch.linspace(0, count - 1, min(most, count)).round().long()
 
 
 def flags(episodes: Episodes) -> list[str]:
-    """Episode lengths, returns, rewards, and how episodes end."""
+    """Episode lengths, returns, rewards, and the flags at the ends of episodes."""
     data, last = episodes.columns, episodes.ends - 1
-    lines = ["", f"episode lengths: {_spread(episodes.lengths.float())}"]
+    lines = ["", f"episode lengths: {_range(episodes.lengths.float())}"]
     if single := int((episodes.lengths == 1).sum()):
         lines += [f"{single} episodes have a single step"]
     if "reward" not in data:
         return [*lines, "no rewards"]
-    lines += [f"returns: {_spread(returns(episodes))}"]
+    lines += [f"returns: {_range(returns(episodes))}"]
     values = data["reward"].unique()
     few = f"; the values {', '.join(f'{v:.6g}' for v in values.tolist())}" if len(values) <= 5 else ""
-    lines += [f"rewards: {_spread(data['reward'])}{few}"]
+    lines += [f"rewards: {_range(data['reward'])}{few}"]
     ends = torch.zeros(len(episodes.at), dtype=torch.bool)
     ends[last] = True
     for name in ("terminated", "truncated"):
@@ -296,7 +299,7 @@ def returns(episodes: Episodes) -> Tensor:
     return total.index_add_(0, episode, episodes.columns["reward"].double())
 
 
-def _spread(values: Tensor) -> str:
+def _range(values: Tensor) -> str:
     x = values.double().numpy()
     return f"{x.min():.6g} to {x.max():.6g}, mean {x.mean():.6g}, median {np.median(x):.6g}"
 
@@ -317,21 +320,43 @@ def statistics_table(norm_stats: dict[str, Any]) -> list[str]:
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
+class Panel(NamedTuple):
+    """A histogram."""
+
+    name: str
+    values: np.ndarray
+    suspicious: bool = False
+
+
+@dataclass
+class Page:
+    """The content of the page."""
+
+    title: str
+    strips: dict[str, np.ndarray]
+    """Camera -> pictures `[n, C, H, W]` of an episode, n at most PICTURES."""
+    steps: list[int]
+    """`[n]`, the steps that these pictures show."""
+    times: dict[str, np.ndarray]
+    """Drawn without a camera: key -> its values over the episode, `[T, D]`."""
+    panels: list[Panel]
+
+
 def page_of(episodes: Episodes, found: list[Finding]) -> Page:
-    """Histograms of everything, and an episode of the usual length."""
+    """Histograms of all values, and an episode of median length."""
     odd = {(key, dim) for key, dim, _ in found}
     panels = [Panel("episode length", episodes.lengths.numpy())]
     if "reward" in episodes.columns:
         panels += [Panel("return", returns(episodes).numpy()), Panel("reward", episodes.columns["reward"].numpy())]
     for key, values in ((column.key, column.steps()) for column in vectors(episodes)):
-        some = values[spread(len(values), SAMPLED).numpy()].T
+        some = values[evenly(len(values), SAMPLED).numpy()].T
         name = key.removeprefix("observation.")
         panels += [Panel(f"{name}[{dim}]", x, (key, dim) in odd) for dim, x in enumerate(some)]
     length = int(episodes.lengths.median())
     episode = int((episodes.lengths - length).abs().argmin())
     last = int(episodes.ends[episode])
     steps = torch.arange(last - int(episodes.lengths[episode]), last)
-    shown = steps[spread(len(steps), PICTURES)]
+    shown = steps[evenly(len(steps), PICTURES)]
     strips = {
         key.removeprefix(IMAGES): take(store, episodes.at[shown]).numpy() for key, store in episodes.cameras.items()
     }
@@ -340,6 +365,72 @@ def page_of(episodes: Episodes, found: list[Finding]) -> Page:
     return Page(title, strips, (shown - steps[0]).tolist(), times, panels)
 
 
+def draw_page(page: Page, path: Path) -> None:
+    """Draw a page as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = page.panels[:PANELS]
+    strips, rows = max(len(page.strips), 1), -(-len(panels) // ACROSS)
+    upper, lower = 0.5 + 1.5 * strips, 0.3 + 1.4 * rows  # inches
+    height = 0.5 + upper + lower
+    figure = plt.figure(figsize=(WIDTH, height))
+
+    def axes(top: float, tall: float, rows: int, across: int, gap: float) -> Any:
+        """A grid of panels, `top` inches below the top. Margins fitted to the text would take seconds instead."""
+        margins = {"left": LEFT / WIDTH, "right": 1 - RIGHT / WIDTH, "wspace": 0.12}
+        margins |= {"top": 1 - (top + gap) / height, "bottom": 1 - (top + tall) / height}
+        margins["hspace"] = gap / ((tall - gap * rows) / rows)  # in heights of a panel
+        return figure.add_gridspec(rows, across, **margins).subplots(squeeze=False)
+
+    left_out = len(page.panels) - len(panels)
+    more = f"; {left_out} more dimensions are not drawn" * (left_out > 0)
+    figure.suptitle(page.title + more, fontsize=9, y=1 - 0.1 / height)
+    if page.strips:
+        film(axes(0.4, upper, strips, PICTURES, 0.2), page)
+    else:
+        over_time(axes(0.4, upper - 0.4, 1, len(page.times), 0.3)[0], page)
+    grid = axes(0.5 + upper, lower - 0.3, rows, ACROSS, 0.45)
+    for axis, (name, values, suspicious) in zip(grid.flat, panels, strict=False):
+        colour = "tab:red" if suspicious else "tab:blue"
+        axis.stairs(*np.histogram(values[np.isfinite(values)], bins=40), fill=True, color=colour)
+        axis.set_title(name, fontsize=8, color=colour if suspicious else "black")
+        axis.tick_params(labelsize=6)
+        axis.locator_params(axis="x", nbins=4)
+        axis.set_yticks([])
+    for axis in list(grid.flat)[len(panels) :]:
+        axis.remove()
+    save_figure(figure, path, dpi=90)
+
+
+def film(grid: Any, page: Page) -> None:
+    """A row of pictures for each camera, with the number of their step."""
+    for row, (camera, pictures) in zip(grid, page.strips.items(), strict=True):
+        row[0].set_ylabel(camera, fontsize=8)
+        for axis, picture, step in zip(row, pictures, page.steps, strict=False):
+            grey = {"cmap": "gray"} if len(picture) == 1 else {}
+            axis.imshow(picture.transpose(1, 2, 0).squeeze(), **grey)
+            axis.set_title(f"{step}", fontsize=7)
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        for axis in row[len(pictures) :]:
+            axis.set_visible(False)
+
+
+def over_time(row: Any, page: Page) -> None:
+    """Numbers over time, a row a dimension, each from its least to its largest value."""
+    for axis, (key, numbers) in zip(row, page.times.items(), strict=True):
+        values = np.nan_to_num(numbers)
+        spans = np.ptp(values, axis=0)
+        axis.imshow(((values - values.min(0)) / np.where(spans > 0, spans, 1)).T, aspect="auto", cmap="viridis")
+        axis.set_title(key, fontsize=8)
+        axis.set_xlabel("step", fontsize=7)
+        axis.tick_params(labelsize=6)
+
+
 if __name__ == "__main__":
     os.environ.pop("RANK", None)
-    process.run(main)
+    process.run_script(main)

@@ -1,13 +1,14 @@
-"""LeRobotDataset v2.1 and v3.0: a local folder, or one of the Hugging Face hub.
+"""LeRobotDataset v2.1 and v3.0, from a local folder or from the Hugging Face hub.
 
-`meta/info.json` declares the features and where the files lie. v2.1 has one parquet file, and one video per camera, an
-episode (`meta/episodes.jsonl`); v3.0 puts many episodes into a file (`meta/episodes/*.parquet` tells which, and where
-in a video an episode begins). Rows are ordered by `index`. The format's own statistics are left alone: v3.0's quantiles
-are averages over episodes, and they include the episodes that are held out here.
+`meta/info.json` declares the features and the paths of the files. v2.1 has one parquet file, and one video per camera,
+for each episode (`meta/episodes.jsonl`). v3.0 stores many episodes in a file; `meta/episodes/*.parquet` lists them, and
+the time at which each begins in a video. Rows are ordered by `index`. The format's own statistics are not used: v3.0's
+quantiles are averages over episodes, and they include the episodes that are held out here.
 
-`next.reward` is the reward of the action in the same row. `next.done` is the end of the episode and no terminal state,
-so `terminated` is `next.done` where `next.success` holds, too; a feature `next.terminated`, as `convert` writes it, is
-taken as it is. The observation after the last action is not in the format; `convert` adds it as `next.observation.X`.
+`next.reward` is the reward of the action in the same row. `next.done` marks the end of an episode, which need not be a
+terminal state, so `terminated` is `next.done` where `next.success` also holds; a feature `next.terminated`, which
+`convert` writes, is read directly. The format lacks the observation after the last action; `convert` adds it as
+`next.observation.X`.
 """
 
 import re
@@ -25,7 +26,7 @@ from .frames import EncodedFrames, Frames, VideoFrames, require_video
 from .untrusted import check_memory, check_parquet, existing, inside, read_json
 
 WHAT = "the folder of a LeRobotDataset v2.1 or v3.0 (with meta/ and data/)"
-FIELD = re.compile(r"{(\w+)(?::(0\dd))?}")  # of a pattern; str.format would let the file ask for more than names
+FIELD = re.compile(r"{(\w+)(?::(0\dd))?}")  # in a pattern; str.format would let the file evaluate more than names
 FLAGS = ("next.reward", "next.done", "next.success", "next.terminated", "next.truncated")
 
 
@@ -34,7 +35,7 @@ class LeRobotDataset(Reader):
     """LeRobotDataset v2.1 or v3.0, from a folder (--dataset.path) or the Hugging Face hub (--dataset.repo-id)."""
 
     repo_id: str = ""
-    """Dataset on the Hugging Face hub, such as lerobot/pusht; downloaded once, into huggingface_hub's cache."""
+    """Dataset on the Hugging Face hub, such as lerobot/pusht; downloaded once into huggingface_hub's cache."""
     revision: str = ""
     """Branch, tag or commit of --dataset.repo-id; its main branch by default."""
 
@@ -45,7 +46,7 @@ class LeRobotDataset(Reader):
         `observation.images.<camera>` `[C, H, W]` uint8; `task`; reward, terminated and truncated where recorded.
 
         Raises:
-            UserError: no such data, another version, a missing, truncated or lying file, NaN; each names the file.
+            UserError: no such data, another version, a missing, truncated or inconsistent file, NaN; names the file.
         """
         if bool(self.path) == bool(self.repo_id):
             raise UserError(f"one of --dataset.path and --dataset.repo-id is needed: {WHAT}")
@@ -53,13 +54,13 @@ class LeRobotDataset(Reader):
         return self.finish(read(root, self.cameras))
 
     def _download(self) -> Path:
-        """The folder of the hub's dataset in huggingface_hub's cache; pictures of the cameras asked for only."""
+        """Download the dataset, with videos of the chosen cameras only, into the hub's cache; returns its folder."""
         hub = require("huggingface_hub", "huggingface_hub")
         patterns = ["meta/*", "data/*", *(f"videos/*{camera.removeprefix(IMAGES)}/*" for camera in self.cameras)]
         options: dict[str, Any] = {"repo_type": "dataset", "revision": self.revision or None, "etag_timeout": 5}
         try:
             return Path(hub.snapshot_download(self.repo_id, allow_patterns=patterns, **options))
-        except Exception as error:  # of many kinds: no network, no such repository, no permission, a full disk
+        except Exception as error:  # no network, no such repository, no permission, a full disk, ...
             reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"--dataset.repo-id {self.repo_id}: neither in the cache nor to be had from the hub ({reason});"
@@ -68,7 +69,7 @@ class LeRobotDataset(Reader):
 
 
 class Meta(NamedTuple):
-    """What the metadata says."""
+    """Contents of `meta/`."""
 
     root: Path
     version: str
@@ -95,7 +96,7 @@ class Meta(NamedTuple):
 
 
 def read(root: Path, cameras: tuple[str, ...]) -> Episodes:
-    """Read a dataset's folder: its vectors, and how to decode the pictures of `cameras`."""
+    """Read a dataset's folder: its vectors, and a decoder for the pictures of each of `cameras`."""
     require("pyarrow", "pyarrow")
     meta = read_meta(root)
     pictured = {k.removeprefix(IMAGES): f for k, f in meta.features.items() if f["dtype"] in ("image", "video")}
@@ -113,11 +114,11 @@ def read(root: Path, cameras: tuple[str, ...]) -> Episodes:
     following = {key.removeprefix("next."): vectors.pop(key) for key in list(vectors) if key.startswith("next.")}
     observations: dict[str, Any] = dict(vectors)
     at, after = steps_only(steps)
-    shown = torch.arange(len(at))  # [M] the step whose picture belongs to each observation
+    shown = torch.arange(len(at))  # [M] the step whose picture each observation shows
     if vectors and set(following) == set(vectors):
         observations, at, after = join_successors(vectors, following, steps)
         shown = torch.empty(int(after.max()) + 1, dtype=torch.int64)
-        shown[after] = torch.arange(len(at))  # the final ones, of which only the vectors are stored, repeat the last
+        shown[after] = torch.arange(len(at))  # final observations have no picture of their own and repeat the last one
         shown[at] = torch.arange(len(at))
     for name in chosen:
         key, shape = IMAGES + name, picture_shape(meta, IMAGES + name)
@@ -139,7 +140,7 @@ def read(root: Path, cameras: tuple[str, ...]) -> Episodes:
 
 
 def flags(rows: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """reward, terminated and truncated `[N]`, as far as they are recorded; see the top of this file."""
+    """reward, terminated and truncated `[N]`, as far as they are recorded; see the module's docstring."""
     columns: dict[str, Tensor] = {}
     if "next.reward" in rows:
         columns["reward"] = torch.from_numpy(rows["next.reward"].astype(np.float32))
@@ -192,7 +193,7 @@ def read_meta(root: Path) -> Meta:
             episode["episode_index"], episode["length"] = int(episode["episode_index"]), int(episode["length"])
             if episode["length"] < 1:
                 raise ValueError(f"episode {episode['episode_index']} has length {episode['length']}")
-        # The text is a pandas index in v3.0: its column is named by whoever wrote it.
+        # In v3.0 the text is a pandas index, whose column name depends on the writer.
         texts = {int(t["task_index"]): str(next(v for k, v in t.items() if k != "task_index")) for t in listed}
     except (ValueError, KeyError, TypeError, StopIteration) as error:
         raise UserError(f"{where}: damaged or incomplete ({type(error).__name__}: {error})") from error
@@ -204,7 +205,7 @@ def read_meta(root: Path) -> Meta:
 
 
 def vector_features(features: dict[str, Any]) -> list[str]:
-    """`action`, and the observations (and successors, which `convert` writes) with one axis; pictures have three."""
+    """`action`, and the observations and successors with one axis; pictures have three."""
     return [
         key
         for key, feature in features.items()
@@ -215,7 +216,7 @@ def vector_features(features: dict[str, Any]) -> list[str]:
 
 
 def picture_shape(meta: Meta, key: str) -> tuple[int, int, int]:
-    """(C, H, W) of a camera; the metadata may have the channels last or first."""
+    """(C, H, W) of a camera; the metadata may declare the channels last or first."""
     shape, names = meta.features[key]["shape"], meta.features[key].get("names") or []
     if len(shape) != 3 or min(shape) < 1:
         raise UserError(f"{meta.root}/meta/info.json: {key!r} has shape {shape}; expected height, width, channels")
@@ -230,11 +231,11 @@ def picture_shape(meta: Meta, key: str) -> tuple[int, int, int]:
 
 
 def read_rows(meta: Meta, embedded: list[str]) -> tuple[dict[str, np.ndarray], dict[str, Any], list[Path]]:
-    """Read what is used of every data file that the episodes name.
+    """Read the columns that are used from every data file of the episodes.
 
     Returns:
-        Columns, float32 `[N, D]` or plain `[N]`; for each camera of `embedded`, pictures as `EncodedFrames` takes them;
-        the files.
+        Columns, float32 `[N, D]` or plain `[N]`; for each camera of `embedded`, the arguments of `EncodedFrames`; the
+        files.
     """
     root, features = meta.root, meta.features
     widths = {key: features[key]["shape"][0] for key in vector_features(features)}
@@ -273,7 +274,7 @@ def read_rows(meta: Meta, embedded: list[str]) -> tuple[dict[str, np.ndarray], d
 
 
 def read_table(path: Path, columns: list[str], most_rows: int | None = None) -> Any:
-    """Read columns of a parquet file (all of them, when it is metadata), or say in one line what is wrong with it."""
+    """Read columns of a parquet file, or all of them without `most_rows`. Raises UserError: a bad file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -318,7 +319,7 @@ def as_array(column: Any, width: int | None, place: str, says: str = "meta/info.
 
 
 def as_bytes(column: Any, place: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The bytes of a column of pictures, `struct{bytes, path}`: for each chunk all of them `[bytes]`, lengths `[n]`."""
+    """The bytes of a column of pictures, `struct{bytes, path}`: for each chunk, data `[bytes]` and lengths `[n]`."""
     import pyarrow
 
     parts = []
@@ -336,7 +337,7 @@ def as_bytes(column: Any, place: str) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def video(meta: Meta, key: str, shape: tuple[int, int, int], rows: dict[str, np.ndarray], shown: np.ndarray) -> Frames:
-    """One camera's videos: each picture at the time of row `shown` `[M]` after its episode's start in the file."""
+    """One camera's videos: picture i has the time of row `shown[i]`, counted from its episode's start in the file."""
     require_video()
     named: dict[Path, int] = {}
     numbers, starts = {}, {}

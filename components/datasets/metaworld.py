@@ -1,4 +1,4 @@
-"""Demonstrations by Meta-World's scripted experts, or worse data by them, made on the spot and cached on disk."""
+"""Demonstrations by Meta-World's scripted experts, or noisy data by them, generated and cached on disk."""
 
 import atexit
 import hashlib
@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batches import derive_seed
+from ..data.random_state import derive_seed
 from ..envs.metaworld import draw_off_screen
+from ..envs.observations import observation_batch
 from ..errors import UserError, require
 from .episodes import Scales, build, from_columns
 
 logger = logging.getLogger(__name__)
 RECIPE = 1  # part of the cache's name: count up when the demonstrations of the same options change
-LARGE = 200  # from this many demonstrations on, starting processes (about 4 s) pays
+LARGE = 200  # from this many demonstrations on, several processes are faster, though their start takes about 4 s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +36,22 @@ class MetaWorldDemonstrations(Scales):
     task: str = "push-v3"
     """One of the 50 tasks, such as push-v3, pick-place-v3, drawer-open-v3."""
     demos: int = 50
-    """Episodes to make: successful demonstrations; with noise or random actions, whatever comes of it."""
+    """Episodes to generate: successful demonstrations; with noise or random actions, successful or not."""
     noise: float = 0.0
-    """Deviation of Gaussian noise on the expert's actions, which then are no demonstrations but data for offline RL."""
+    """Standard deviation of Gaussian noise on the expert's actions, for data of offline RL."""
     random: float = 0.0
     """Fraction of the episodes in which all actions are random."""
     reward_shift: float = -10.0
-    """Added to every reward. Meta-World's lie in 0 to 10, the latter at success, which ends an episode: without it,
-    to go on without success would be worth more."""
+    """Added to every reward. Meta-World's rewards are 0 to 10, with 10 at success, which ends an episode: without a
+    negative shift, continuing without success would be worth more."""
     reward_scale: float = 0.1
     """Factor on every reward, after the shift."""
     seed: int = 0
-    """Seed of the goals; evaluation uses others."""
+    """Seed of the goals; evaluation uses other goals."""
     max_episode_steps: int = 200
     """Steps until an attempt counts as failed, here and in the evaluation."""
     cameras: tuple[str, ...] = ()
-    """Cameras whose pictures are drawn, such as behindGripper; the state is then hand and gripper alone."""
+    """Cameras whose pictures are rendered, such as behindGripper; the state is then hand and gripper alone."""
     image_size: int = 64
     """Height and width of the pictures."""
     obs_steps: int = 1
@@ -60,11 +61,11 @@ class MetaWorldDemonstrations(Scales):
     validation: float = 0.1
     """Fraction of the episodes to hold out: at least one, never more than a fifth of the rows; 0 for none."""
     workers: int = 0
-    """Processes that make demonstrations; 0 chooses by their number."""
+    """Processes that generate demonstrations; 0 chooses by the number of demonstrations."""
     cache: str = "~/.cache/tendon"
     """Folder that keeps finished demonstrations; empty for none."""
 
-    env_name = "metaworld"  # whose options the command line shows; `build` returns the environment itself
+    env_name = "metaworld"  # the command line shows its options; `build` returns the environment itself
     debug_options = {"demos": 5}
 
     def build(self, **kwargs: Any) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class MetaWorldDemonstrations(Scales):
         return built | {"env": env}
 
     def _load_or_make(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Read the cache, or make the demonstrations and cache them."""
+        """Read the cache, or generate the demonstrations and cache them."""
         from importlib.metadata import version
 
         from safetensors import SafetensorError
@@ -128,17 +129,17 @@ class MetaWorldDemonstrations(Scales):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_file({**columns, "episode_ends": ends}, temporary)
-                temporary.replace(path)  # atomic: a killed run leaves no half cache under the name that is read
+                temporary.replace(path)  # atomic: a killed run leaves no incomplete cache
             except (SafetensorError, OSError) as error:
                 temporary.unlink(missing_ok=True)
                 logger.warning("the demonstrations could not be cached in %s (%s)", path.parent, error)
         return columns, ends
 
     def _make(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Attempt goals in the order of their number until enough attempts succeeded: the same for any `workers`."""
+        """Attempt goals in order until enough attempts have succeeded; the result is the same for any `workers`."""
         from tqdm import tqdm
 
-        # Which list of 50 goals comes k-th; far from the lists of the evaluation's seeds by sheer size.
+        # The seeds of the goals: lists of 50 with large numbers, so that evaluation, with small seeds, has other goals.
         numbers = (50 * (derive_seed(self.seed, k // 50) % 10**8 + 10**8) + k % 50 for k in range(20 + 5 * self.demos))
         simulation = (self.task, self.max_episode_steps, self.cameras, self.image_size)
         noises = (self._noise(k) for k in itertools.count())
@@ -170,14 +171,14 @@ class MetaWorldDemonstrations(Scales):
         return columns, ends
 
     def _noise(self, k: int) -> float | None:
-        """Deviation of the noise of attempt k; infinite for random actions, None for a demonstration."""
+        """Standard deviation of the noise of attempt k; infinite for random actions, None for a demonstration."""
         if not self.noise and not self.random:
             return None
         return math.inf if math.floor((k + 1) * self.random) > math.floor(k * self.random) else self.noise
 
 
 def _in_order(pool: ProcessPoolExecutor | None, tasks: Any, ahead: int) -> Any:
-    """Results of `demonstrate` in the order of `tasks`, at most `ahead` of them under way."""
+    """Results of `demonstrate` in the order of `tasks`, with at most `ahead` of them in progress."""
     if pool is None:
         yield from (demonstrate(*task) for task in tasks)
         return
@@ -197,10 +198,10 @@ def demonstrate(
     image_size: int = 64,
     noise: float | None = None,
 ) -> dict[str, np.ndarray] | None:
-    """One attempt of the expert: columns of `[T, ...]`, or None when it did not succeed in time.
+    """One attempt of the expert: columns `[T, ...]`, or None when it did not succeed in time.
 
     Args:
-        noise: Deviation of the noise on its actions, infinite for random actions; then every attempt counts.
+        noise: Standard deviation of the noise on its actions, infinite for random actions; then every attempt counts.
     """
     from ..envs.metaworld_simulator import expert
 
@@ -224,9 +225,7 @@ def demonstrate(
 
 
 def _named(observation: Any, prefix: str) -> dict[str, np.ndarray]:
-    """One observation of the environment by the names of the data."""
-    from ..acting.evaluation import observation_batch
-
+    """One observation of the environment by the data's names."""
     one = {key: value[0] for key, value in observation_batch(_batched(observation)).items()}
     return {prefix + key: np.ascontiguousarray(value) for key, value in one.items()}
 
@@ -240,10 +239,10 @@ def _batched(observation: Any) -> Any:
 
 @lru_cache(maxsize=4)
 def _simulator(*options: Any) -> Any:
-    """One simulator per process and task: making one takes longer than an episode."""
+    """One simulator per process and task, since building one takes longer than an episode."""
     from ..envs.metaworld_simulator import MetaWorld
 
     task, max_episode_steps, cameras, image_size = options
     simulator = MetaWorld(task, max_episode_steps, cameras=cameras, image_size=image_size)
-    atexit.register(simulator.close)  # while what it draws with is still there
+    atexit.register(simulator.close)  # while the rendering libraries are still loaded
     return simulator

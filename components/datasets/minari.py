@@ -2,11 +2,13 @@
 
 Layout: `data/metadata.json` (spaces, environment, counts) and `data/main_data.hdf5` with a group `episode_<k>`, or
 `data/<k>/part-*.arrow|parquet`. An episode of T actions has T + 1 observations; arrow and parquet fill the other
-columns with one row more, which is dropped. Pictures are JPEG files unless the set was made without `jpeg_encoding`.
+columns with one more row, which is dropped. Pictures are JPEG files unless the dataset was created without
+`jpeg_encoding`.
 
-Observations are named as `evaluation.observation_batch` names those of the environment: a vector `observation.state`,
-a picture `observation.images.camera`, the entries of a Dict by their keys (nested ones joined by dots), of a Tuple by
-their numbers. Actions of a Dict or Tuple lie side by side in the space's order; a Discrete one is one number.
+Observations are named as `envs.observations.observation_batch` names those of the environment: a vector is
+`observation.state`, a picture `observation.images.camera`; entries of a Dict are named by their keys (nested ones
+joined by dots), those of a Tuple by their numbers. Actions of a Dict or Tuple are concatenated in the space's order; a
+Discrete one is a single number.
 """
 
 import json
@@ -41,7 +43,7 @@ from .untrusted import (
 
 logger = logging.getLogger(__name__)
 WHAT = "the folder of a Minari dataset (with data/metadata.json)"
-# Packages that register environments when they are imported; what else a file names is not imported.
+# Packages that register environments on import; no other package that a file names is imported.
 REGISTER = ("gymnasium_robotics", "metaworld", "ogbench", "ale_py", "minigrid", "gym_pusht")
 
 
@@ -61,7 +63,7 @@ class MinariDataset(Reader):
         reward, terminated, truncated, next.observation.X.
 
         Raises:
-            UserError: no such dataset, missing, damaged, lying or dangerous files; each names the file and the place.
+            UserError: no such dataset; missing, damaged, inconsistent or dangerous files. Names the file and the place.
         """
         if bool(self.path) == bool(self.id):
             raise UserError(f"one of --dataset.path and --dataset.id is needed: {WHAT}")
@@ -83,9 +85,9 @@ class MinariDataset(Reader):
         return built
 
     def _local(self) -> Path:
-        """The folder of the dataset `id`, which is downloaded when it is not there."""
+        """The folder of the dataset `id`, which is downloaded when it is missing."""
         minari = require("minari", "minari")
-        with suppress(ImportError):  # the remote that Minari knows first; it tells each of its retries
+        with suppress(ImportError):  # Minari's default remote, which logs each of its retries
             from huggingface_hub.utils import logging as chatter
 
             chatter.set_verbosity_error()
@@ -95,7 +97,7 @@ class MinariDataset(Reader):
             path = Path(get_dataset_path(self.id))
             if not path.exists():
                 minari.download_dataset(self.id)
-        except Exception as error:  # of many kinds: no network, no such dataset, no package for the remote
+        except Exception as error:  # no network, no such dataset, no package for the remote, ...
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise UserError(
                 f"--dataset.id {self.id}: neither in Minari's folder nor to be downloaded ({reason}); check the name"
@@ -107,7 +109,7 @@ class MinariDataset(Reader):
 class Part(NamedTuple):
     """One leaf of a space."""
 
-    path: tuple[str | int, ...]  # keys of Dicts and numbers of Tuples that lead to it
+    path: tuple[str | int, ...]  # keys of Dicts and indices of Tuples down to it
     shape: tuple[int, ...]
     picture: bool
 
@@ -117,7 +119,7 @@ class Part(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name as an observation."""
+        """Its key as an observation."""
         names = [str(name) for name in self.path]
         if self.picture:
             names = names[1:] if names[:1] == ["pixels"] else names
@@ -126,7 +128,7 @@ class Part(NamedTuple):
 
 
 def parts_of(space: Any, place: str, path: tuple[str | int, ...] = ()) -> list[Part]:
-    """The leaves of a space that is described as Minari writes it. Raises UserError: damaged, or not numbers."""
+    """The leaves of a space in Minari's description. Raises UserError: damaged, or not numbers."""
     try:
         kind = space["type"]
         if kind in ("Dict", "Tuple"):
@@ -150,9 +152,18 @@ def parts_of(space: Any, place: str, path: tuple[str | int, ...] = ()) -> list[P
         raise UserError(f"{place}: a space that is not known or damaged ({type(error).__name__}: {error})") from error
 
 
-def read(root: Path, meta: dict[str, Any], cameras: tuple[str, ...]) -> Episodes:
-    """Read the episodes below `root`, the folder data/."""
-    place = root / "metadata.json"
+class Declared(NamedTuple):
+    """Declarations of metadata.json."""
+
+    observed: list[Part]
+    acted: list[Part]
+    action_space: dict[str, Any]
+    storage: str
+    episodes: int
+
+
+def read_declared(meta: dict[str, Any], place: Path) -> Declared:
+    """Read the spaces, the storage and the number of episodes. Raises UserError: damaged, or unusable spaces."""
     try:
         spaces = [json.loads(meta[name]) for name in ("observation_space", "action_space")]
         storage, total = str(meta.get("data_format", "hdf5")), int(meta["total_episodes"])
@@ -165,68 +176,71 @@ def read(root: Path, meta: dict[str, Any], cameras: tuple[str, ...]) -> Episodes
     keys = [part.key for part in observed]
     if len(set(keys)) != len(keys):
         raise UserError(f"{place}: two parts of the observation space would both be {max(keys, key=keys.count)!r}")
-    pictured = {part.key.removeprefix(IMAGES): part for part in observed if part.picture}
+    return Declared(observed, acted, spaces[1], storage, total)
+
+
+def read(root: Path, meta: dict[str, Any], cameras: tuple[str, ...]) -> Episodes:
+    """Read the episodes below `root`, the folder data/."""
+    place = root / "metadata.json"
+    declared = read_declared(meta, place)
+    pictured = {part.key.removeprefix(IMAGES): part for part in declared.observed if part.picture}
     chosen = {IMAGES + name: pictured[name] for name in chosen_cameras(cameras, list(pictured), str(root))}
-    if storage not in ("hdf5", "arrow", "parquet"):
-        raise UserError(f"{place}: storage {storage!r} is not known; expected hdf5, arrow or parquet")
-    store = HDF5Store(root) if storage == "hdf5" else ArrowStore(root, storage)
+    if declared.storage not in ("hdf5", "arrow", "parquet"):
+        raise UserError(f"{place}: storage {declared.storage!r} is not known; expected hdf5, arrow or parquet")
+    store = HDF5Store(root) if declared.storage == "hdf5" else ArrowStore(root, declared.storage)
     with store.opened() as names:
-        if len(names) != total:
-            raise UserError(
-                f"{store.path}: {len(names)} episodes, but metadata.json says {total}; is the copy complete?"
-            )
+        if len(names) != declared.episodes:
+            found = f"{len(names)} episodes, but metadata.json says {declared.episodes}"
+            raise UserError(f"{store.path}: {found}; is the copy complete?")
         if not names:
             raise UserError(f"{store.path}: the dataset is empty; expected at least one episode with one step")
-        lengths: list[int] = []
-        collected: dict[str, list[np.ndarray]] = {}
-        pictures: dict[str, list[Any]] = {key: [] for key in chosen}
-        for name in names:
-            where = f"{store.path}: {name}"
-            flags = {key: store.vector(name, (key,), 1) for key in ("rewards", "terminations", "truncations")}
-            values = {"action": np.concatenate([store.vector(name, ("actions", *p.path), p.width) for p in acted], 1)}
-            steps = len(values["action"])
-            values |= {
-                "reward": flags["rewards"],
-                "terminated": flags["terminations"],
-                "truncated": flags["truncations"],
-            }
-            for part in observed:
-                if not part.picture:
-                    values[part.key] = store.vector(name, ("observations", *part.path), part.width)
-            for key, part in chosen.items():
-                frames = store.pictures(name, ("observations", *part.path), part)
-                pictures[key].append(frames)
-                values[key] = np.empty((len(frames), 0))
-            for key, value in values.items():
-                rows = steps + 1 if key.startswith("observation.") else steps
-                if len(value) != rows or steps < 1:
-                    raise UserError(f"{where}: {len(value)} rows of {key}, {steps} actions; expected {rows}")
-                collected.setdefault(key, []).append(value)
-            lengths.append(steps)
-        files = store.files
-        for key in chosen:
-            del collected[key]
-    columns = {key: torch.from_numpy(np.concatenate(arrays)) for key, arrays in collected.items()}
-    observations: dict[str, Any] = {key: columns.pop(key) for key in list(columns) if key.startswith("observation.")}
+        each = [read_episode(store, name, declared, chosen) for name in names]
+    vectors = {key: torch.from_numpy(np.concatenate([values[key] for values, _ in each])) for key in each[0][0]}
+    observations: dict[str, Any] = {key: x for key, x in vectors.items() if key.startswith("observation.")}
     for key, part in chosen.items():
-        observations[key] = joined(pictures[key], part, files)
-    columns |= {"reward": columns["reward"].squeeze(1)}
-    columns |= {key: columns[key].squeeze(1) > 0 for key in ("terminated", "truncated")}
-    ends = torch.tensor(lengths).cumsum(0)
+        observations[key] = joined([pictures[key] for _, pictures in each], part, store.files)
+    columns = {"action": vectors["action"], "reward": vectors["reward"].squeeze(1)}
+    columns |= {key: vectors[key].squeeze(1) > 0 for key in ("terminated", "truncated")}
+    ends = torch.tensor([len(values["action"]) for values, _ in each]).cumsum(0)
     at, after = with_final(ends)
-    known = meta["converted"] if isinstance(meta.get("converted"), dict) else {}  # from a lesser format
+    known = (
+        meta["converted"] if isinstance(meta.get("converted"), dict) else {}
+    )  # from a format without rewards or final observations
     if known.get("rewards") is False:
         columns = {"action": columns["action"]}
     if known.get("final_observations") is False:
         after[ends - 1] = -1
-    stored: dict[str, Any] = {"format": f"minari {storage}"}
-    if spaces[1]["type"] == "Box":
-        stored["action_space"] = {bound: np.ravel(spaces[1][bound]).tolist() for bound in ("low", "high")}
+    stored: dict[str, Any] = {"format": f"minari {declared.storage}"}
+    if declared.action_space["type"] == "Box":
+        stored["action_space"] = {bound: np.ravel(declared.action_space[bound]).tolist() for bound in ("low", "high")}
     return Episodes(str(root), ends, columns, observations, at, after, stored=stored)
 
 
+def read_episode(
+    store: Any, name: str, declared: Declared, chosen: dict[str, Part]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """One episode's vectors `[rows, width]` and its pictures, as the storage holds them.
+
+    Raises:
+        UserError: an array is missing, damaged, or has a number of rows that does not fit the number of actions.
+    """
+    flags = {key: store.vector(name, (key,), 1) for key in ("rewards", "terminations", "truncations")}
+    values = {"action": np.concatenate([store.vector(name, ("actions", *p.path), p.width) for p in declared.acted], 1)}
+    values |= {"reward": flags["rewards"], "terminated": flags["terminations"], "truncated": flags["truncations"]}
+    for part in declared.observed:
+        if not part.picture:
+            values[part.key] = store.vector(name, ("observations", *part.path), part.width)
+    pictures = {key: store.pictures(name, ("observations", *part.path), part) for key, part in chosen.items()}
+    steps = len(values["action"])
+    for key, value in {**values, **pictures}.items():
+        rows = steps + 1 if key.startswith("observation.") else steps
+        if len(value) != rows or steps < 1:
+            raise UserError(f"{store.path}: {name}: {len(value)} rows of {key}, {steps} actions; expected {rows}")
+    return values, pictures
+
+
 def joined(parts: list[Any], part: Part, files: list[Path]) -> Any:
-    """One camera's pictures of all episodes, as its storage holds them: encoded, in HDF5 arrays, or as they are."""
+    """One camera's pictures of all episodes in the form of the storage: encoded, in HDF5 arrays, or plain."""
     first = part.shape[2] not in (1, 3, 4)
     shape = part.shape if first else (part.shape[2], *part.shape[:2])
     if isinstance(parts[0], list):  # encoded, one array of bytes a picture
@@ -244,7 +258,7 @@ def joined(parts: list[Any], part: Part, files: list[Path]) -> Any:
 
 
 class HDF5Array(NamedTuple):
-    """Pictures that stay in the file."""
+    """Pictures that remain in the file."""
 
     name: str
     rows: int
@@ -254,7 +268,7 @@ class HDF5Array(NamedTuple):
 
 
 class HDF5Store:
-    """`main_data.hdf5`: a group an episode."""
+    """`main_data.hdf5`: one group for each episode."""
 
     def __init__(self, root: Path) -> None:
         self.path = inside(root, "main_data.hdf5", root / "metadata.json")
@@ -263,11 +277,12 @@ class HDF5Store:
 
     @contextmanager
     def opened(self) -> Iterator[list[str]]:
-        """Context in which the episodes can be read, by the names that it gives."""
+        """A context in which episodes can be read; yields their names."""
         with open_hdf5(self.path) as self.file:
             yield sorted((name for name in self.file if name.startswith("episode_")), key=demonstration_number)
 
     def _array(self, episode: str, path: tuple[str | int, ...]) -> Any:
+        """The HDF5 object at `path` of an episode. Raises UserError: none there."""
         name = "/".join(f"_index_{part}" if isinstance(part, int) else part for part in (episode, *path))
         if (array := hdf5(self.file, name)) is None:
             raise UserError(f"{self.path}: no {name}, though metadata.json promises it")
@@ -282,7 +297,7 @@ class HDF5Store:
         return read_hdf5(array).reshape(len(array), width).astype(np.float32)
 
     def pictures(self, episode: str, path: tuple[str | int, ...], part: Part) -> Any:
-        """A list of encoded pictures, or where the plain ones are."""
+        """A list of encoded pictures, or the array that holds plain ones."""
         import h5py
 
         array = self._array(episode, path)
@@ -296,7 +311,7 @@ class HDF5Store:
 
 
 class ArrowStore:
-    """`<k>/part-*.arrow|parquet`: a folder an episode."""
+    """`<k>/part-*.arrow|parquet`: one folder for each episode."""
 
     def __init__(self, root: Path, storage: str) -> None:
         require("pyarrow", "pyarrow")
@@ -306,12 +321,12 @@ class ArrowStore:
 
     @contextmanager
     def opened(self) -> Iterator[list[str]]:
-        """Context in which the episodes can be read, by the names that it gives."""
+        """A context in which episodes can be read; yields their names."""
         folders = [path.name for path in self.path.iterdir() if path.is_dir() and path.name.isdigit()]
         yield sorted(folders, key=int)
 
     def _column(self, episode: str, path: tuple[str | int, ...]) -> Any:
-        """A column of an episode, whose last row is left out where it only fills up; the table read last is kept."""
+        """A column of an episode, without a last row of padding; the most recent table is kept."""
         if self.name != episode:
             self.name, self.table = episode, self._read(episode)
         column: Any = self.table
@@ -324,6 +339,7 @@ class ArrowStore:
         return column if path[0] == "observations" else column[:-1]
 
     def _read(self, episode: str) -> Any:
+        """The table of an episode. Raises UserError: missing, truncated or damaged files."""
         import pyarrow
         import pyarrow.parquet
 
@@ -338,7 +354,7 @@ class ArrowStore:
                     file = pyarrow.parquet.ParquetFile(path)
                     check_parquet(file, path)
                     table = file.read()
-                table.validate(full=True)  # offsets that lead out of the file
+                table.validate(full=True)  # checks the offsets, which must not leave the file
             except (pyarrow.ArrowException, OSError, MemoryError) as error:
                 raise UserError(f"{path}: truncated or damaged ({' '.join(str(error).split())[:100]})") from error
             tables.append(table)
@@ -374,13 +390,13 @@ class ArrowStore:
 def recovered(episodes: Episodes, meta: dict[str, Any]) -> dict[str, Any] | None:
     """The environment of the evaluation, or None.
 
-    The description is not trusted: of it only a registered id, a number of steps and plain arguments are used; what it
-    names as code, an entry point or wrappers, is never imported.
+    The description is not trusted. Only a registered id, a number of steps and plain arguments are used; code that it
+    names, such as an entry point or wrappers, is never imported.
     """
     import importlib
 
     env = meta.get("environment")
-    if isinstance(env, dict) and env.get("name") != "gymnasium":  # of another family, as `convert` writes it
+    if isinstance(env, dict) and env.get("name") != "gymnasium":  # of another family, written by `convert`
         return recoverable(episodes, env)
     text = meta.get("eval_env_spec") or meta.get("env_spec")
     if not text:

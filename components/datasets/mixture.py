@@ -1,16 +1,16 @@
-"""Several datasets as one, each with its share of every batch.
+"""A weighted mixture of datasets, each with its share of every batch.
 
-A pass over the mixture is as long as it takes for every item of every source to come up while the shares hold, or eight
-million items, of which each pass then draws other ones. In it, the items of the sources are interleaved evenly: each
-batch, and each pass, has the shares asked for to within one item of a source, whatever part of a pass is dropped for
-want of a full batch.
+A pass over the mixture is long enough to contain every item of every source while the shares hold, but at most eight
+million items; passes cut to that length draw different items each time. Within a pass, the items of the sources are
+interleaved evenly: each batch, and each pass, has the requested shares to within one item of a source, even where the
+remainder of a pass is dropped because it fills no batch.
 """
 
 import json
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -18,30 +18,31 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from ..data.batches import derive_seed
+from ..contracts import options_of
 from ..data.features import read
 from ..data.normalisation import quantile, statistics
+from ..data.random_state import derive_seed
 from ..errors import UserError, nearest
-from ..run.command_line import options_of
-from .episodes import Batched
+from .episodes import IMAGES, Batched, EpisodeDataset
 from .recognise import recognise
 
 logger = logging.getLogger(__name__)
-LONGEST_PASS = 1 << 23  # items; their order is held in memory
+LONGEST_PASS = 1 << 23  # items, whose order is kept in memory
 
 
 @dataclass(frozen=True)
 class MixtureDataset:
-    """Several datasets with weights, such as --dataset.sources demos/a:0.7 metaworld:0.3."""
+    """A weighted mixture of datasets, such as --dataset.sources demos/a:0.7 metaworld:0.3."""
 
     sources: tuple[str, ...] = ()
-    """SOURCE:WEIGHT of each. SOURCE is a path whose format is recognised, NAME=PATH, or the NAME of a dataset that
-    needs no path; options of its own follow after commas, as in robomimic=demos.hdf5,split=train:0.5."""
+    """SOURCE:WEIGHT for each. SOURCE is a path whose format is recognised, NAME=PATH, or the NAME of a dataset that
+    needs no path; its options follow after commas, as in robomimic=demos.hdf5,split=train:0.5."""
     cameras: tuple[str, ...] = ()
-    """Cameras whose pictures are loaded from every source."""
+    """Cameras whose pictures are loaded, the same for every source."""
     cache: Literal["none", "memory", "disk"] = "none"
-    """Decode all pictures of the sources once, into memory or into a file; none decodes each when needed."""
+    """Decode all pictures of the sources once, into memory or into a file; none decodes each when it is needed."""
     obs_steps: int = 1
     """Observation steps per sample, the last being now."""
     action_steps: int = 1
@@ -49,18 +50,18 @@ class MixtureDataset:
     validation: float = 0.1
     """Fraction of each source's episodes to hold out."""
     seed: int = 0
-    """Seed of the sources' choices."""
+    """Seed of the random choices of each source."""
 
     env_name = "gymnasium"
 
     def build(self, **kwargs: Any) -> dict[str, Any]:
         """Return {"dataset", "validation", "norm_stats"}, and the first source's "env".
 
-        Items: the keys that all sources have, and `source`, the name of the item's source. Statistics are those of what
-        is drawn: weighted by the shares.
+        Items: the keys that all sources have, and `source`, the name of the item's source. Statistics are weighted by
+        the shares, as the items are.
 
         Raises:
-            UserError: sources or weights that make no sense, keys or widths that differ between sources.
+            UserError: invalid sources or weights, keys or widths that differ between sources.
         """
         if not self.sources:
             raise UserError("--dataset.sources is needed: SOURCE:WEIGHT of each, such as demos/a:0.7 demos/b:0.3")
@@ -125,23 +126,23 @@ class MixtureDataset:
             except ValueError:
                 values[option.replace("-", "_")] = text
         cls = DATASET_BUILDER_REGISTRY[name]
-        known = {field.name for field in fields(cls)} if hasattr(cls, "__dataclass_fields__") else set()
+        known = {field.name for field in fields(cls)} if is_dataclass(cls) else set()
         if values and not known:
             raise UserError(f"--dataset.sources {source}: {name} has no options")
         shared: dict[str, Any] = {"obs_steps": self.obs_steps, "action_steps": self.action_steps, "seed": self.seed}
         shared |= {"validation": self.validation, "cameras": self.cameras}
-        shared |= {"cache": self.cache} if name != "metaworld" else {}  # its cache is a folder
+        shared |= {"cache": self.cache} if name != "metaworld" else {}  # whose option of this name is a folder
         shared = {option: value for option, value in shared.items() if option in known}
         return Path(path).name or name, weight, options_of(cls, shared | values) if known else cls()
 
 
 class Mixture(Batched):
-    """Items of several datasets: those of the first, then those of the second, ...
+    """Items of several datasets: those of the first one, then those of the second one, ...
 
     Args:
         datasets, names: The sources.
-        shares: Of every pass and batch, summing to 1.
-        keys: What an item has.
+        shares: Share of each source in every pass and batch; they sum to 1.
+        keys: The keys of an item.
     """
 
     checked = True
@@ -151,7 +152,7 @@ class Mixture(Batched):
         self.datasets, self.names, self.shares, self.keys = datasets, names, [s / total for s in shares], keys
         self.sizes = [len(dataset) for dataset in datasets]
         self.starts = torch.tensor([0, *np.cumsum(self.sizes)[:-1].tolist()])
-        # Draws from each source in one pass: as few as let every item of every source come up.
+        # Draws from each source in one pass: the least for which every item of every source occurs.
         longest = min(max(size / share for size, share in zip(self.sizes, self.shares, strict=True)), LONGEST_PASS)
         self.draws = [max(1, round(longest * share)) for share in self.shares]
 
@@ -160,21 +161,21 @@ class Mixture(Batched):
 
     @property
     def tasks(self) -> list[str]:
-        """Texts of the tasks that the items may have."""
+        """Texts of the tasks of the items."""
         return list(dict.fromkeys(text for dataset in self.datasets for text in getattr(dataset, "tasks", ())))
 
     @property
     def rows_per_pass(self) -> int:
-        """Items of one pass; more than there are, where sources come up again to keep their shares."""
+        """Items of one pass; more than exist, where a source is repeated to keep its share."""
         return sum(self.draws)
 
     def sources(self) -> dict[str, tuple[Tensor, float]]:
-        """The items of each source, and its share."""
+        """The items and the share of each source."""
         items = torch.arange(len(self)).split(self.sizes)
         return dict(zip(self.names, zip(items, self.shares, strict=True), strict=True))
 
     def order(self, seed: int, epoch: int) -> Tensor:
-        """The items of one pass `[rows_per_pass]`, the sources interleaved evenly, each shuffled."""
+        """The items of one pass `[rows_per_pass]`: sources are interleaved evenly, and each is shuffled."""
         return _order(tuple(self.sizes), tuple(self.draws), seed, epoch)
 
     def __len__(self) -> int:
@@ -202,20 +203,20 @@ class Mixture(Batched):
         return batch | {"source": [self.names[i] for i in source.tolist()]}
 
     def mapped(self, view: Callable[[Any], Any]) -> "Mixture":
-        """The same sources and shares, each source seen through `view`."""
+        """A mixture with the same shares, whose sources are `view(source)`."""
         datasets = [view(dataset) for dataset in self.datasets]
         return Mixture(datasets, self.names, self.shares, common_keys(dict(zip(self.names, datasets, strict=True))))
 
 
 @lru_cache(maxsize=2)
 def _order(sizes: tuple[int, ...], draws: tuple[int, ...], seed: int, epoch: int) -> Tensor:
-    """Draw j of source k stands at the share (j + 1/2) / draws[k] of the pass; of equal ones, the first source's."""
+    """Put draw j of source k at the fraction (j + 1/2) / draws[k] of the pass; at ties, the first source is first."""
     order, start = torch.empty(sum(draws), dtype=torch.int64), 0
     for number, (size, count) in enumerate(zip(sizes, draws, strict=True)):
         generator = torch.Generator().manual_seed(derive_seed(seed, epoch, number))
         items = torch.cat([torch.randperm(size, generator=generator) for _ in range(-(-count // size))])[:count]
         j = torch.arange(count)
-        place = j.clone()  # of each draw: so many of its own source stand before it, and so many of each other one
+        place = j.clone()  # of each draw: the number of earlier draws of its own source and of each other one
         for other, others in enumerate(draws):
             if other != number:
                 twice = (2 * j + 1) * others - count  # (2i + 1) * count < (2j + 1) * others, solved for i
@@ -244,7 +245,7 @@ def common_keys(datasets: dict[str, Any]) -> list[str]:
 
 
 def weighted_statistics(datasets: list[Any], shares: list[float], key: str) -> dict[str, list[float]]:
-    """Statistics of a key over all sources, in float64, each row weighted by its source's share."""
+    """Statistics of a key over all sources in float64, with each row weighted by its source's share."""
     values = [_all(dataset, key) for dataset in datasets]
     each = [statistics(rows) for rows in values]
     weights = np.array(shares)[:, None]
@@ -259,7 +260,7 @@ def weighted_statistics(datasets: list[Any], shares: list[float], key: str) -> d
 
 
 def common_scale(parts: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The statistic `scale` of the actions, where the sources have one. Raises UserError: not the same in all."""
+    """The statistic `scale` of the actions, where the sources have one. Raises UserError: they differ."""
     scales = {part["norm_stats"].get("action", {}).get("scale") for part in parts}
     if len(scales) > 1:
         raise UserError("--dataset.sources: the option action_scale must be the same for all sources")
@@ -268,8 +269,31 @@ def common_scale(parts: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _all(dataset: Any, key: str) -> Tensor:
-    """A vector of all items of a dataset, `[rows, D]`."""
+    """The vectors `key` of all items of a dataset, `[rows, D]`."""
     if hasattr(dataset, "values"):
         return dataset.values(key)
     values = read(dataset, torch.arange(len(dataset)))[key]
     return values.reshape(-1, values.shape[-1])
+
+
+def through(
+    data: dict[str, Any], view: Callable[[EpisodeDataset], Dataset], trainer: str, plain: bool = False
+) -> dict[str, Any]:
+    """`data` with the training and the validation set replaced by `view`, a mixture's sources one by one.
+
+    Args:
+        plain: Leave datasets of single items as they are; otherwise they are refused, as a UserError.
+    """
+
+    def seen(dataset: Any) -> Any:
+        if isinstance(dataset, Mixture):
+            return dataset.mapped(seen)
+        if isinstance(dataset, EpisodeDataset):
+            if pictures := [key for key in dataset.episodes.observations if key.startswith(IMAGES)]:
+                raise UserError(f"{trainer} takes vectors; the data has {pictures[0]!r}: leave out --dataset.cameras")
+            return view(dataset)
+        if not plain:
+            raise UserError(f"{trainer} needs episodes; the data is a {type(dataset).__name__} of single items")
+        return dataset
+
+    return data | {key: seen(data[key]) for key in ("dataset", "validation") if key in data}

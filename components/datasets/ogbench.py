@@ -1,7 +1,7 @@
 """OGBench's npz files (Park et al., 2025).
 
-A file has one row an observation: `terminals` marks the last one of an episode, which has no successor and whose
-action means nothing. So 1001 rows are 1000 transitions. `terminals` is the end of an episode and never of the task: all
+A file has one row for each observation. `terminals` marks the last one of an episode, which has no successor and a
+meaningless action, so 1001 rows are 1000 transitions. It marks the end of an episode and never of the task: all
 episodes are truncated. The single-task variants relabel the same rows with rewards and terminate on success.
 """
 
@@ -23,8 +23,8 @@ from .untrusted import existing, read_npz
 
 logger = logging.getLogger(__name__)
 WHAT = "a npz file of OGBench (observations, actions, terminals)"
-STATE = ("qpos", "button_states")  # what single-task rewards are computed from
-KINDS = ("play", "noisy", "navigate", "stitch", "explore")  # of data, the word after the environment in a file's name
+STATE = ("qpos", "button_states")  # the arrays that single-task rewards are computed from
+KINDS = ("play", "noisy", "navigate", "stitch", "explore")  # of data: the word after the environment in a file's name
 
 
 @dataclass(frozen=True)
@@ -32,25 +32,25 @@ class OGBenchDataset(Reader):
     """An OGBench npz file, goal-conditioned or relabelled with a single task's rewards."""
 
     task: str = ""
-    """Single task whose rewards the data gets: 1 to 5, default, or a name such as cube-single-singletask-task2-v0;
-    empty for none, as goal-conditioned trainers want it."""
+    """Single task whose rewards are added: 1 to 5, default, or a name such as cube-single-singletask-task2-v0; empty
+    for none, which goal-conditioned trainers need."""
     success_timing: Literal["pre", "post"] = "pre"
-    """Reward and success of a step are judged before its action, as ogbench does since 1.2, or after it, as it did."""
+    """Whether reward and success of a step are computed before its action, as in ogbench since 1.2, or after it."""
     val_file: bool = True
-    """Hold out the file <name>-val.npz beside, where there is one, instead of a part of the episodes."""
+    """Hold out the file <name>-val.npz in the same folder, where it exists, instead of a part of the episodes."""
 
     env_name = "ogbench"
 
     def build(self, **kwargs: Any) -> dict[str, Any]:
-        """Return {"dataset", "validation", "norm_stats"}, and as "env" the task's environment, or the one with goals.
+        """Return {"dataset", "validation", "norm_stats"}, and as "env" the environment of the task, or of the goals.
 
         Items: observation.state `[Ds]` (or observation.images.camera `[C, H, W]` of the visual sets), action `[Da]`;
-        with a task reward, terminated, truncated and next.observation.state. The reward is minus the number of parts of
-        the task that are not done, and 0 with `terminated` when all are.
+        with a task also reward, terminated, truncated and next.observation.state. The reward is minus the number of
+        unfinished parts of the task, and 0 with `terminated` when all are done.
 
         Raises:
             UserError: no such file or task, arrays that are missing or do not fit together, damaged or dangerous files,
-                or ogbench is missing where a task is asked for.
+                or a task without the package ogbench.
         """
         path = existing(self.path, WHAT)
         beside = path.with_name(f"{path.stem}-val.npz")
@@ -97,7 +97,7 @@ class OGBenchDataset(Reader):
         return built
 
     def _rows(self, file: Path) -> dict[str, np.ndarray]:
-        """The arrays of a file, checked against each other."""
+        """The arrays of a file, after checks that they fit together."""
         rows = read_npz(
             file, ("observations", "actions", "terminals", "rewards", "masks", *(STATE if self.task else ()))
         )
@@ -122,7 +122,7 @@ class OGBenchDataset(Reader):
         return rows
 
     def _stem(self, path: Path) -> str:
-        """What the file's name says of the environment, such as cube-single; "" where it says nothing."""
+        """The environment in the file's name, such as cube-single; "" where the name has none."""
         words = path.stem.split("-")
         kind = next((word for word in words if word in KINDS), "")
         return "-".join(words[: words.index(kind)]) if kind else ""
@@ -134,16 +134,16 @@ class OGBenchDataset(Reader):
         if self.task.isdigit() or self.task == "default":
             if not (stem := self._stem(path)):
                 raise UserError(
-                    f"--dataset.task {self.task}: the name of {path} does not tell the environment; give the task as"
+                    f"--dataset.task {self.task}: the name of {path} does not name the environment; set the task to"
                     " cube-single-singletask-task2-v0"
                 )
             number = f"-task{self.task}" if self.task.isdigit() else ""
             return f"{stem}-singletask{number}-v0"
-        return re.sub(f"-({'|'.join(KINDS)})-singletask", "-singletask", self.task)  # the name of a dataset, too
+        return re.sub(f"-({'|'.join(KINDS)})-singletask", "-singletask", self.task)  # also from the name of a dataset
 
     def _rewards(self, path: Path, name: str, rows: dict[str, np.ndarray], at: Any, after: Any) -> dict[str, Any]:
-        """reward and terminated, as the library relabels them; both are functions of the simulator's state."""
-        draw_off_screen()  # for later: MuJoCo looks when it is first imported
+        """reward and terminated by the library's relabelling, which computes both from the simulator's state."""
+        draw_off_screen()  # before MuJoCo is first imported, which reads the setting
         require("ogbench", 'ogbench "mujoco==3.3.0"')
         from gymnasium import make, registry
         from ogbench.relabel_utils import relabel_dataset
@@ -154,7 +154,7 @@ class OGBenchDataset(Reader):
         judged = at if self.success_timing == "pre" else after
         state = {key: rows[key][judged.numpy()] for key in STATE if key in rows}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of spaces and of a display that nothing is drawn on
+            warnings.simplefilter("ignore")  # about spaces, and about a display that is not used
             env = make(name)
             try:
                 relabel_dataset(name, env, state)

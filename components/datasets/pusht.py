@@ -1,4 +1,4 @@
-"""Push-T demonstrations in one npz file: push a T-shaped block onto its goal with a round end (Chi et al., 2023)."""
+"""Push-T demonstrations in a npz file: a round end effector pushes a T-shaped block to its goal (Chi et al., 2023)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ class PushTDataset(Reader):
         """Return {"dataset", "validation", "norm_stats", "env"}.
 
         Items: observation.state `[5]` (agent x and y, block x and y in pixels of 512, block angle in radians), action
-        `[2]` (where the agent shall go, in pixels); with rewards also reward, terminated and truncated.
+        `[2]` (target position of the agent, in pixels); with rewards also reward, terminated and truncated.
 
         Raises:
             UserError: no such file, arrays that are missing or do not fit together, a damaged or dangerous file.
@@ -54,7 +54,7 @@ class PushTDataset(Reader):
             if arrays["reward"].shape != (rows,):
                 raise UserError(f"{path}: 'reward' has shape {arrays['reward'].shape}, expected {(rows,)}")
             columns["reward"] = as_tensor(arrays["reward"])
-            # The reward is coverage over 0.95, at most 1; the environment ends an episode when that is passed.
+            # The reward is coverage / 0.95, at most 1; above a coverage of 0.95 the environment ends the episode.
             columns["terminated"] = columns["reward"] >= 1
         episodes = from_columns(columns, torch.from_numpy(ends.astype(np.int64)), str(path))
         return self.finish(episodes) | {"env": {"name": "pusht"}}

@@ -1,4 +1,4 @@
-"""Which of the formats a file or folder is in."""
+"""Recognise the format of a file or folder."""
 
 import zipfile
 from pathlib import Path
@@ -8,7 +8,7 @@ from .untrusted import hdf5, open_hdf5
 
 
 def recognise(path: str) -> str:
-    """The registry's name of the reader for `path`. Raises UserError: nothing there, or no format that is known."""
+    """The registry's name of the reader for `path`. Raises UserError: no such file, or an unknown format."""
     found = Path(path).expanduser()
     if not found.exists():
         raise UserError(f"{path}: no such file or folder")

@@ -1,8 +1,8 @@
 """robomimic's HDF5 files (Mandlekar et al., 2021), and the raw recordings of robosuite's human teleoperation.
 
 Layout: `data/demo_<i>/{actions, rewards, dones, obs/<key>, next_obs/<key>}` and `mask/<name>`, lists of demonstrations.
-What `dones` marks depends on how the file was made (`--done_mode`: 0 success, 1 the last step, 2 both), so it is no
-terminal by itself; see the option `dones`.
+The meaning of `dones` depends on how the file was made (`--done_mode`: 0 success, 1 the last step, 2 both), so it marks
+no terminal state by itself; see the option `dones`.
 
 A raw recording has `states` (time, positions, velocities of the simulator) and actions, but no `obs`.
 """
@@ -42,10 +42,10 @@ from .untrusted import (
 
 logger = logging.getLogger(__name__)
 WHAT = "an HDF5 file of robomimic or robosuite (data/demo_<i>/actions)"
-# The observations of robomimic's published results, of one arm and of two.
+# The observations of robomimic's published results, for one arm and for two.
 PUBLISHED: tuple[str, ...] = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 PUBLISHED += ("robot1_eef_pos", "robot1_eef_quat", "robot1_gripper_qpos", "object")
-STRETCH = 10  # steps that are held out in a row, where a demonstration is cut
+STRETCH = 10  # consecutive steps that are held out where a demonstration is cut
 RAW_ACTIONS = ("right_dpos", "right_dquat", "left_dpos", "left_dquat", "gripper_actuations")  # before robosuite 1.0
 
 
@@ -54,25 +54,25 @@ class RobomimicDataset(Reader):
     """A robomimic HDF5 file, or a raw recording of robosuite's teleoperation."""
 
     split: str = ""
-    """Name under mask/ of the demonstrations to learn from; all by default. With `train`, those of mask/valid are held
+    """Name under mask/ of the demonstrations for training; all by default. With `train`, those of mask/valid are held
     out."""
     keys: tuple[str, ...] = ()
-    """Low-dimensional observations that make up observation.state, side by side in this order. By default, of robosuite
-    files, those of robomimic's published results (end effector's position, quaternion and gripper, then object), and
-    otherwise all: those first, the others in the order of their names."""
+    """Low-dimensional observations that are concatenated to observation.state in this order. The default for robosuite
+    files is that of robomimic's published results (end effector's position, quaternion and gripper, then object);
+    otherwise all: those first, then the others by name."""
     dones: Literal["auto", "success", "end"] = "auto"
-    """What `dones` marks: success, which is terminal, or the end of the demonstration. auto: success where some
-    demonstration ends without it or, of rewards that are all 0 or 1, where the reward is 1; the end otherwise."""
+    """Meaning of `dones`: success, which is terminal, or the end of the demonstration. auto: success where some
+    demonstration ends without it or, with rewards that are all 0 or 1, where the reward is 1; the end otherwise."""
 
     def build(self, **kwargs: Any) -> dict[str, Any]:
         """Return {"dataset", "validation", "norm_stats"}.
 
-        Items: observation.state `[D]` of `keys` (of a raw recording: the simulator's positions and velocities),
+        Items: observation.state `[D]` of `keys` (in a raw recording, the simulator's positions and velocities),
         observation.images.X of the chosen cameras, action `[Da]`; reward, terminated, truncated and
-        next.observation.state where they are recorded.
+        next.observation.state where recorded.
 
         Raises:
-            UserError: no such file, demonstration, key or mask; arrays that do not fit together, damaged or dangerous.
+            UserError: no such file, demonstration, key or mask; inconsistent, damaged or dangerous arrays.
         """
         path = existing(self.path, WHAT)
         with open_hdf5(path) as file:
@@ -119,6 +119,7 @@ class RobomimicDataset(Reader):
         return values
 
     def _read(self, path: Path, file: Any, names: list[str]) -> Episodes:
+        """Read the demonstrations `names` of a robomimic file."""
         demos = [f"data/{name}" for name in names]
         lengths = [_rows(file, demo) for demo in demos]
         ends = torch.tensor(lengths).cumsum(0)
@@ -159,7 +160,7 @@ class RobomimicDataset(Reader):
         return Episodes(str(path), ends, columns, observations, at, after, stored=stored)
 
     def _default_keys(self, file: Any, vectors: list[str]) -> tuple[str, ...]:
-        """See the option `keys`."""
+        """The default of the option `keys`."""
         first = [key for key in PUBLISHED if key in vectors]
         try:
             robosuite = json.loads(file["data"].attrs.get("env_args", "{}")).get("env_type") == 1
@@ -170,7 +171,7 @@ class RobomimicDataset(Reader):
         return tuple(keys)
 
     def _terminated(self, dones: Tensor, reward: Tensor, ends: Tensor, name: str) -> Tensor:
-        """See the option `dones`."""
+        """The terminal steps `[N]`, by the option `dones`."""
         kind = self.dones
         if kind == "auto":
             sparse = bool(((reward == 0) | (reward == 1)).all())
@@ -180,14 +181,12 @@ class RobomimicDataset(Reader):
                 return dones & (reward > 0)
             else:
                 kind = "end"
-                logger.info(
-                    "%s: `dones` is taken as the end of a demonstration, nothing as terminal (--dataset.dones)", name
-                )
+                logger.info("%s: `dones` marks ends of demonstrations, so no step is terminal (--dataset.dones)", name)
         return dones if kind == "success" else torch.zeros_like(dones)
 
 
 def read_raw(path: Path, file: Any, names: list[str]) -> Episodes:
-    """A raw recording: observation.state is `states` without the time, action as it was sent to the robot."""
+    """A raw recording: observation.state is `states` without the time, action the command to the robot."""
     demos = [f"data/{name}" for name in names]
     group = hdf5(file, demos[0])
     parts = ["actions"] if "actions" in group else [name for name in RAW_ACTIONS if name in group]
@@ -199,7 +198,7 @@ def read_raw(path: Path, file: Any, names: list[str]) -> Episodes:
     states = _columns(file, [f"{demo}/states" for demo in demos], lengths, np.float64)
     inner = steps_only(ends)[1] >= 0
     increases = states.shape[1] > 1 and bool((states[1:, 0] > states[:-1, 0])[inner[:-1]].all())
-    if increases:  # it tells how far the demonstration is, which no policy can know
+    if increases:  # the time: it encodes the progress of the demonstration, which no policy observes
         states = states[:, 1:]
     logger.info(
         "%s: a raw recording of robosuite; observation.state is its simulator's state%s",
@@ -214,16 +213,16 @@ def read_raw(path: Path, file: Any, names: list[str]) -> Episodes:
 
 
 def by_time(episodes: Episodes, fraction: float) -> tuple[Episodes, Tensor | None]:
-    """Cut demonstrations so that short stretches of them can be held out, evenly spread, where no whole one can.
+    """Cut demonstrations so that short, evenly spaced stretches can be held out where no whole demonstration can.
 
-    Taking the end of a recording instead would hold out a part of the task that the rest does not show.
+    Holding out the end of a recording instead would remove a part of the task from training.
     """
     steps = int(episodes.ends[-1])
     count = round(min(fraction, 0.2) * steps / STRETCH)
     if count < 1:
         return episodes, None
     logger.info(
-        "%s: too few demonstrations to hold one out: %d stretches of %d steps between the others are",
+        "%s: too few demonstrations to hold one out; %d stretches of %d steps are held out instead",
         episodes.name,
         count,
         STRETCH,
@@ -238,7 +237,7 @@ def by_time(episodes: Episodes, fraction: float) -> tuple[Episodes, Tensor | Non
 
 
 def _rows(file: Any, demo: str, array: str = "actions") -> int:
-    """Steps of a demonstration. Raises UserError when `num_samples` says otherwise, or there are none."""
+    """Steps of a demonstration. Raises UserError: none, or another number than `num_samples`."""
     actions = hdf5(file, f"{demo}/{array}")
     if actions is None or not getattr(actions, "ndim", 0):
         raise UserError(f"{file.filename}: {demo} has no {array}; expected {WHAT}")
@@ -252,7 +251,7 @@ def _rows(file: Any, demo: str, array: str = "actions") -> int:
 
 
 def _columns(file: Any, names: list[str], lengths: list[int], dtype: Any = np.float32) -> Tensor:
-    """One array of every demonstration, below each other, `[N, D]`."""
+    """One array of all demonstrations, one after the other, `[N, D]`."""
     arrays: list[Any] = []
     for name, rows in zip(names, lengths, strict=True):
         array = hdf5(file, name)
@@ -276,14 +275,14 @@ def _columns(file: Any, names: list[str], lengths: list[int], dtype: Any = np.fl
 
 
 def _beside(file: Any, demos: list[str], group: str, keys: tuple[str, ...] | list[str], lengths: list[int]) -> Tensor:
-    """Several observations side by side, `[N, D]`."""
+    """Several observations, concatenated to `[N, D]`."""
     return torch.cat([_columns(file, [f"{demo}/{group}/{key}" for demo in demos], lengths) for key in keys], 1)
 
 
 def _pictures(
     path: Path, file: Any, demos: list[str], key: str, lengths: list[int], at: Tensor, after: Tensor
 ) -> HDF5Frames:
-    """One camera's pictures, laid out as `at` and `after` say; successors that are no next observation: `next_obs`."""
+    """One camera's pictures in the order of `at` and `after`; `next_obs` has the successors without a next row."""
     shape = hdf5(file, f"{demos[0]}/obs/{key}").shape[1:]
     names = [f"{demo}/obs/{key}" for demo in demos]
     if int(after.max()) >= len(at):
@@ -299,7 +298,7 @@ def _pictures(
     array_of, row_of = np.zeros(count, np.int64), np.zeros(count, np.int64)
     known = after >= 0
     array_of[after[known]], row_of[after[known]] = episode[known] + len(demos), step[known]
-    array_of[at], row_of[at] = episode, step  # where both have a picture, it is the same one
+    array_of[at], row_of[at] = episode, step  # where both have a picture, they are equal
     channels_first = shape[2] not in (1, 3, 4)
     size = shape if channels_first else (shape[2], *shape[:2])
     return HDF5Frames(path, names, array_of, row_of, size, channels_first)

@@ -1,51 +1,65 @@
-"""Data as offline RL learns from it: transitions and windows of them, with the borders of episodes.
+"""Data as a trainer asks for it; and transitions, or windows of them, with the borders of episodes.
 
-`transitions` takes what a dataset's factory returns and gives the same kind of dict. All that can be computed once lies
-side by side in one resident table, so that a batch is one indexed read.
+`transitions` takes what a dataset's factory returns, and returns the same kind of dict. All that can be computed once
+lies side by side in one resident table, so that a batch is one indexed read.
 """
 
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..contracts import Goals, Rollouts, Window, request_of
 from ..data.returns import n_step_return, returns_to_go
 from ..errors import UserError
-from .episodes import IMAGES, Batched, EpisodeDataset, take
-from .mixture import Mixture
+from .episodes import Batched, EpisodeDataset, take
+from .goals import goal_transitions
+from .mixture import through
 
 logger = logging.getLogger(__name__)
-FLAGS = ("terminated", "action_is_pad")  # what comes out of a table as bool
+FLAGS = ("terminated", "action_is_pad")  # columns that a table returns as bool
 
 
 def prepared(data: dict[str, Any], trainer: type, name: str, config: Any) -> dict[str, Any]:
-    """The data as a trainer learns from it: its own `prepare`, or the transitions of its `window`, or as it is."""
-    if hasattr(trainer, "prepare"):
-        return trainer.prepare(data, config)
-    return transitions(data, name, **trainer.window(config)) if hasattr(trainer, "window") else data
-
-
-def transitions(data: dict[str, Any], trainer: str, **options: Any) -> dict[str, Any]:
-    """The steps whose reward and successor are known, each with what follows it; `options` are those of `Transitions`.
+    """What a dataset's factory returned, in the form that a trainer asks for by `data(config)`.
 
     Args:
-        data: What a dataset's factory returned.
+        name: Of the trainer, for messages.
+
+    Raises:
+        UserError: data that does not fit, as of `transitions` and `goal_transitions`; a trainer that asks for rollouts.
+    """
+    match request_of(trainer, config):
+        case Window() as window:
+            return transitions(data, name, window)
+        case Goals() as goals:
+            return goal_transitions(data, name, goals)
+        case Rollouts():
+            raise UserError(f"{name} learns from rollouts of its own policy; run it by online_trainer.py")
+    return data
+
+
+def transitions(data: dict[str, Any], trainer: str, window: Window) -> dict[str, Any]:
+    """The steps whose reward and successor are known, each with what follows it.
+
+    Args:
+        data: The result of a dataset's factory.
         trainer: Name of the algorithm, for messages.
+        window: What one sample is.
 
     Raises:
         UserError: no rewards, pictures, a chunk longer than the shortest episode, or windows of data without episodes.
     """
 
     def view(dataset: EpisodeDataset) -> Dataset:
-        return Transitions(dataset, trainer, **options)
+        return Transitions(dataset, trainer, window)
 
-    plain = options.get("n_step", 1) == 1 and not any(options.get(name) for name in ("chunk", "next_action", "to_go"))
+    plain = window.n_step == window.chunk == 1 and not (window.next_action or window.to_go)
     data = through(data, view, trainer, plain)
-    parts = getattr(data["dataset"], "datasets", [data["dataset"]])  # of a mixture, or the one
+    parts = getattr(data["dataset"], "datasets", [data["dataset"]])  # the sources of a mixture, or the dataset
     if all(isinstance(part, Transitions) for part in parts):
         if not any(part.terminates for part in parts):
             logger.warning(
@@ -54,39 +68,16 @@ def transitions(data: dict[str, Any], trainer: str, **options: Any) -> dict[str,
             )
         least, most = min(part.returns[0] for part in parts), max(part.returns[1] for part in parts)
         data["norm_stats"] = data["norm_stats"] | {"reward": {"return_min": least, "return_max": most}}
-        if options.get("to_go"):
+        if window.to_go:
             data["norm_stats"]["return_to_go"] = {"like": "reward"}
     return data
 
 
-def through(
-    data: dict[str, Any], view: Callable[[EpisodeDataset], Dataset], trainer: str, plain: bool = False
-) -> dict[str, Any]:
-    """`data` with the training and the validation set seen through `view`, a mixture's sources one by one.
-
-    Args:
-        plain: Leave datasets of single items as they are; otherwise they are refused, as a UserError.
-    """
-
-    def seen(dataset: Any) -> Any:
-        if isinstance(dataset, Mixture):
-            return dataset.mapped(seen)
-        if isinstance(dataset, EpisodeDataset):
-            if pictures := [key for key in dataset.episodes.observations if key.startswith(IMAGES)]:
-                raise UserError(f"{trainer} takes vectors; the data has {pictures[0]!r}: leave out --dataset.cameras")
-            return view(dataset)
-        if not plain:
-            raise UserError(f"{trainer} needs episodes; the data is a {type(dataset).__name__} of single items")
-        return dataset
-
-    return data | {key: seen(data[key]) for key in ("dataset", "validation") if key in data}
-
-
 class Table(Batched):
-    """Rows of named columns side by side in one float32 tensor `[n, W]`; those in FLAGS come out as bool."""
+    """Named columns, concatenated in one float32 tensor `[n, W]`; those in FLAGS are returned as bool."""
 
-    deterministic = True  # no random choices: each process may ask for its own part of a batch
-    checked = True  # the episodes were
+    deterministic = True  # no random choices, so each process may read its part of a batch alone
+    checked = True  # as the episodes are
 
     def __init__(self, columns: dict[str, Tensor], device: torch.device | None = None) -> None:
         self.shapes = {key: tuple(column.shape[1:]) for key, column in columns.items()}
@@ -100,13 +91,13 @@ class Table(Batched):
         return len(self.table)
 
     def to(self, device: torch.device) -> None:
-        """Move the table to a GPU, where batches are then made, unless it takes more than half of what is free."""
+        """Move the table to a GPU, where batches are then made, unless it needs over half of the free memory."""
         if device.type == "cuda" and 2 * self.table.nbytes < torch.cuda.mem_get_info(device)[0]:
             self.table = self.table.to(device)
 
     def get_batch(self, indices: Tensor, seed: int = 0) -> dict[str, Any]:
-        """Rows `indices` `[B]` as one batch; `seed` is not needed, since nothing here is random."""
-        indices = indices.to(self.table.device, non_blocking=True)  # a GPU is not waited for
+        """Rows `indices` `[B]` as one batch; `seed` is not used, since nothing is random."""
+        indices = indices.to(self.table.device, non_blocking=True)  # without waiting for the GPU
         parts = self.table.index_select(0, indices).split(self.widths, 1)
         shaped = zip(self.shapes.items(), parts, strict=True)
         batch = {key: part.reshape(len(part), *shape) for (key, shape), part in shaped}
@@ -114,44 +105,30 @@ class Table(Batched):
 
 
 class Transitions(Table):
-    """One row for each step of episodes that can be learnt from.
+    """One row for each step of episodes that offline RL can use.
 
     Items: observation.X `[Ds]`, action `[Da]`; reward, the discounted sum over a window of steps; `discount`, the
-    factor of the value that follows it; terminated and next.observation.X, those of the window's last step. The window
-    is one step, or `n_step` or `chunk` steps, and never reaches beyond the end of its episode.
+    factor of the bootstrapped value; terminated and next.observation.X of the window's last step. The window is one
+    step, or `n_step` or `chunk` steps, and never extends beyond the end of its episode.
 
     Args:
-        source: The episodes; its statistics, history and training part hold here, too.
+        source: The episodes, whose steps, history and training part are used.
         trainer: Name of the algorithm, for messages.
-        discount: Factor per environment step.
-        n_step: Steps whose rewards are summed.
-        chunk: Make `action` the `[chunk, Da]` of the window, with `action_is_pad` and `complete`: 1.0 unless truncation
-            or the end of the data cuts the window. Where termination cuts it, its return is known: no later action
-            could have changed it.
-        next_action: Add `next.action` `[Da]`, what the data did next; steps after which it did nothing are left out.
-        to_go: Add `return_to_go`, the discounted rewards until a terminated step, or the episode's end.
+        window: What one item is.
 
     Raises:
         UserError: chunked data, no rewards, no step with a successor, a chunk longer than the shortest episode.
     """
 
-    def __init__(
-        self,
-        source: EpisodeDataset,
-        trainer: str,
-        discount: float = 0.99,
-        n_step: int = 1,
-        chunk: int = 1,
-        next_action: bool = False,
-        to_go: bool = False,
-    ) -> None:
+    def __init__(self, source: EpisodeDataset, trainer: str, window: Window) -> None:
+        discount, chunk, next_action = window.discount, window.chunk, window.next_action
         if source.action_steps > 1:
             raise UserError(f"{trainer} makes its own windows of the data; leave out --dataset.action-steps")
         data, rows = source.episodes, source.transitions().rows
         action, terminated = data.columns["action"], data.columns["terminated"]
         if not len(rows):
             raise UserError(f"{data.name}: no step has a successor, so there is nothing to learn from its rewards")
-        # The last step of each episode that can be learnt from: without its successor, the one before.
+        # The last usable step of each episode: the one before the last where the last successor is unknown.
         last = (source.last - ((data.after[source.last] < 0) & ~terminated[source.last]).long())[rows]  # [n]
         shortest = int((last - source.first[rows]).min()) + 1
         if chunk > shortest:
@@ -159,13 +136,13 @@ class Transitions(Table):
                 f"--trainer.chunk {chunk} is longer than the shortest episode of {data.name}, which has {shortest}"
                 f" steps; set it to {shortest} or less, or leave short episodes out"
             )
-        if next_action:  # after a terminated step it counts for nothing
+        if next_action:  # after a terminated step its value is not used
             kept = (rows < source.last[rows]) | terminated[rows]
             rows, last = rows[kept], last[kept]
-        steps = rows[:, None] + torch.arange(max(n_step, chunk))  # [n, k]
-        window = torch.minimum(steps, last[:, None])
+        steps = rows[:, None] + torch.arange(max(window.n_step, chunk))  # [n, k]
+        within = torch.minimum(steps, last[:, None])
         reward, length, factor = n_step_return(
-            data.columns["reward"][window], (steps >= last[:, None]) | terminated[window], discount
+            data.columns["reward"][within], (steps >= last[:, None]) | terminated[within], discount
         )
         final = rows + length  # [n]
         columns = {key: take(store, source.before(rows)) for key, store in data.observations.items()}
@@ -177,7 +154,7 @@ class Transitions(Table):
             columns |= {"action_is_pad": padded, "complete": ~padded[:, -1] | terminated[final]}
         if next_action:
             columns["next.action"] = action[torch.minimum(rows + 1, source.last[rows])]
-        if to_go:
+        if window.to_go:
             columns["return_to_go"] = returns_to_go(data.columns["reward"], terminated, data.ends, discount)[rows]
         super().__init__(columns)
         self.terminates = bool(terminated[rows].any())

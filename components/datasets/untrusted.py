@@ -1,7 +1,7 @@
-"""Reading files that nobody vouches for: nothing in them runs, leads elsewhere, or takes more memory than there is.
+"""Safe reading of untrusted files: no code runs, no path leaves the dataset, no read exceeds the free memory.
 
-Every reader goes through here. Refused, each in one line: pickled objects, links and paths out of the dataset's folder,
-HDF5 external storage and virtual datasets, headers that promise more than the file or the memory holds.
+Every reader uses these functions. They refuse, each with a one-line message: pickled objects, links and paths out of
+the dataset's folder, HDF5 external storage and virtual datasets, headers that declare more than file or memory hold.
 """
 
 import itertools
@@ -18,15 +18,15 @@ import numpy as np
 
 from ..errors import UserError, require
 
-JSON_LIMIT = 1 << 28  # bytes; real metadata has a few MB
+JSON_LIMIT = 1 << 28  # bytes; real metadata takes a few MB
 
 
 def inside(root: Path, relative: Any, named_by: Path) -> Path:
-    """The file of the dataset in `root` that its own metadata `named_by` points at.
+    """The path of a dataset's file, named `relative` by its metadata file `named_by`.
 
     Raises:
-        UserError: it leaves the folder (absolute, `..`, symbolic link). The cache of huggingface_hub, whose files are
-            links into a folder beside, is known.
+        UserError: the path leaves the folder `root` (absolute, `..`, symbolic link). Links of huggingface_hub's cache
+            into its folder of blobs are allowed.
     """
     path = root / str(relative)
     allowed = [root.resolve()]
@@ -34,7 +34,7 @@ def inside(root: Path, relative: Any, named_by: Path) -> Path:
         allowed.append(root.resolve().parent.parent / "blobs")
     try:
         leaves = not any(path.resolve().is_relative_to(folder) for folder in allowed)
-    except (OSError, ValueError, RuntimeError):  # a loop of links, a null byte, a name that is too long
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a null byte, or too long a name
         leaves = True
     if leaves:
         raise UserError(f"{named_by}: {str(relative)!r} points outside the dataset; it is not followed")
@@ -42,7 +42,7 @@ def inside(root: Path, relative: Any, named_by: Path) -> Path:
 
 
 def existing(path: str, what: str) -> Path:
-    """`--dataset.path` as it was given. Raises UserError: none was given, or there is nothing."""
+    """The path of the option `--dataset.path`. Raises UserError: the option is empty, or no such file."""
     if not path:
         raise UserError(f"--dataset.path is needed: {what}")
     found = Path(path).expanduser()
@@ -65,7 +65,7 @@ def read_json(path: Path, lines: bool = False) -> Any:
 
 
 def free_memory() -> int:
-    """Bytes of memory that can still be taken: of the machine, or of the container where that is less."""
+    """Bytes of free memory: of the machine, or of the container where that is less."""
     try:
         import psutil
 
@@ -84,14 +84,14 @@ def free_memory() -> int:
 
 
 def check_memory(size: int, what: str, remedy: str = "use fewer episodes, or a machine with more") -> None:
-    """Raise UserError when `size` bytes are more than the memory that is free."""
+    """Refuse a need of `size` bytes. Raises UserError: more than the free memory."""
     free = free_memory()
     if size > 0.9 * free:
         raise UserError(f"{what}: {gigabytes(size)} are needed, {gigabytes(free)} of memory are free; {remedy}")
 
 
 def gigabytes(size: float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes as text."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
@@ -100,7 +100,7 @@ def gigabytes(size: float) -> str:
 
 @contextmanager
 def open_hdf5(path: Path) -> Any:
-    """An HDF5 file to read; whatever is wrong with it, also while it is read, becomes one line.
+    """Open an HDF5 file to read; any error of it, also one during reading, becomes a one-line message.
 
     Raises:
         UserError: h5py is missing, or the file is no HDF5, truncated or damaged.
@@ -118,7 +118,7 @@ def open_hdf5(path: Path) -> Any:
 
 
 def hdf5(group: Any, name: str) -> Any:
-    """A member of a group, or None. No link is followed, and no data from elsewhere is read.
+    """A member of a group, or None. No link is followed, and no data outside the file is read.
 
     Raises:
         UserError: the member is a link, or a dataset with external or virtual storage.
@@ -139,14 +139,14 @@ def hdf5(group: Any, name: str) -> Any:
 
 
 def read_hdf5(dataset: Any) -> np.ndarray:
-    """A numeric dataset as an array. Raises UserError: objects, unknown compression, or more than memory holds."""
+    """A numeric dataset as an array. Raises UserError: objects, unknown compression, or too large for memory."""
     check_hdf5(dataset)
     return read_checked(dataset)
 
 
 def read_checked(dataset: Any) -> np.ndarray:
-    """A dataset of numbers, texts or bytes of any length, as an array. Raises UserError: unpacks to more than it says,
-    or more than memory holds."""
+    """A dataset of numbers, texts or bytes of any length, as an array. Raises UserError: it unpacks to more than it
+    declares, or is too large for memory."""
     size = math.prod(dataset.shape) * dataset.dtype.itemsize
     check_memory(size, f"{dataset.file.filename}: {dataset.name} of shape {dataset.shape}")
     check_chunks(dataset, None)
@@ -154,7 +154,7 @@ def read_checked(dataset: Any) -> np.ndarray:
 
 
 def check_hdf5(dataset: Any) -> None:
-    """Refuse what is no plain array of numbers."""
+    """Refuse a dataset that is no plain array of numbers."""
     import h5py
 
     where = f"{dataset.file.filename}: {dataset.name}"
@@ -168,7 +168,7 @@ def check_chunks(dataset: Any, rows: Iterable[int] | None) -> None:
     """Refuse compressed chunks that unpack to more than they declare, before HDF5 unpacks them.
 
     Args:
-        rows: Those of the first axis whose chunks are about to be read; None for all.
+        rows: Indices on the first axis whose chunks will be read; None for all.
     """
     created = dataset.id.get_create_plist()
     codes = [created.get_filter(i)[0] for i in range(created.get_nfilters())]
@@ -186,7 +186,7 @@ def check_chunks(dataset: Any, rows: Iterable[int] | None) -> None:
     starts += [list(range(0, size, step)) for size, step in zip(dataset.shape[1:], dataset.chunks[1:], strict=True)]
     for start in itertools.product(*starts):
         info = dataset.id.get_chunk_info_by_coord(start)
-        if info.byte_offset is None or info.filter_mask >> codes.index(packers[0]) & 1:  # not stored, or not packed
+        if info.byte_offset is None or info.filter_mask >> codes.index(packers[0]) & 1:  # not stored, or not compressed
             continue
         _, packed = dataset.id.read_direct_chunk(start)
         if UNPACKED_SIZE[packers[0]](packed[:-4] if dataset.fletcher32 else packed, chunk) > chunk:
@@ -203,16 +203,16 @@ def lzf_size(packed: bytes, limit: int) -> int:
     size = place = 0
     while place < len(packed) and size <= limit:
         control = packed[place]
-        if control < 32:  # so many bytes follow as they are
+        if control < 32:  # control + 1 literal bytes follow
             size, place = size + control + 1, place + control + 2
-        else:  # a copy: its length in 3 bits, or in one byte more, and where from in two
+        else:  # a copy: its length in 3 bits, or in one more byte, then its distance
             long = control >> 5 == 7
             size += (7 + packed[place + 1] if long else control >> 5) + 2
             place += 3 if long else 2
     return size
 
 
-# HDF5's numbers of its filters, and how much what a packer made unpacks to.
+# HDF5's numbers of its filters, and for each compressor the size that a stream of it unpacks to.
 SHUFFLE, FLETCHER32 = 2, 3
 UNPACKED_SIZE: dict[int, Callable[[bytes, int], int]] = {1: inflated, 32000: lzf_size}
 
@@ -227,10 +227,10 @@ def demonstration_number(name: str) -> tuple[int, str]:
 
 
 def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Those of the arrays `names` that a npz file has. Nothing pickled is read.
+    """Read the arrays among `names` that a npz file has. Nothing pickled is read.
 
     Raises:
-        UserError: no npz, damaged, pickled objects, a header that promises more than the file or the memory holds.
+        UserError: no npz, damaged, pickled objects, a header that declares more than the file or memory holds.
     """
     arrays: dict[str, np.ndarray] = {}
     if path.is_dir():
@@ -266,9 +266,9 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def check_parquet(file: Any, path: Path, columns: list[str] | None = None) -> None:
-    """Refuse a `pyarrow.parquet.ParquetFile` of which `columns` (None: all) are more than the memory that is free.
+    """Refuse a `pyarrow.parquet.ParquetFile` whose `columns` (None: all) are too large for the free memory.
 
-    Repeated values take next to nothing in the file, so their number counts, too, at 8 bytes each.
+    Repeated values take almost no space in the file, so each value counts as at least 8 bytes.
     """
     size = 0
     for number in range(file.metadata.num_row_groups):
@@ -283,7 +283,7 @@ def check_parquet(file: Any, path: Path, columns: list[str] | None = None) -> No
 
 
 def decode_picture(data: bytes, shape: tuple[int, int, int], place: str) -> np.ndarray:
-    """A PNG or JPEG as uint8 `[C, H, W]`; its header must say `shape` (C, H, W), before anything is unpacked."""
+    """A PNG or JPEG as uint8 `[C, H, W]`; its header must declare `shape` (C, H, W), which is checked first."""
     import io
 
     image_module = require("PIL.Image", "pillow")
@@ -296,6 +296,6 @@ def decode_picture(data: bytes, shape: tuple[int, int, int], place: str) -> np.n
             pixels = np.asarray(picture.convert(modes[shape[0]]))
     except UserError:
         raise
-    except Exception as error:  # Pillow raises whatever it stumbles over
+    except Exception as error:  # Pillow raises errors of many types
         raise UserError(f"{place}: a picture is truncated or damaged ({str(error)[:80]})") from error
     return np.ascontiguousarray(pixels.reshape(*shape[1:], shape[0]).transpose(2, 0, 1))

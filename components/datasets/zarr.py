@@ -1,9 +1,9 @@
 """Replay buffers of diffusion_policy: a zarr store, as a folder or as one zip file.
 
 Layout: `data/X` `[N, ...]` (state, action, img, keypoint, ...) and `meta/episode_ends` `[E]`, the row after each
-episode's last one. The package zarr decodes, but it never sees the store: it gets the metadata and the chunks that were
-checked here, from memory. So nothing that a store can name leads elsewhere or is unpickled, and a chunk that is missing
-is an error, where zarr itself would make up values.
+episode's last one. The package zarr decodes, but it never opens the store: it reads metadata and chunks from memory,
+after they were checked here. So a store cannot refer to other files or contain pickled objects, and a missing chunk is
+an error, where zarr itself would return a fill value.
 """
 
 import bz2
@@ -31,7 +31,7 @@ from .frames import Frames
 from .untrusted import check_memory, existing, inflated, inside
 
 METADATA = (".zarray", "zarr.json")  # of an array in format 2 and 3
-METADATA_LIMIT = 1 << 20  # bytes; real ones have less than a thousand
+METADATA_LIMIT = 1 << 20  # bytes; real metadata takes less than a thousand
 PACKERS = {2: ("blosc", "zlib", "gzip", "lz4", "zstd", "bz2", "lzma"), 3: ("blosc", "gzip", "zstd")}
 CHANNELS = (1, 3, 4)
 
@@ -41,13 +41,13 @@ class ZarrDataset(Reader):
     """Replay buffer of diffusion_policy: a zarr store with data/ and meta/episode_ends, as a folder or zip file."""
 
     keys: tuple[str, ...] = ("state",)
-    """Arrays of data/ that make up observation.state, side by side in this order."""
+    """Arrays of data/ that are concatenated to observation.state in this order."""
 
     def build(self, **kwargs: Any) -> dict[str, Any]:
         """Return {"dataset", "validation", "norm_stats"}.
 
         Items: observation.state `[D]` of `keys`, observation.images.X of the chosen cameras, action `[Da]`, and reward
-        where the store has one. The observation after an episode's last action is not stored.
+        where the store has it. The observation after an episode's last action is not stored.
 
         Raises:
             UserError: no such store or array, arrays that do not fit together, damaged, dangerous or too large data.
@@ -88,7 +88,7 @@ class ZarrDataset(Reader):
 
 
 def _episode_ends(array: "Array", n: int) -> Tensor:
-    """`meta/episode_ends` `[E]` int64. Raises UserError: they are no partition of `n` rows."""
+    """`meta/episode_ends` `[E]` int64. Raises UserError: these are no partition of `n` rows."""
     if len(array.shape) != 1 or array.dtype.kind not in "iu":
         raise UserError(f"{array.place}: {array.dtype} of shape {array.shape}; expected integers with one axis")
     ends = torch.from_numpy(array.read().astype(np.int64))
@@ -102,7 +102,7 @@ def _episode_ends(array: "Array", n: int) -> Tensor:
 
 
 class Store:
-    """The files of a zarr store as bytes, from a folder or a zip file; nothing outside of it is read.
+    """The files of a zarr store as bytes, from a folder or a zip file; nothing outside the store is read.
 
     Args:
         root: The folder or zip file.
@@ -120,7 +120,7 @@ class Store:
         return self.__dict__ | {"_archive": None}
 
     def files(self, folder: str) -> list[str]:
-        """Names of the files below `folder`, from the root on. Links to other folders are not followed."""
+        """Names of the files below `folder`, relative to the root. Links to other folders are not followed."""
         if self.root.is_file():
             return [name for name in self._zip().namelist() if name.startswith(f"{folder}/" if folder else "")]
         top = inside(self.root, folder, self.root)
@@ -128,7 +128,7 @@ class Store:
         return [Path(name).relative_to(self.root).as_posix() for name in names]
 
     def read(self, name: str, limit: int) -> bytes | None:
-        """A file's content, or None when it is missing. Raises UserError: damaged, a link that leaves, over `limit`."""
+        """A file's content, or None if it is missing. Raises UserError: damaged, a link that leaves, over `limit`."""
         try:
             if self.root.is_file():
                 archive = self._zip()
@@ -141,7 +141,7 @@ class Store:
                 size = info.file_size
                 if size <= limit:
                     with archive.open(info) as member:
-                        return member.read(size + 1)  # never unpacks more, whatever the member holds
+                        return member.read(size + 1)  # never unpacks more than the limit
             else:
                 path = inside(self.root, name, self.root)
                 if not path.is_file():
@@ -156,7 +156,7 @@ class Store:
         raise UserError(f"{self.root}: {name}: {size} bytes are more than the {limit} that can be right")
 
     def metadata(self, name: str) -> dict[str, Any] | None:
-        """What `.zarray` or `zarr.json` says of an array; None where `name` is none. Raises UserError: damaged."""
+        """The content of `.zarray` or `zarr.json`; None where `name` is no array. Raises UserError: damaged."""
         place = f"{self.root}: {name}"
         found = [self.read(f"{name}/{file}", METADATA_LIMIT) for file in METADATA]
         if all(found):
@@ -176,7 +176,7 @@ class Store:
         return None
 
     def shapes(self, folder: str) -> dict[str, tuple[int, ...]]:
-        """The arrays directly in `folder`."""
+        """The shapes of the arrays directly in `folder`."""
         names = sorted({name.split("/")[1] for name in self.files(folder) if "/" in name})
         found = {name: self.metadata(f"{folder}/{name}") for name in names}
         return {name: tuple(meta["shape"]) for name, meta in found.items() if meta is not None}
@@ -191,6 +191,7 @@ class Store:
         return as_tensor(array.reshape(len(array), -1).astype(np.float32))
 
     def _zip(self) -> zipfile.ZipFile:
+        """The zip file, opened by this process. Raises UserError: truncated or damaged."""
         if self._archive is None or self._process != os.getpid():  # processes must not share a position in the file
             try:
                 self._archive, self._process = zipfile.ZipFile(self.root), os.getpid()
@@ -200,14 +201,14 @@ class Store:
 
 
 class Array:
-    """One array: its metadata is checked here, its chunks when they are read.
+    """One array. Its metadata is checked when it is created, its chunks when they are read.
 
     Args:
-        store: Where it is.
-        name: From the store's root on.
+        store: The store that holds it.
+        name: Its path within the store.
 
     Raises:
-        UserError: no numbers, filters or compression that are not known, sizes that make no sense.
+        UserError: no numbers, unknown filters or compression, invalid sizes.
     """
 
     def __init__(self, store: Store, name: str) -> None:
@@ -233,7 +234,7 @@ class Array:
             raise UserError(f"{self.place}: chunks {str(chunks)[:60]} do not fit the shape {str(meta['shape'])[:60]}")
         self.meta, self.dtype, self.shape, self.chunks = meta, np.dtype(declared), tuple(meta["shape"]), tuple(chunks)
         self.packer = packers[0] if packers else None
-        self.sums = len(codecs) - len(packers)  # checksums of 4 bytes each
+        self.sums = len(codecs) - len(packers)  # checksums, of 4 bytes each
         self.trailing = 4 * (self.sums if not packers else len(codecs) - 1 - codecs.index(packers[0]))
         self.chunk_bytes = math.prod(self.chunks) * self.dtype.itemsize
         check_memory(2 * self.chunk_bytes, f"{self.place} with chunks of shape {self.chunks}")
@@ -245,7 +246,7 @@ class Array:
         return self.__dict__ | {"_array": None, "_held": {}}
 
     def chunk_names(self, firsts: list[int] | None = None) -> Any:
-        """The names of the chunks, from the array's folder on; of those at `firsts` along the first axis, or of all."""
+        """The names of the chunks within the array's folder: at `firsts` along the first axis, or all of them."""
         grid: list[Any] = [range(-(-size // step)) for size, step in zip(self.shape, self.chunks, strict=True)]
         name = self._opened().metadata.encode_chunk_key
         return (name(place) for place in itertools.product(firsts or grid[0], *grid[1:]))
@@ -275,8 +276,8 @@ class Array:
             self._held.clear()
 
     def _opened(self) -> Any:
-        """The array as zarr sees it: one in memory, whose chunks are those in `_held`."""
-        if self._array is None or self._process != os.getpid():  # zarr's threads do not live on in another process
+        """The array as zarr reads it: from memory, where its chunks are in `_held`."""
+        if self._array is None or self._process != os.getpid():  # zarr's threads do not exist in a forked process
             import zarr
             from zarr.buffer.cpu import Buffer
 
@@ -284,15 +285,15 @@ class Array:
             try:
                 number: Any = self.format
                 self._array, self._process = zarr.open_array(self._held, mode="r", zarr_format=number), os.getpid()
-            except Exception as error:  # it has many
+            except Exception as error:  # zarr raises errors of many types
                 raise UserError(f"{self.place}: damaged metadata ({_brief(error)})") from error
             self._held.clear()
         return self._array
 
     def _chunk(self, key: str) -> bytes:
-        """A chunk as it is stored, after a look at how much it unpacks to."""
+        """A chunk in stored form, after a check of the size that it unpacks to."""
         limit = self.chunk_bytes + 4 * self.sums
-        data = self.store.read(f"{self.name}/{key}", limit + limit // 64 + (1 << 16))  # what cannot be packed grows
+        data = self.store.read(f"{self.name}/{key}", limit + limit // 64 + (1 << 16))  # incompressible data grows
         if data is None:
             raise UserError(f"{self.place}: the chunk {key} is missing; is the copy complete?")
         if _unpacked(self.packer, data[: len(data) - self.trailing], limit) > limit:
@@ -304,7 +305,7 @@ class ZarrFrames(Frames):
     """Pictures in an array `[N, H, W, C]` or `[N, C, H, W]`, bytes or floats from 0 to 255.
 
     Args:
-        array: Where they are.
+        array: The array that holds them.
 
     Raises:
         UserError: a chunk is missing.
@@ -323,23 +324,24 @@ class ZarrFrames(Frames):
 
     def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
         chunks = rows // self.array.chunks[0]
-        for chunk in np.unique(chunks):  # each is unpacked once, and only one is held
+        for chunk in np.unique(chunks):  # each is unpacked once, and one is kept at a time
             slots = np.flatnonzero(chunks == chunk)
             pictures = self.array.read(rows[slots])
             out[slots] = self._bytes(pictures.transpose(0, 3, 1, 2) if self.channels_last else pictures)
 
     def _bytes(self, pictures: np.ndarray) -> np.ndarray:
+        """Pictures as uint8. Raises UserError: values outside 0 to 255."""
         if pictures.dtype == np.uint8:
             return pictures
         if not ((pictures >= 0) & (pictures <= 255)).all():
             raise UserError(f"{self.array.place}: pictures with values outside of 0 to 255, or NaN")
-        if pictures.max() <= 1 and (pictures % 1).any():  # would all be black
+        if pictures.max() <= 1 and (pictures % 1).any():  # such pictures would be black
             raise UserError(f"{self.array.place}: pictures with values from 0 to 1; expected 0 to 255")
         return np.rint(pictures).astype(np.uint8)
 
 
 def _unpacked(packer: str | None, data: bytes, limit: int) -> int:
-    """Bytes that a chunk unpacks to, as its header says, or counted to just above `limit` where it has none."""
+    """Bytes that a chunk unpacks to: from its header, or counted to just above `limit` where it has none."""
     if packer is None:
         return len(data)
     if packer == "zlib":
@@ -350,14 +352,14 @@ def _unpacked(packer: str | None, data: bytes, limit: int) -> int:
     if packer == "lz4":
         return int.from_bytes(data[:4], "little")
     if packer == "blosc":
-        if len(data) < 16 or int.from_bytes(data[12:16], "little") != len(data):  # blosc reads on, past the end
+        if len(data) < 16 or int.from_bytes(data[12:16], "little") != len(data):  # blosc would read past the end
             raise ValueError("the length in its header is not that of the chunk")
         return int.from_bytes(data[4:8], "little")
     return _zstd_size(data)
 
 
 def _zstd_size(data: bytes) -> int:
-    """The content size in the header of a zstd frame (RFC 8878, 3.1.1.1). Raises ValueError: it has none."""
+    """The content size in the header of a zstd frame (RFC 8878, 3.1.1.1). Raises ValueError: no such size."""
     flags = data[4] if len(data) > 4 else 0
     single = flags >> 5 & 1
     start = 6 - single + (0, 1, 2, 4)[flags & 3]
@@ -368,7 +370,7 @@ def _zstd_size(data: bytes) -> int:
 
 
 def _sizes(values: Any, least: int) -> bool:
-    """Whether these are the lengths of 1 to 8 axes."""
+    """Whether `values` are the lengths of 1 to 8 axes."""
     return (
         isinstance(values, list)
         and 1 <= len(values) <= 8
@@ -377,4 +379,5 @@ def _sizes(values: Any, least: int) -> bool:
 
 
 def _brief(error: BaseException) -> str:
+    """Type and message of an error in one short line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"

@@ -1,1 +1,1 @@
-"""Environment factories: one file per family."""
+"""Environment factories, one file for each family, and the vector environments that run them."""

@@ -12,19 +12,19 @@ from .workers import spread
 
 @dataclass(frozen=True)
 class GymnasiumEnv:
-    """An environment by its Gymnasium id; a plugin may register its own."""
+    """An environment by its Gymnasium id; a plugin may register further ones."""
 
     id: str = "Pendulum-v1"
     """Registered id, such as Pendulum-v1, HalfCheetah-v5, or module:MyEnv-v0."""
     max_episode_steps: int | None = None
     """Steps until an episode is cut; None keeps the limit that is registered with the id."""
     workers: int = 0
-    """Processes that step the environments, each its share: for slow ones; 0 steps them in this one."""
+    """Processes that share slow environments; 0 steps them in this process."""
     wrappers: tuple[str, ...] = ()
-    """Wrappers of gymnasium.wrappers around each environment, the innermost first, as NAME or NAME:JSON with their
+    """Wrappers of gymnasium.wrappers around each environment, innermost first, as NAME or NAME:JSON with their
     arguments, such as RescaleAction:{"min_action": -1, "max_action": 1}."""
     render_mode: Literal["rgb_array"] | None = None
-    """Draw frames off screen."""
+    """Render frames off screen."""
     kwargs: str = ""
     """Arguments of the environment as JSON, such as '{"continuing_task": false}'."""
 
@@ -37,7 +37,7 @@ class GymnasiumEnv:
         if self.workers:
             return spread(replace(self, workers=0).build, num_envs, seed, self.workers)
         gym = require("gymnasium", "gymnasium")
-        if self.id.startswith("ALE/"):  # it registers its games, and needs no screen
+        if self.id.startswith("ALE/"):  # its games are registered on request, and need no display
             gym.register_envs(require("ale_py", "ale-py"))
         if self.max_episode_steps is not None and self.max_episode_steps < 1:
             raise UserError(f"--env.max-episode-steps {self.max_episode_steps} must be 1 or more")
@@ -61,7 +61,7 @@ class GymnasiumEnv:
         return envs
 
     def _wrapper(self, gym: Any, text: str) -> Any:
-        """One of `wrappers`: environment -> environment. Raises UserError: no such one, or arguments that misfit."""
+        """One of `wrappers` as a function of an environment. Raises UserError: unknown, or bad arguments."""
         name, colon, arguments = text.partition(":")
         known = [word for word in gym.wrappers.__all__ if word != "vector"]
         if name not in known:
@@ -86,6 +86,7 @@ class GymnasiumEnv:
         return wrap
 
     def _kwargs(self) -> dict[str, Any]:
+        """The option `kwargs` as a dict. Raises UserError: no JSON object."""
         try:
             kwargs = json.loads(self.kwargs or "{}")
             if not isinstance(kwargs, dict):

@@ -10,27 +10,27 @@ from .workers import spread
 
 
 def draw_off_screen() -> None:
-    """Let MuJoCo draw without a display, which its default on Linux needs."""
+    """Set up MuJoCo to render without a display, which its default on Linux requires."""
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
 
 
 @dataclass(frozen=True)
 class MetaWorldEnv:
-    """Meta-World v3: success ends an episode, seeds fix goals."""
+    """Meta-World v3: success ends an episode, and a seed determines the goal."""
 
     task: str = "push-v3"
     """One of the 50 tasks, such as push-v3, pick-place-v3, drawer-open-v3."""
     max_episode_steps: int = 200
     """Steps until an episode is cut; Meta-World's own limit is 500, its experts need 50 to 105."""
     render_mode: Literal["rgb_array"] | None = None
-    """Draw frames off screen."""
+    """Render frames off screen."""
     cameras: tuple[str, ...] = ()
     """Cameras that are observed, such as behindGripper or corner2; the state is then hand and gripper alone."""
     image_size: int = 64
     """Height and width of their pictures."""
     workers: int = 0
-    """Processes that step the environments, each its share; 0 steps them in this one."""
+    """Processes that share the environments; 0 steps them in this process."""
 
     def build(self, num_envs: int, seed: int) -> Any:
         """Make a vector environment.

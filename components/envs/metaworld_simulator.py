@@ -1,8 +1,8 @@
-"""Meta-World's simulator as a Gymnasium environment whose `reset(seed=s)` alone fixes the goal (MIT, Yu et al., 2019).
+"""Meta-World's simulator as a Gymnasium environment whose `reset(seed=s)` determines the goal (MIT, Yu et al., 2019).
 
-Meta-World's own `reset` ignores its seed: goals come from a list of 50 that the benchmark's constructor draws from
-*its* seed. Here seed s is goal `s % 50` of the list of seed `s // 50`, so an episode is known by one number. Resets
-without a seed go through one list after another, so that who learns here meets ever new goals.
+Meta-World's own `reset` ignores its seed: goals come from a list of 50 that the benchmark's constructor samples by its
+own seed. Here seed s is goal `s % 50` of the list of seed `s // 50`, so one number determines an episode. Resets
+without a seed run through one list after another, so that training always has new goals.
 """
 
 import warnings
@@ -23,7 +23,7 @@ from metaworld.policies import ENV_POLICY_MAP  # noqa: E402
 
 GOALS_PER_LIST = 50
 
-# Its experts warn at every clipped action; the clipping is what the environment does anyway.
+# Its experts warn at every clipped action; the environment clips actions anyway.
 warnings.filterwarnings("ignore", message="Constant.s. may be too high", category=UserWarning)
 
 
@@ -35,17 +35,17 @@ def check_task(task: str) -> None:
 
 @lru_cache(maxsize=64)
 def goals(task: str, list_seed: int) -> list[Any]:
-    """The 50 goals that Meta-World draws for a task from one seed."""
+    """The 50 goals that Meta-World samples for a task by one seed."""
     return MT1(task, seed=list_seed).train_tasks
 
 
 def expert(task: str) -> Any:
-    """Meta-World's scripted policy of a task; it may ask for actions outside [-1, 1]."""
+    """Meta-World's scripted policy of a task; its actions may be outside [-1, 1]."""
     return ENV_POLICY_MAP[task]()  # type: ignore[abstract]
 
 
 def upright(camera: str, frame: np.ndarray) -> np.ndarray:
-    """A picture `[H, W, 3]`, turned if it is the camera `corner2`'s, which sees the scene upside down."""
+    """A picture `[H, W, 3]`, rotated if it is from the camera `corner2`, which is mounted upside down."""
     return np.ascontiguousarray(frame[::-1, ::-1] if camera == "corner2" else frame)
 
 
@@ -55,11 +55,11 @@ PROPRIOCEPTION = 4  # the observation's first entries: the hand's position and h
 class MetaWorld(gym.Env):
     """One task. Observation `[39]` float32 (its last three entries are the goal), action `[4]` in [-1, 1].
 
-    With `cameras` it is {"agent_pos": `[4]`, hand and gripper; "pixels": {camera: `[S, S, 3]` uint8}}: where object and
-    goal are has to be seen. `terminated` is set at the first success, `truncated` after `max_episode_steps`.
+    With `cameras` the observation is {"agent_pos": `[4]`, hand and gripper; "pixels": {camera: `[S, S, 3]` uint8}}:
+    only pictures show object and goal. `terminated` is set at the first success, `truncated` after `max_episode_steps`.
 
     Raises:
-        UserError: an unknown task or camera, or pictures cannot be drawn here.
+        UserError: an unknown task or camera, or pictures cannot be rendered on this machine.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 80}
@@ -83,7 +83,7 @@ class MetaWorld(gym.Env):
         self.simulator = ALL_V3_ENVIRONMENTS[task](**view)
         model = self.simulator.model
         if render_mode is not None or cameras:
-            # MuJoCo's default quality costs 10 to 40 times more in software; it can only be set before the first frame.
+            # In software, MuJoCo's default quality takes 10 to 40 times longer; it is fixed after the first frame.
             model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
             model.light_castshadow[:] = 0
             model.mat_reflectance[:] = 0
@@ -106,10 +106,10 @@ class MetaWorld(gym.Env):
             proprioception = gym.spaces.Box(-np.inf, np.inf, (PROPRIOCEPTION,), np.float32)
             pixels = gym.spaces.Dict({name: picture for name in cameras})
             self.observation_space = gym.spaces.Dict({"agent_pos": proprioception, "pixels": pixels})
-        self.episode = self.left = self.steps = 0  # left: episodes of the list that are to come
+        self.episode = self.left = self.steps = 0  # left: remaining episodes of the list
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Start the episode that `seed` stands for; without one, the next of a list that is drawn."""
+        """Start the episode of `seed`; without a seed, the next one of a random list."""
         super().reset(seed=seed)
         if seed is not None:
             self.episode, self.left = seed, 0
@@ -124,13 +124,13 @@ class MetaWorld(gym.Env):
         return self._observed(observation), {"success": 0.0}
 
     def _observed(self, observation: np.ndarray) -> Any:
-        """What is observed; the whole state stays at hand for the expert, as `state`."""
+        """The observation; the attribute `state` keeps the whole state for the expert."""
         self.state = observation.astype(np.float32)
         if self.viewer is None:
             return self.state
         pixels = {}
         for camera, number in self.cameras.items():
-            self.viewer.make_context_current()  # other environments have one, too
+            self.viewer.make_context_current()  # since other environments have contexts, too
             pixels[camera] = upright(camera, self.viewer.render("rgb_array", camera_id=number))
         return {"agent_pos": self.state[:PROPRIOCEPTION], "pixels": pixels}
 

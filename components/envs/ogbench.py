@@ -1,4 +1,4 @@
-"""OGBench's environments (Park et al., 2025): five tasks with goals each, and their single-task variants."""
+"""OGBench's environments (Park et al., 2025), with five goals each, and their single-task variants."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -13,20 +13,20 @@ TASKS = 5
 
 @dataclass(frozen=True)
 class OGBenchEnv:
-    """An environment of OGBench; success ends an episode, seeds fix episodes and choose among its tasks."""
+    """An environment of OGBench: success ends an episode, and a seed determines the episode and its task."""
 
     id: str = "pointmaze-medium-v0"
-    """Environment, such as pointmaze-medium-v0 (observes the goal, too) or cube-single-singletask-task2-v0."""
+    """Environment, such as pointmaze-medium-v0 (the goal is observed) or cube-single-singletask-task2-v0."""
     task: int = 0
-    """Of an environment with goals, the task, 1 to 5; 0 takes all five in turn by the seeds."""
+    """Task of an environment with goals, 1 to 5; 0 takes all five in turn, by the seeds."""
     max_episode_steps: int | None = None
     """Steps until an episode is cut; None keeps the limit that is registered with the id."""
     success_timing: Literal["pre", "post"] = "pre"
-    """Of a single task: its reward is judged before an action, as ogbench does since 1.2, or after it."""
+    """Whether the reward of a single task is computed before an action, as in ogbench since 1.2, or after it."""
     render_mode: Literal["rgb_array"] | None = None
-    """Draw frames off screen."""
+    """Render frames off screen."""
     workers: int = 0
-    """Processes that step the environments, each its share; 0 steps them in this one."""
+    """Processes that share the environments; 0 steps them in this process."""
 
     def build(self, num_envs: int, seed: int) -> Any:
         """Make a vector environment.
@@ -41,8 +41,8 @@ class OGBenchEnv:
         if self.max_episode_steps is not None and self.max_episode_steps < 1:
             raise UserError(f"--env.max-episode-steps {self.max_episode_steps} must be 1 or more")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of spaces, and of a display that nothing is drawn on
-            draw_off_screen()  # MuJoCo looks when it is first imported
+            warnings.simplefilter("ignore")  # about spaces, and about a display that is not used
+            draw_off_screen()  # MuJoCo reads the setting when it is first imported
             require("ogbench", 'ogbench "mujoco==3.3.0"')
             import gymnasium as gym
 
@@ -54,9 +54,10 @@ class OGBenchEnv:
         return envs
 
     def _one(self) -> Any:
+        """One environment, wrapped."""
         import gymnasium as gym
 
-        from .ogbench_goals import GoalInObservation, SeededEverywhere
+        from .ogbench_wrappers import GoalInObservation, SeededEverywhere
 
         single = "singletask" in self.id
         options: dict[str, Any] = {"success_timing": self.success_timing} if single else {}

@@ -16,12 +16,12 @@ class PushTEnv:
     max_episode_steps: int = 300
     """Steps until an episode is cut, at 10 a second."""
     render_mode: Literal["rgb_array"] | None = None
-    """Draw frames off screen."""
+    """Render frames off screen."""
     workers: int = 0
-    """Processes that step the environments, each its share; 0 steps them in this one."""
+    """Processes that share the environments; 0 steps them in this process."""
 
     def build(self, num_envs: int, seed: int) -> Any:
-        """Make a vector environment; `coverage` of its info is tracked, the share of the goal covered.
+        """Make a vector environment; `coverage` of its info, the covered share of the goal, is tracked.
 
         Raises:
             UserError: no steps, or gym-pusht is missing.
@@ -30,7 +30,7 @@ class PushTEnv:
             return spread(replace(self, workers=0).build, num_envs, seed, self.workers)
         if self.max_episode_steps < 1:
             raise UserError(f"--env.max-episode-steps {self.max_episode_steps} must be 1 or more")
-        if "pygame" not in sys.modules:  # which greets, and warns of its own packaging
+        if "pygame" not in sys.modules:  # whose import prints a greeting and warnings
             import os
 
             os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")

@@ -1,4 +1,4 @@
-"""Vector environments that may misbehave: a call has a deadline, a fault names its environment, closing never hangs."""
+"""Vector environments that may fail: a call has a deadline, a fault names its environment, closing never hangs."""
 
 import contextlib
 import signal
@@ -12,28 +12,28 @@ import numpy as np
 
 from ..errors import UserError
 
-LONGEST = 1e7  # seconds that a timer takes on every system
+LONGEST = 1e7  # seconds, the longest timer that every system accepts
 
 
 class FaultyEnvError(RuntimeError):
-    """An environment that raised, hung, died, or gave what is not finite.
+    """An environment raised, hung, died, or returned values that are not finite.
 
     Args:
-        index: Which one, -1 where it cannot be told.
-        problem: What it did, in a few words.
+        index: Index of the environment, -1 where it is unknown.
+        problem: Description of the fault in a few words.
     """
 
     def __init__(self, index: int, problem: str) -> None:
         super().__init__(f"environment {index if index >= 0 else '(unknown)'} {problem}")
         self.index, self.problem = index, problem
 
-    def told(self, first: int, seeds: Sequence[int], steps: np.ndarray, action: np.ndarray | None) -> str:
-        """All that is known of it in one line.
+    def describe(self, first: int, seeds: Sequence[int], steps: np.ndarray, action: np.ndarray | None) -> str:
+        """Describe the fault in one line.
 
         Args:
             first: Index, over all processes, of this process's first environment.
-            seeds, steps: Of each environment: its last seed, and the steps of its episode so far.
-            action: `[N, Da]`, what was asked of them; None in a reset.
+            seeds, steps: Last seed of each environment, and the steps of its episode so far.
+            action: `[N, Da]`, the actions of all environments; None in a reset.
         """
         i = self.index
         if i < 0:
@@ -43,15 +43,15 @@ class FaultyEnvError(RuntimeError):
 
 
 class LateError(BaseException):
-    """The deadline has passed. No `Exception`, so that an environment that catches those does not catch this."""
+    """The deadline has passed. No `Exception`, so that an environment that catches those does not catch it."""
 
 
 @contextlib.contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Raise LateError inside when it takes longer, and again each second after; 0 for no limit.
+    """Raise LateError inside after so many seconds, and again each second after; 0 for no limit.
 
-    It needs signals, so it does nothing outside the main thread. A call into C that never returns is beyond its reach;
-    there `--hang-timeout` ends the run.
+    It uses signals, so it does nothing outside the main thread. It cannot interrupt a call into C that never returns;
+    `--hang-timeout` ends the run then.
     """
     if seconds <= 0 or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         yield
@@ -70,18 +70,18 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 def hurry(seconds: float) -> None:
-    """Shorten the deadline that is running, if there is one: somebody waits for more than the environment."""
+    """Shorten the current deadline, if there is one, so that a stop does not wait for an environment."""
     if hasattr(signal, "getitimer") and signal.getitimer(signal.ITIMER_REAL)[0] > seconds:
         signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
 
 
 class Environments:
-    """A `gymnasium.vector.VectorEnv` behind calls that end: `reset` and `step` raise FaultyEnvError on any fault.
+    """A `gymnasium.vector.VectorEnv` whose `reset` and `step` always return, or raise FaultyEnvError.
 
     Args:
         make: (num_envs, seed) -> the vector environment; called again by `rebuild`.
-        num_envs, seed: What it is called with first.
-        timeout: Seconds that a call may take; 0 for no limit.
+        num_envs, seed: Its arguments in the first call.
+        timeout: Longest duration of a call in seconds; 0 for no limit.
     """
 
     def __init__(self, make: Callable[[int, int], Any], num_envs: int, seed: int, timeout: float) -> None:
@@ -90,11 +90,11 @@ class Environments:
         self.rebuild(seed)
 
     def rebuild(self, seed: int) -> None:
-        """Put new environments in the place of all of them, since their common vector may be in any state.
+        """Replace all environments, since their common vector may be in any state.
 
         Raises:
-            FaultyEnvError: they hang while they are made.
-            UserError: they are not as many as were asked for.
+            FaultyEnvError: they hang while they are built.
+            UserError: `make` returned another number of environments.
         """
         self.close()
         self.turn, self.answering = -1, True
@@ -104,18 +104,20 @@ class Environments:
         except LateError as error:
             raise FaultyEnvError(-1, f"took longer than {self.timeout:g} s to be made (--env-timeout)") from error
         if self.envs.num_envs != self.num_envs:
-            raise UserError(f"build({self.num_envs}, seed) gives {self.envs.num_envs} environments")
-        # An environment in this process says when its turn comes, so that whoever does not come back is known.
+            raise UserError(f"build({self.num_envs}, seed) returned {self.envs.num_envs} environments")
+        # Environments of this process record whose turn it is, so that one that does not return is known.
         for index, env in enumerate(getattr(getattr(self.envs, "unwrapped", None), "envs", ())):
             if not (hasattr(env, "step") and hasattr(env, "reset")):
                 break
             env.step, env.reset = self._marking(index, env.step), self._marking(index, env.reset)
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the vector environment's: its spaces, its metadata, `render`."""
+        """Everything else is delegated to the vector environment: its spaces, its metadata, `render`."""
         return getattr(self.__dict__["envs"], name)
 
     def _marking(self, index: int, call: Callable[..., Any]) -> Callable[..., Any]:
+        """A call that first records that it is the turn of environment `index`."""
+
         def marked(*arguments: Any, **keywords: Any) -> Any:
             self.turn = index
             return call(*arguments, **keywords)
@@ -131,25 +133,26 @@ class Environments:
         return self._call("step", self.envs.step, action)
 
     def _call(self, name: str, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """Call within the deadline. Raises FaultyEnvError on any fault."""
         self.turn, self.answering, began = -1, False, time.monotonic()
         try:
             with deadline(self.timeout):
                 answer = call(*arguments, **keywords)
             self.answering = True
             return answer
-        except FaultyEnvError:  # told by a worker that knows which one it was
+        except FaultyEnvError:  # raised by a worker, which knows the index
             raise
         except LateError as error:
             problem = f"did not come back from {name} within {time.monotonic() - began:.0f} s (--env-timeout)"
             raise FaultyEnvError(self._culprit(error), problem) from error
         except (EOFError, ConnectionError) as error:
             raise FaultyEnvError(self._culprit(error), f"died in {name}") from error
-        except (Exception, KeyboardInterrupt) as error:  # a worker process passes on its Ctrl-C
+        except (Exception, KeyboardInterrupt) as error:  # a worker process forwards its Ctrl-C
             problem = f"raised {type(error).__name__} in {name}: {error}"
             raise FaultyEnvError(self._culprit(error), problem) from error
 
     def _culprit(self, error: BaseException) -> int:
-        """Which one it was: whose turn it was or, of workers, whose pipe was closed or just read; -1 if unknown."""
+        """Index of the faulty environment: by its turn or, with workers, by the pipe that failed; -1 if unknown."""
         pipes = getattr(getattr(self.envs, "unwrapped", None), "parent_pipes", None)
         if not pipes:
             return self.turn
@@ -161,7 +164,7 @@ class Environments:
         return firsts[pipes.index(None)] if None in pipes else -1
 
     def close(self) -> None:
-        """Close them, within seconds. Worker processes that have failed, or do not end by themselves, are killed."""
+        """Close them within seconds. Worker processes that have failed, or do not end by themselves, are killed."""
         if self.envs is None:
             return
         base: Any = getattr(self.envs, "unwrapped", None)
@@ -172,18 +175,18 @@ class Environments:
         for process in processes:
             process.kill()
             process.join()
-            base.closed = True  # so that nothing waits for the answer of one that is gone
+            base.closed = True  # so that nothing waits for the answer of a dead process
         self.envs = None
 
 
 def autoreset_mode(envs: Any) -> str:
-    """When a vector environment begins new episodes: "nextstep", as Gymnasium's default, "samestep" or "disabled"."""
+    """When a vector environment starts new episodes: "nextstep" (Gymnasium's default), "samestep" or "disabled"."""
     mode = (getattr(envs, "metadata", None) or {}).get("autoreset_mode", "NextStep")
     return str(getattr(mode, "value", mode)).replace("_", "").lower()
 
 
 def executed(action: np.ndarray, space: Any) -> np.ndarray:
-    """What an environment is asked to do `[N, ...]`: numbers within the bounds of a Box, or of a Discrete space."""
+    """Actions `[N, ...]` in the form that an environment takes: within the bounds of a Box, or of a Discrete space."""
     if hasattr(space, "low"):
         return np.clip(action, space.low, space.high).astype(space.dtype)
     return np.asarray(action, dtype=space.dtype) + space.start  # policies count from 0
@@ -196,4 +199,4 @@ def check_finite(observation: dict[str, np.ndarray], reward: np.ndarray, rows: S
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
             for row in rows:
                 if not np.isfinite(array[row]).all():
-                    raise FaultyEnvError(int(row), f"gave a NaN or Inf in {key!r}")
+                    raise FaultyEnvError(int(row), f"returned a NaN or Inf in {key!r}")

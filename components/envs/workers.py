@@ -1,4 +1,4 @@
-"""Slow environments in processes of their own: each steps its share of them, all at the same time."""
+"""Slow environments in worker processes: each process steps its share of them, all at the same time."""
 
 import contextlib
 import multiprocessing
@@ -16,10 +16,10 @@ Make = Callable[[int, int], Any]  # (num_envs, seed) -> a vector environment
 
 
 def spread(make: Make, num_envs: int, seed: int, workers: int) -> Any:
-    """A vector environment whose parts `make` builds in so many processes, or in as many as there are environments.
+    """A vector environment in `workers` processes, at most one for each environment; `make` builds each one's share.
 
     Raises:
-        UserError: a number of processes below 0, or what `make` raises.
+        UserError: a number of processes below 0, or any UserError of `make`.
     """
     if workers < 0:
         raise UserError(f"--env.workers {workers} must be 0 or more")
@@ -28,89 +28,108 @@ def spread(make: Make, num_envs: int, seed: int, workers: int) -> Any:
 
 
 def vector_of(make: Make, shares: list[int], seed: int) -> Any:
-    """The class needs Gymnasium, which is imported with the first environment."""
+    """`Workers` as a vector environment of Gymnasium, which is not imported before an environment is built."""
     gym = require("gymnasium", "gymnasium")
-    kind: Any = gym.vector.VectorEnv
+    vector: Any = gym.vector.VectorEnv
 
-    class Workers(kind):
-        """Environments in the order of their processes. A fault names the one that it came from."""
+    class VectorOfWorkers(Workers, vector):
+        """Gymnasium's vector environment with the methods of `Workers`."""
 
-        def __init__(self) -> None:
-            self.firsts = np.cumsum([0, *shares]).tolist()
-            self.parent_pipes: list[Connection] = []
-            self.processes: list[Any] = []
-            context = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
-            for number, share in enumerate(shares):
-                ours, theirs = context.Pipe()
-                others = [*self.parent_pipes, ours]  # a fork has them, too, and would keep them open
-                start = (make, share, seed + self.firsts[number], theirs, others)
-                process: Any = context.Process(target=work, args=start, daemon=True)
-                process.start()
-                theirs.close()
-                self.parent_pipes.append(ours)
-                self.processes.append(process)
-            self.num_envs = num_envs = sum(shares)
-            try:
-                about = [self._answer(number) for number in range(len(shares))][0]
-            except BaseException:
-                for process in self.processes:
-                    process.kill()
-                raise
-            self.metadata, self.tracked = about["metadata"], about["tracked"]
-            self.single_observation_space, self.single_action_space = about["spaces"]
-            self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-            self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+    return VectorOfWorkers(make, shares, seed)
 
-        def _answer(self, number: int) -> Any:
-            kind, answer = self.parent_pipes[number].recv()
-            if kind == "fault":
-                index, problem = answer
-                raise FaultyEnvError(self.firsts[number] + index if index >= 0 else index, problem)
-            if kind == "error":
-                raise answer
-            return answer
 
-        def _ask(self, name: str, each: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
-            for pipe, (arguments, keywords) in zip(self.parent_pipes, each, strict=True):
-                pipe.send((name, arguments, keywords))
-            return [self._answer(number) for number in range(len(each))]
+class Workers:
+    """Environments in the order of their processes. A fault names the environment that caused it.
 
-        def _parts(self, values: Any) -> list[Any]:
-            return [values[a:b] for a, b in zip(self.firsts[:-1], self.firsts[1:], strict=True)]
+    Args:
+        make: Builds the environments of one process.
+        shares: The number of environments of each process.
+        seed: Seed of the first environment; those of the others count up from it.
+    """
 
-        def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-            seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
-            masks = (options or {}).get("reset_mask")
-            each: list[Any] = []
-            for number in range(len(shares)):
-                keywords: dict[str, Any] = {"seed": None if seeds is None else list(self._parts(seeds)[number])}
-                own = {} if masks is None else {"reset_mask": self._parts(masks)[number]}
-                keywords["options"] = None if options is None else options | own
-                each.append(((), keywords))
-            observations, infos = zip(*self._ask("reset", each), strict=True)
-            return joined(observations), joined_infos(infos, shares)
-
-        def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-            answers = self._ask("step", [((part,), {}) for part in self._parts(actions)])
-            observations, rewards, terminated, truncated, infos = zip(*answers, strict=True)
-            flags = (np.concatenate(parts) for parts in (rewards, terminated, truncated))
-            return joined(observations), *flags, joined_infos(infos, shares)
-
-        def render(self) -> Any:
-            return tuple(frame for part in self._ask("render", [((), {})] * len(shares)) for frame in part or ())
-
-        def close_extras(self, **keywords: Any) -> None:
-            for pipe, process in zip(self.parent_pipes, self.processes, strict=True):
-                with contextlib.suppress(OSError):
-                    pipe.send(("close", (), {}))
-                process.join(1.0)
+    def __init__(self, make: Make, shares: list[int], seed: int) -> None:
+        self.shares, self.num_envs = shares, sum(shares)
+        self.firsts = np.cumsum([0, *shares]).tolist()
+        self.parent_pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        context = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
+        for number, share in enumerate(shares):
+            ours, theirs = context.Pipe()
+            others = [*self.parent_pipes, ours]  # which a forked process inherits and would keep open
+            start = (make, share, seed + self.firsts[number], theirs, others)
+            process: Any = context.Process(target=work, args=start, daemon=True)
+            process.start()
+            theirs.close()
+            self.parent_pipes.append(ours)
+            self.processes.append(process)
+        try:
+            described = [self._answer(number) for number in range(len(shares))][0]
+        except BaseException:
+            for process in self.processes:
                 process.kill()
+            raise
+        self._describe(**described)
 
-    return Workers()
+    def _describe(self, metadata: Any, tracked: Any, spaces: tuple[Any, Any]) -> None:
+        """Adopt the description of the first process's environments, which holds for all."""
+        from gymnasium.vector.utils import batch_space
+
+        self.metadata, self.tracked = metadata, tracked
+        self.single_observation_space, self.single_action_space = spaces
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    def _answer(self, number: int) -> Any:
+        """The answer of process `number`. Raises the error that it reports."""
+        kind, answer = self.parent_pipes[number].recv()
+        if kind == "fault":
+            index, problem = answer
+            raise FaultyEnvError(self.firsts[number] + index if index >= 0 else index, problem)
+        if kind == "error":
+            raise answer
+        return answer
+
+    def _ask(self, name: str, each: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+        """Call the method `name` in all processes at once; `each` has the arguments for each of them."""
+        for pipe, (arguments, keywords) in zip(self.parent_pipes, each, strict=True):
+            pipe.send((name, arguments, keywords))
+        return [self._answer(number) for number in range(len(each))]
+
+    def _parts(self, values: Any) -> list[Any]:
+        """Values `[N, ...]` of all environments, split by process."""
+        return [values[a:b] for a, b in zip(self.firsts[:-1], self.firsts[1:], strict=True)]
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
+        masks = (options or {}).get("reset_mask")
+        each: list[Any] = []
+        for number in range(len(self.shares)):
+            keywords: dict[str, Any] = {"seed": None if seeds is None else list(self._parts(seeds)[number])}
+            own = {} if masks is None else {"reset_mask": self._parts(masks)[number]}
+            keywords["options"] = None if options is None else options | own
+            each.append(((), keywords))
+        observations, infos = zip(*self._ask("reset", each), strict=True)
+        return joined(observations), joined_infos(infos, self.shares)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        answers = self._ask("step", [((part,), {}) for part in self._parts(actions)])
+        observations, rewards, terminated, truncated, infos = zip(*answers, strict=True)
+        flags = (np.concatenate(parts) for parts in (rewards, terminated, truncated))
+        return joined(observations), *flags, joined_infos(infos, self.shares)
+
+    def render(self) -> Any:
+        return tuple(frame for part in self._ask("render", [((), {})] * len(self.shares)) for frame in part or ())
+
+    def close_extras(self, **keywords: Any) -> None:
+        for pipe, process in zip(self.parent_pipes, self.processes, strict=True):
+            with contextlib.suppress(OSError):
+                pipe.send(("close", (), {}))
+            process.join(1.0)
+            process.kill()
 
 
 def work(make: Make, num_envs: int, seed: int, pipe: Connection, others: list[Connection]) -> None:
-    """The life of one process: build, then do what is asked until the pipe closes."""
+    """Main function of a worker process: build the environments, then answer calls until the pipe closes."""
     for other in others:
         other.close()
     try:
@@ -127,7 +146,7 @@ def work(make: Make, num_envs: int, seed: int, pipe: Connection, others: list[Co
             except FaultyEnvError as fault:
                 pipe.send(("fault", (fault.index, fault.problem)))
         envs.close()
-    except (EOFError, OSError, KeyboardInterrupt):  # whoever asks is gone
+    except (EOFError, OSError, KeyboardInterrupt):  # the main process has ended
         pass
     except Exception as error:
         with contextlib.suppress(OSError):
@@ -137,7 +156,7 @@ def work(make: Make, num_envs: int, seed: int, pipe: Connection, others: list[Co
 
 
 def joined(parts: Any) -> Any:
-    """Observations of all parts, `[N, ...]`: arrays, or dicts and tuples of such."""
+    """Observations of all parts, concatenated to `[N, ...]`: arrays, or dicts and tuples of arrays."""
     first = parts[0]
     if isinstance(first, dict):
         return {key: joined([part[key] for part in parts]) for key in first}
@@ -147,7 +166,7 @@ def joined(parts: Any) -> Any:
 
 
 def joined_infos(infos: Any, shares: list[int]) -> dict[str, Any]:
-    """`info` of all parts; a key that a part lacks is empty there, as its mask `_key` tells."""
+    """`info` of all parts; where a part lacks a key, its values are empty and its mask `_key` is false."""
     whole: dict[str, Any] = {}
     for key in dict.fromkeys(key for info in infos for key in info):
         known = next(info[key] for info in infos if key in info)

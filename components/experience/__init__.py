@@ -1,1 +1,1 @@
-"""experience"""
+"""Online experience: stepping environments, replay buffers, rollouts, recordings."""

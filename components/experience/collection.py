@@ -1,4 +1,4 @@
-"""Stepping environments to learn from them: where episodes end, what follows a step, and what to do about a fault."""
+"""Collection of transitions: the ends of episodes, the successor of each step, and faults of environments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,17 +7,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..acting.evaluation import SUCCESSES, observation_batch, success_of
-from ..data.batches import derive_seed
 from ..data.features import describe
+from ..data.random_state import derive_seed
+from ..envs.observations import SUCCESSES, observation_batch, success_of
 from ..envs.vector import Environments, FaultyEnvError, autoreset_mode, check_finite, executed
 from ..errors import UserError
 
 
 def describe_env(envs: Any) -> dict[str, dict[str, Any]]:
-    """`spec` of an environment's transitions; its action carries the bounds, so that it is normalised to [-1, 1].
+    """`spec` of an environment's transitions. The action has its bounds as statistics, which normalise it to [-1, 1].
 
-    A discrete action is a number `()` int64, and `classes` tells of how many.
+    A discrete action is a number `()` int64; `classes` is the number of actions.
 
     Raises:
         UserError: actions that are neither discrete (from 0) nor a vector with finite bounds, or observations that are
@@ -50,51 +50,43 @@ def describe_env(envs: Any) -> dict[str, dict[str, Any]]:
     return spec
 
 
-def random_actions(envs: Any) -> np.ndarray:
-    """Actions `[N, ...]`, drawn uniformly by torch's generator, as a policy gives them."""
-    space, count = envs.single_action_space, envs.num_envs
-    if not hasattr(space, "low"):
-        return torch.randint(int(space.n), (count,)).numpy()
-    return space.low + (space.high - space.low) * torch.rand(count, len(space.low)).numpy()
-
-
 def _parts(space: Any) -> list[Any]:
-    """The spaces in a Dict, and in the Dict of its pictures; any other space is its own only part."""
+    """The spaces in a Dict and in the nested Dict "pixels"; [space] for any other space."""
     named = space.spaces if isinstance(getattr(space, "spaces", None), dict) else {"": space}
-    return [part for key, own in named.items() for part in (_parts(own) if key == "pixels" else [own])]
+    return [part for key, inner in named.items() for part in (_parts(inner) if key == "pixels" else [inner])]
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """The same numbers as a tensor; pictures stay uint8 and discrete actions int64, everything else becomes float32."""
+    """Convert to a tensor; pictures stay uint8 and discrete actions int64, everything else becomes float32."""
     return torch.from_numpy(array if array.dtype in KEPT else array.astype(np.float32))
 
 
 KEPT = (np.dtype(np.float32), np.dtype(np.uint8), np.dtype(np.int64))
 
 
-def own(observation: Any) -> dict[str, np.ndarray]:
-    """Observations by the names of the data, in memory of their own: an environment may write over what it gave."""
+def copied(observation: Any) -> dict[str, np.ndarray]:
+    """A copy of observations under the names of the data: an environment may overwrite the arrays that it returned."""
     named = observation_batch(observation)  # whose vectors are copies
     return {key: value if value.dtype == np.float32 else np.array(value) for key, value in named.items()}
 
 
 class Collector:
-    """The environments of one process, stepped for ever: the only place that knows Gymnasium's autoreset modes.
+    """Steps the environments of one process, under any of Gymnasium's autoreset modes.
 
-    A transition's successor is what followed its action, also at the end of an episode: under SAME_STEP that is
-    `final_obs`, under NEXT_STEP and DISABLED the observation itself. The step in which NEXT_STEP only resets is no
-    transition. So none crosses an episode.
+    The successor in a transition is the observation after its action, also at the end of an episode: `final_obs` under
+    SAME_STEP, the observation itself under NEXT_STEP and DISABLED. The step in which NEXT_STEP only resets is not a
+    transition. So no transition crosses the end of an episode.
 
-    An environment that raises, hangs, dies or gives NaN or Inf is named and replaced, together with those that share
-    its vector; what it gave is dropped, and the episodes that were going on count as truncated.
+    An environment that raises, hangs, dies or returns NaN or Inf is reported and replaced, together with those that
+    share its vector. The faulty step is dropped, and the current episodes are truncated.
 
     Args:
         environments: Of this process.
-        seed: Of the run; environment i of all processes gets seeds from (seed, i, step at the start, replacements).
+        seed: Of the run; environment i of all processes has seeds from (seed, i, step at the start, replacements).
         first: Index, over all processes, of this process's first environment.
         limit: Replacements before the run fails.
-        say: Tells a line to the user.
-        rewards: (shift, scale), what is added to every reward that is learnt from, and then its factor.
+        say: Prints a line.
+        rewards: (shift, scale) of the rewards that are learnt from: r -> (r + shift) * scale.
     """
 
     def __init__(
@@ -109,6 +101,7 @@ class Collector:
         self.environments, self.seed, self.first, self.limit, self.say = environments, seed, first, limit, say
         self.rewards = rewards
         self.started_at, self.replaced = 0, 0
+        self.restored: dict[str, Any] = {}
 
     def start(self, step: int) -> None:
         """Begin new episodes in all environments. Raises RuntimeError beyond the limit of replacements."""
@@ -123,42 +116,47 @@ class Collector:
             self.resetting = np.zeros(n, dtype=bool)  # under NEXT_STEP: the next step only resets
             try:
                 observation, _ = self.environments.reset(seed=self.seeds)
-                self.observation = own(observation)
+                self.observation = copied(observation)
                 check_finite(self.observation, self.returns, range(n))
                 return
             except FaultyEnvError as fault:
                 self._replace(fault, None)
 
     def _replace(self, fault: FaultyEnvError, action: np.ndarray | None) -> None:
-        """Say what happened, and make new environments. Raises RuntimeError beyond the limit."""
-        text = fault.told(self.first, self.seeds, self.lengths, action)
+        """Report a fault, and build new environments. Raises RuntimeError beyond the limit."""
+        text = fault.describe(self.first, self.seeds, self.lengths, action)
         self.replaced += 1
         if self.replaced > self.limit:
             raise RuntimeError(f"{text}; replacement {self.replaced} is above --env-restarts {self.limit}") from fault
-        self.say(f"{text}; replaced ({self.replaced} of {self.limit}), its episode is cut")
+        self.say(f"{text}; replaced ({self.replaced} of {self.limit}), its episode is truncated")
         try:
             self.environments.rebuild(derive_seed(self.seed, self.first, self.started_at, self.replaced) % 2**31)
         except FaultyEnvError as another:
             self._replace(another, None)
-        except UserError as error:  # what the factory says when it cannot build; it could when the run began
-            self._replace(FaultyEnvError(-1, f"cannot be made anew: {error}"), None)
+        except UserError as error:  # a factory that cannot build now, although it could when the run began
+            self._replace(FaultyEnvError(-1, f"cannot be rebuilt: {error}"), None)
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, Tensor] | None, list[dict[str, float]]]:
-        """Act in all environments.
+    def step(self, action: np.ndarray, insist: bool = False) -> tuple[dict[str, Tensor] | None, list[dict[str, float]]]:
+        """Step all environments.
 
         Args:
-            action: `[N, Da]` in the environments' units, float32; they get what their bounds allow of it. Or `[N]`, the
-                numbers of discrete ones.
+            action: `[N, Da]` in the environments' units, float32, which is clipped to their bounds; or `[N]`, the
+                numbers of discrete actions.
+            insist: After a fault, step the new environments with the same action, until there is a transition.
 
         Returns:
-            (transitions, episodes that ended). A transition has `[N, ...]` observation, action as it was executed,
-            `drawn`, the action as it was asked for, reward, terminated and `next.` keys, and two flags: `valid`, false
-            for a step that only reset, and `ended`. None instead when the environments had to be replaced: the episodes
-            before are cut. An episode has `env`, the place of its environment among all, and `episode_return`, ...
+            (transitions, episodes that ended). The transitions have `[N, ...]` observation, the executed `action`, the
+            requested action as `drawn`, reward, terminated and `next.` keys, and two flags: `valid`, False for a step
+            that only reset, and `ended`. They are None when the environments had to be replaced, which truncates all
+            episodes. An episode has `env`, the index of its environment over all processes, `episode_return`, ...
 
         Raises:
             RuntimeError: more faults than the limit.
         """
+        while insist:
+            transitions, episodes = self.step(action)
+            if transitions is not None:
+                return transitions, episodes
         envs = self.environments
         before, resetting = self.observation, self.resetting
         space = envs.single_action_space
@@ -166,13 +164,13 @@ class Collector:
         try:
             observation, reward, terminated, truncated, info = envs.step(done)
             ended = np.asarray(terminated) | np.asarray(truncated)
-            after = successor = own(observation)
+            after = successor = copied(observation)
             if self.mode == "samestep" and ended.any():
                 successor = last_observations(after, info, ended)
             elif self.mode == "disabled" and ended.any():
                 check_finite(after, reward, np.flatnonzero(~resetting))
                 fresh, _ = envs.reset(options={"reset_mask": np.array(ended)})
-                after = own(fresh)
+                after = copied(fresh)
             check_finite(after, reward, range(len(ended)))
             if successor is not after:
                 check_finite(successor, reward, np.flatnonzero(~resetting))
@@ -194,7 +192,7 @@ class Collector:
         )
 
     def _count(self, reward: np.ndarray, ended: np.ndarray, valid: np.ndarray, info: Any) -> list[dict[str, float]]:
-        """Add up the episodes; returns those that ended: return, length, and success where it is told."""
+        """Update the episodes' counts; returns those that ended: return, length, and success where it is reported."""
         self.returns += np.where(valid, reward, 0.0)
         self.lengths += valid
         episodes: list[dict[str, float]] = []
@@ -212,8 +210,15 @@ class Collector:
                 self.returns[i], self.lengths[i], self.succeeded[i] = 0.0, 0, None
         return episodes
 
-    def state_dict(self) -> dict[str, Any]:
-        """The replacements so far and, where the vector environment can save its state, all the rest."""
+    def random_actions(self) -> np.ndarray:
+        """Actions `[N, ...]`, uniform within the bounds, from torch's generator, as a policy returns them."""
+        space, count = self.environments.single_action_space, self.environments.num_envs
+        if not hasattr(space, "low"):
+            return torch.randint(int(space.n), (count,)).numpy()
+        return space.low + (space.high - space.low) * torch.rand(count, len(space.low)).numpy()
+
+    def rank_state(self) -> dict[str, Any]:
+        """The number of replacements and, where the vector environment has `state_dict()`, the current episodes."""
         state: dict[str, Any] = {"replaced": self.replaced}
         save = getattr(self.environments.envs, "state_dict", None)
         if callable(save):
@@ -223,8 +228,19 @@ class Collector:
             state["counts"] = [torch.tensor(x) for x in (self.returns, self.lengths, self.resetting)]
         return state
 
-    def restore(self, state: dict[str, Any], step: int) -> bool:
-        """Go on where `state_dict` was taken, or begin new episodes; returns whether the old ones go on."""
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Keep the state of `rank_state`, from which `begin` continues."""
+        self.restored = state
+
+    def begin(self, step: int, *followers: Any) -> None:
+        """Continue the episodes of the loaded state; or else start new ones, and let the followers cut theirs."""
+        if not self._continue(step):
+            for follower in followers:
+                follower.cut()
+
+    def _continue(self, step: int) -> bool:
+        """Continue the episodes of the loaded state and return True; or else start new ones and return False."""
+        state = self.restored
         self.replaced = state.get("replaced", 0)
         load = getattr(self.environments.envs, "load_state_dict", None)
         self.start(step)
@@ -238,7 +254,7 @@ class Collector:
 
 
 def last_observations(after: dict[str, np.ndarray], info: Any, ended: np.ndarray) -> dict[str, np.ndarray]:
-    """A copy of observations `[N, ...]` after a step that also reset, with `final_obs` where episodes `ended` `[N]`."""
+    """A copy of observations `[N, ...]` of a step that also reset, with `final_obs` where episodes `ended` `[N]`."""
     last = {key: np.array(value) for key, value in after.items()}
     for i in np.flatnonzero(ended):
         for key, value in observation_batch(_row(info["final_obs"], int(i))).items():
@@ -247,7 +263,7 @@ def last_observations(after: dict[str, np.ndarray], info: Any, ended: np.ndarray
 
 
 def _row(values: Any, i: int) -> Any:
-    """Environment i's entry of `final_obs`, as a batch of one; `values` lists entries, or is a dict of batches."""
+    """Environment i's entry of `final_obs`, as a batch of one; `values` is a list of entries, or a dict of batches."""
     return {key: _row(value, i) for key, value in values.items()} if isinstance(values, dict) else _batch(values[i])
 
 

@@ -1,4 +1,4 @@
-"""Experience as a dataset: episodes that a policy plays, or what a replay buffer still holds."""
+"""Experience as a dataset: episodes of the final policy, or the contents of the replay buffers."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import parallel
+from ..contracts import Request, Rollouts
 from ..datasets import convert
 from ..datasets.episodes import Episodes, complete_flags, from_columns
 from ..envs.vector import Environments
@@ -18,45 +20,76 @@ from .collection import Collector, describe_env
 FORMATS = {"minari": (("minari", '"minari[hdf5]"'), ("h5py", "h5py")), "lerobot": (("pyarrow", "pyarrow"),)}
 
 
-def check_destination(path: str, kind: str, what: str, keeps: bool, again: bool) -> None:
-    """Refuse before a training what could not be written after it.
+def check_destination(args: Any, request: Request) -> None:
+    """Before training, refuse a `--save-dataset` that could not be written afterwards.
 
     Args:
-        path: Folder to write; "" for none.
-        kind: Of `FORMATS`.
-        what: "policy" or "collected".
-        keeps: Whether what is collected is kept.
-        again: Whether the run is resumed, and may have written it already.
+        args: With `save_dataset`, the folder, "" for none; `save_format`, `save_what` and `resume`.
+        request: The data that the trainer asks for.
 
     Raises:
-        UserError: it exists, cannot be made, packages are missing, or there will be nothing to write.
+        UserError: the folder exists or cannot be made, packages are missing, or there will be nothing to write.
     """
-    target = Path(path).expanduser()
-    if not path or (again and target.exists()):
+    path, target = args.save_dataset, Path(args.save_dataset).expanduser()
+    if not path or (args.resume and target.exists()):  # a resumed run may have written it already
         return
     if target.exists():
-        raise UserError(f"--save-dataset {path}: exists already; give another folder")
+        raise UserError(f"--save-dataset {path}: exists already; choose another folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         TemporaryDirectory(dir=target.parent).cleanup()
     except OSError as error:
-        raise UserError(f"--save-dataset {path}: {error.strerror}; give another folder") from error
-    if what == "collected" and not keeps:
+        raise UserError(f"--save-dataset {path}: {error.strerror}; choose another folder") from error
+    if args.save_what == "collected" and isinstance(request, Rollouts):
         raise UserError("--save-what collected: rollouts are not kept; this trainer's policy can be saved, the default")
-    for module, package in FORMATS[kind]:
+    for module, package in FORMATS[args.save_format]:
         require(module, package)
+
+
+def save_dataset(
+    args: Any,
+    run: Any,
+    policy: Any,
+    memory: Any,
+    collector: Collector,
+    spec: dict[str, Any],
+    env: tuple[str, Any],
+    make: Any,
+) -> None:
+    """Write the dataset of `--save-dataset`, if any; called by every process.
+
+    Args:
+        policy: The final policy.
+        memory: Transitions of the environments.
+        collector: Has the environments, and the shift and scale of the rewards in `memory`.
+        spec: Of a transition.
+        env, make: The environment's name and options, and (num_envs, seed) -> environments for the policy.
+    """
+    if not args.save_dataset:
+        return
+    environments = collector.environments
+    parts = parallel.gather(memory.store.transitions()) if args.save_what == "collected" else []
+    if not run.first:
+        return
+    if parts:
+        episodes = collected(parts, spec, environments.single_action_space, collector.rewards)
+    else:
+        how = (args.save_episodes, args.eval_envs, args.eval_seed, args.env_timeout)
+        episodes = play(policy.base.corrected(policy) if policy.base else policy, make, *how, run.beat)
+    origin, fps = f"{args.trainer}, {args.save_what}, step {run.step}", environments.metadata.get("render_fps", 30)
+    run.say(write(episodes, args.save_dataset, args.save_format, env, origin, fps))
 
 
 def play(
     policy: Any, make: Callable[[int, int], Any], episodes: int, slots: int, seed: int, timeout: float, tick: Any
 ) -> Episodes:
-    """So many episodes of a policy; each environment plays its share, so that short ones do not count more.
+    """Episodes of a policy. The number per environment is fixed, so that short episodes are not overrepresented.
 
     Args:
         policy: With `act`, `reset` and `restart`.
         make: (num_envs, seed) -> a vector environment.
         slots: Environments that are stepped together.
-        tick: Called at each step; what it raises ends the episodes.
+        tick: Called at each step; an exception from it ends the episodes.
 
     Raises:
         RuntimeError: an environment fails.
@@ -73,7 +106,7 @@ def play(
         while any(len(played) <= count for played, count in zip(done, wanted, strict=True)):
             tick()
             transitions, _ = collector.step(policy.act(collector.observation))
-            assert transitions is not None  # a fault raises, since none is mended
+            assert transitions is not None  # a fault raises, since no environment is replaced
             for slot in transitions["valid"].nonzero().flatten().tolist():
                 done[slot][-1].append({key: value[slot] for key, value in transitions.items()})
                 if transitions["ended"][slot]:
@@ -82,7 +115,7 @@ def play(
         space = environments.single_action_space
     finally:
         environments.close()
-    played = [episode for own, count in zip(done, wanted, strict=True) for episode in own[:count]]
+    played = [episode for part, count in zip(done, wanted, strict=True) for episode in part[:count]]
     rows = [row for episode in played for row in episode]
     ends = torch.tensor([len(episode) for episode in played]).cumsum(0)
     columns = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
@@ -90,7 +123,7 @@ def play(
 
 
 def episodes_of(columns: dict[str, torch.Tensor], ends: torch.Tensor, spec: dict[str, Any], space: Any) -> Episodes:
-    """Transitions `[N, ...]`, episode after episode, as a dataset has them; `ended` without `terminated` is truncated.
+    """Transitions `[N, ...]`, episode by episode, in a dataset's form; `ended` without `terminated` is truncated.
 
     Args:
         spec: Of the transitions.
@@ -110,10 +143,10 @@ def episodes_of(columns: dict[str, torch.Tensor], ends: torch.Tensor, spec: dict
 
 
 def collected(parts: list[dict[str, torch.Tensor]], spec: dict[str, Any], space: Any, rewards: Any) -> Episodes:
-    """What the replay buffers of all processes hold, with the environment's own rewards.
+    """The contents of the replay buffers of all processes, with the environment's unscaled rewards.
 
     Args:
-        parts: Of each process, `ReplayBuffer.transitions`.
+        parts: `ReplayBuffer.transitions` of each process.
         spec: Of the transitions.
         space: Of one environment's actions.
         rewards: (shift, scale) of the rewards that were learnt from.
@@ -129,8 +162,8 @@ def write(episodes: Episodes, path: str, kind: str, env: tuple[str, Any], origin
     Args:
         kind: "minari" or "lerobot".
         env: Registry name and options of the environment.
-        origin: What made it, in a few words.
-        fps: Steps a second.
+        origin: Description of its source, in a few words.
+        fps: Steps per second.
     """
     name, options = env
     if Path(path).expanduser().exists():

@@ -1,4 +1,4 @@
-"""Replay buffer: resident, one packed row a transition, so that a batch is one indexed read; saved piece by piece."""
+"""Replay buffer in memory: one packed row per transition, so that a batch is one indexed read; saved incrementally."""
 
 import math
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contracts import Window
 from ..data.returns import n_step_return, returns_to_go
 from ..errors import UserError
 from ..run.checkpoint import Parts
@@ -13,49 +14,49 @@ from ..run.checkpoint import Parts
 PICTURES = "observation.images."
 
 
-def windowed(spec: dict[str, Any], window: dict[str, Any]) -> dict[str, Any]:
-    """`spec` of the batches that a buffer gives, from that of its transitions and the options of its windows."""
+def windowed(spec: dict[str, Any], window: Window) -> dict[str, Any]:
+    """`spec` of a buffer's batches, from the `spec` of its transitions."""
     spec, action = dict(spec), spec["action"]
     spec["discount"] = {"shape": (), "dtype": "float32"}
-    if (chunk := window.get("chunk", 1)) > 1:
+    if (chunk := window.chunk) > 1:
         spec["action"] = action | {"shape": (chunk, *action["shape"])}
         spec["action_is_pad"] = {"shape": (chunk,), "dtype": "bool"}
         spec["complete"] = {"shape": (), "dtype": "float32"}
-    if window.get("next_action"):
+    if window.next_action:
         spec["next.action"] = {key: action[key] for key in ("shape", "dtype")}
-    if window.get("to_go"):
+    if window.to_go:
         spec["return_to_go"] = {"shape": (), "dtype": "float32", "like": "reward"}
     return spec
 
 
 class ReplayBuffer:
-    """The newest transitions of each of this process's environments, in rings of their own.
+    """The newest transitions of this process's environments, in a ring buffer for each.
 
-    Keys of `spec` in float32 lie side by side in one row; flags and discrete actions in tensors of their own; pictures
-    are kept once, where one is what follows a step and what the next step sees. A window of several steps never crosses
-    the end of an episode, nor the newest transition of its environment. Its batches are those of
+    The float32 keys of `spec` are packed into one row; flags and discrete actions have separate tensors. A picture that
+    is the successor of one step and the observation of the next is stored once. A window of several steps never crosses
+    the end of an episode, nor the newest transition of its environment. The batches equal those of
     `datasets.transitions.Transitions` with the same options.
 
     Args:
         spec: {key: {"shape", "dtype"}} of a transition: observation, action, reward, terminated, `next.` observation.
         size: Transitions to keep over all processes, divided among the environments.
         num_envs: Environments over all processes.
-        mine: How many of them are this process's.
-        window: `discount`, `n_step`, `chunk`, `next_action` and `to_go` as for `Transitions`.
-        rate: Updates for one step of all environments.
+        of_rank: Environments of this process.
+        window: Of one sample.
+        rate: Updates per step of all environments.
 
     Raises:
         UserError: no room for one window per environment, or not enough memory.
     """
 
     def __init__(
-        self, spec: dict[str, Any], size: int, num_envs: int, mine: int, window: dict[str, Any], rate: float = 1.0
+        self, spec: dict[str, Any], size: int, num_envs: int, of_rank: int, window: Window, rate: float = 1.0
     ) -> None:
         self.rate = rate
-        self.discount, self.n_step = window.get("discount", 0.99), window.get("n_step", 1)
-        self.chunk, self.next_action = window.get("chunk", 1), bool(window.get("next_action"))
-        self.to_go, self.steps = bool(window.get("to_go")), max(self.n_step, self.chunk, 1 + self.next_action)
-        self.length, self.num_envs = size // num_envs, mine
+        self.discount, self.n_step, self.chunk = window.discount, window.n_step, window.chunk
+        self.next_action, self.to_go = window.next_action, window.to_go
+        self.steps = max(self.n_step, self.chunk, 1 + self.next_action)
+        self.length, self.num_envs = size // num_envs, of_rank
         if self.length < self.steps:
             raise UserError(f"--buffer-size {size} has no room for {self.steps} steps of {num_envs} environments")
         if self.to_go:
@@ -73,29 +74,29 @@ class ReplayBuffer:
         self.others = [key for key in shapes if key not in ("rows", "ended")]
         try:
             self.pictures = Pictures(
-                {k: f for k, f in pictures.items() if not k.startswith("next.")}, mine, self.length
+                {k: f for k, f in pictures.items() if not k.startswith("next.")}, of_rank, self.length
             )
             if pictures:
                 shapes |= {"at": ((), torch.int64), "after": ((), torch.int64)}
-            self.data = {k: torch.empty((mine, self.length, *shape), dtype=d) for k, (shape, d) in shapes.items()}
+            self.data = {k: torch.empty((of_rank, self.length, *shape), dtype=d) for k, (shape, d) in shapes.items()}
         except RuntimeError as error:
             raise UserError(f"--buffer-size {size} needs more memory than there is; choose a smaller one") from error
-        self.head = torch.zeros(mine, dtype=torch.int64)  # where each environment's next transition goes
-        self.count = torch.zeros(mine, dtype=torch.int64)
-        self.running = torch.zeros(mine, dtype=torch.int64)  # transitions of the episode that goes on
-        self.total = torch.zeros(mine, dtype=torch.int64)  # transitions ever
-        self.saved_total, self.saved_cut = self.total.clone(), torch.zeros(mine, dtype=torch.bool)
+        self.head = torch.zeros(of_rank, dtype=torch.int64)  # slot of each environment's next transition
+        self.count = torch.zeros(of_rank, dtype=torch.int64)
+        self.running = torch.zeros(of_rank, dtype=torch.int64)  # transitions of the current episode
+        self.total = torch.zeros(of_rank, dtype=torch.int64)  # transitions ever added
+        self.saved_total, self.saved_cut = self.total.clone(), torch.zeros(of_rank, dtype=torch.bool)
         self.parts: list[tuple[str, list[int]]] = []  # files of the last checkpoint, and `total` at the end of each
         self.pending: tuple[str, list[int]] | None = None
 
-    between = True  # what acts may change at any time
+    between = True  # the collecting policy may change at any time
 
     def __len__(self) -> int:
-        """Transitions of this process."""
+        """Number of transitions of this process."""
         return int(self.count.sum())
 
     def describe(self, steps: int, world: int, saved: bool) -> str:
-        """What to say of its size after so many steps of each environment, on so many processes."""
+        """A line about its size for the screen, after so many steps of each environment on so many processes."""
         tensors = [*self.data.values(), *self.pictures.store.values()]
         full = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
         size = world * full * min(steps, self.length) / self.length
@@ -125,11 +126,11 @@ class ReplayBuffer:
         self._end(transitions["ended"] & valid)
 
     def due(self, ready: bool) -> float:
-        """Updates that one more step of all environments makes due, once there is enough to learn from."""
+        """Updates that are due for one step of all environments; 0 before learning starts."""
         return self.rate if ready else 0.0
 
     def cut(self) -> None:
-        """Mark each environment's newest transition as the last one of its episode: truncated."""
+        """Truncate the current episodes: mark each environment's newest transition as the last one."""
         envs = self.count.nonzero().squeeze(1)
         self.data["ended"][envs, (self.head[envs] - 1) % self.length] = True
         self.saved_cut |= (self.total == self.saved_total) & (self.count > 0)
@@ -138,7 +139,7 @@ class ReplayBuffer:
     miss = cut  # a step of the environments was lost
 
     def _end(self, ended: Tensor) -> None:
-        """Episodes of the environments `ended` `[N]` are over: now their returns are known."""
+        """End the episodes of the environments `ended` `[N]`, and compute their returns to go."""
         for env in ended.nonzero().flatten().tolist() if self.to_go else ():
             steps = min(int(self.running[env]), int(self.count[env]))
             places = self._places(torch.tensor(env), torch.arange(steps) + self.count[env] - steps)
@@ -150,7 +151,7 @@ class ReplayBuffer:
         self.running[ended] = 0
 
     def _know_returns(self) -> None:
-        """The returns of all episodes that have ended, again: what was saved may be from before their ends."""
+        """Recompute the returns to go of all ended episodes: some were saved before their episode ended."""
         for env in range(self.num_envs):
             places = self._places(torch.tensor(env), torch.arange(int(self.count[env])))
             ends = self.data["ended"].flatten()[places].nonzero().flatten() + 1
@@ -161,7 +162,7 @@ class ReplayBuffer:
                 self.data["rows"].flatten(0, 1)[places, self.columns["return_to_go"]] = found[:, None]
 
     def _forget_without_pictures(self) -> None:
-        """Leave out the oldest transitions whose pictures have been written over; an episode's end takes one more."""
+        """Drop the oldest transitions whose pictures were overwritten: at most two, at the end of an episode."""
         for _ in range(2):
             oldest = self._places(torch.arange(self.num_envs), torch.zeros_like(self.count))
             gone = (self.count > 0) & (self.data["at"].flatten()[oldest] < self.pictures.oldest)
@@ -171,8 +172,8 @@ class ReplayBuffer:
         """Draw transitions uniformly, with replacement, from torch's global generator.
 
         Returns:
-            The keys of `spec` `[B, ...]`; `reward` `[B]` is the sum over the window's steps, `terminated` and `next.*`
-            those of its last one, `discount` `[B]` the factor of the value that follows.
+            The keys of `spec` `[B, ...]`; `reward` `[B]` is the discounted sum over the window, `terminated` and
+            `next.*` are those of its last step, `discount` `[B]` is the factor of the value that follows.
         """
         env, age = self._draw(batch_size)
         first = last = self._places(env, age)
@@ -204,7 +205,7 @@ class ReplayBuffer:
         return whole | batch | {"discount": factor}
 
     def _draw(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Environments and ages `[B]`, 0 being the oldest, of transitions about which all is known."""
+        """Draw transitions whose next action and return are known, where needed: environments and ages, `[B]` each."""
         known = self.count - self.running.minimum(self.count) if self.to_go else self.count
         bounds = known.cumsum(0)
         if not len(bounds) or not bounds[-1]:
@@ -224,7 +225,7 @@ class ReplayBuffer:
         raise RuntimeError("the replay buffer has no step whose next action is known; raise --learning-starts")
 
     def _places(self, env: Tensor, age: Tensor) -> Tensor:
-        """Where the transitions of `env` lie that have so many older ones, in the flattened rings."""
+        """Indices into the flattened rings of the transitions of `env` with these ages (0 is the oldest)."""
         return env * self.length + (self.head - self.count)[env].add(age).remainder(self.length)
 
     def _actions(self, places: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ class ReplayBuffer:
         return self.data["action"].flatten(0, 1)[places]
 
     def _read(self, places: Tensor, prefix: str) -> dict[str, Tensor]:
-        """The transitions at flat `places` `[B]`; of their pictures those that were seen before, or `next.`."""
+        """The transitions at flat `places` `[B]`; their pictures before (`prefix` "") or after ("next.") the step."""
         rows = self.data["rows"].flatten(0, 1).index_select(0, places).split(self.widths, 1)
         named = zip(self.packed.items(), rows, strict=True)
         batch = {key: row.unflatten(1, shape) if shape else row.squeeze(1) for (key, shape), row in named}
@@ -245,7 +246,7 @@ class ReplayBuffer:
         return batch
 
     def transitions(self) -> dict[str, Tensor]:
-        """Everything that there is, `[n, ...]`, environment after environment and oldest first; the newest ones end."""
+        """All transitions `[n, ...]`, by environment and oldest first; the newest of each environment is an end."""
         envs = torch.arange(self.num_envs).repeat_interleave(self.count)
         ages = torch.cat([torch.arange(int(count)) for count in self.count])
         places = self._places(envs, ages)
@@ -254,10 +255,10 @@ class ReplayBuffer:
         found["ended"][self.count.cumsum(0)[self.count > 0] - 1] = True
         return found
 
-    # ---- saving: each checkpoint writes what is new, and keeps the files of the one before ----
+    # ---- saving: each checkpoint writes the new transitions, and keeps the files of the one before ----
 
     def new_parts(self, rank: int) -> Parts:
-        """The files that a checkpoint keeps of the one before, and what is to be written now; see `saved`."""
+        """The files that a checkpoint keeps from the one before, and the new one to write; see `saved`."""
         oldest = (self.total - self.count).tolist()
         kept = [part for part in self.parts if any(end > first for end, first in zip(part[1], oldest, strict=True))]
         new, number = {}, int(self.parts[-1][0].rpartition("-")[2]) + 1 if self.parts else 0
@@ -270,41 +271,41 @@ class ReplayBuffer:
         return Parts([name for name, _ in kept], new)
 
     def _new_of(self, env: int) -> dict[str, Any]:
-        """What is new of one environment, oldest first."""
+        """New transitions of one environment since the last checkpoint, oldest first."""
         count = min(int(self.total[env] - self.saved_total[env]), int(self.count[env]))
         places = self._places(torch.tensor(env), torch.arange(count) + self.count[env] - count)
         columns = {key: column.flatten(0, 1)[places] for key, column in self.data.items()}
         return columns | {"pictures": self.pictures.new_of(env), "running": int(self.running[env])}
 
     def saved(self) -> None:
-        """What `new_parts` gave is in a checkpoint that counts."""
+        """Record that the result of `new_parts` is in a valid checkpoint."""
         if self.pending is not None:
             self.parts.append(self.pending)
             self.saved_total, self.saved_cut = self.total.clone(), torch.zeros_like(self.saved_cut)
             self.pictures.saved = self.pictures.written.clone()
 
     def state_dict(self) -> dict[str, Any]:
-        """How the files of a checkpoint belong together."""
+        """The files of a checkpoint, and the number of environments and of transitions."""
         parts = [list(part) for part in [*self.parts, *filter(None, [self.pending])]]
         return {"parts": parts, "envs": self.num_envs, "total": self.total.tolist()}
 
-    def restore(self, own: dict[str, Any], first: int) -> bool:
-        """Restore from what this process saved, or, when their number has changed, from what all processes saved.
+    def restore(self, state: dict[str, Any], first: int) -> bool:
+        """Restore the state of this process or, when the number of processes has changed, of all former processes.
 
         Where the rings are shorter now, the newest transitions are kept.
 
         Args:
-            own: {"buffer": its `state_dict`, "parts": its files' trees, oldest first}, or {"ranks": [the same of every
-                former process]}.
+            state: {"buffer": its `state_dict`, "parts": trees of its files, oldest first}, or {"ranks": [the same of
+                every former process]}.
             first: Index, over all processes, of this process's first environment.
 
         Returns:
-            Whether there was a buffer; it is empty otherwise.
+            Whether a buffer was saved; else this one stays empty.
         """
-        ranks = own.get("ranks", [own])
+        ranks = state.get("ranks", [state])
         if not all("parts" in rank.get("buffer", ()) for rank in ranks):
             return False
-        start = -first if "ranks" in own else 0  # where the environments of the rank under way begin among ours
+        start = -first if "ranks" in state else 0  # index, in this buffer, of the first environment of `rank`
         for rank in ranks:
             for part in rank.get("parts", ()):
                 for number, (columns, cut) in enumerate(zip(part["envs"], part["cut"], strict=True), start):
@@ -313,15 +314,15 @@ class ReplayBuffer:
             start += rank["buffer"]["envs"]
         if self.to_go:
             self._know_returns()
-        if "ranks" not in own:
-            self.parts = [(name, list(ends)) for name, ends in own["buffer"]["parts"]]
-            self.total = torch.tensor(own["buffer"]["total"])
+        if "ranks" not in state:
+            self.parts = [(name, list(ends)) for name, ends in state["buffer"]["parts"]]
+            self.total = torch.tensor(state["buffer"]["total"])
             self.saved_total = self.total.clone()
             self.pictures.saved = self.pictures.written.clone()
         return True
 
     def _append(self, env: int, columns: dict[str, Any], cut: bool) -> None:
-        """Add transitions of one environment that were saved together."""
+        """Add the transitions of one environment from one file; `cut` truncates the episode before them."""
         if cut and self.count[env]:
             self.data["ended"][env, (self.head[env] - 1) % self.length] = True
         count = len(columns["ended"])
@@ -341,15 +342,15 @@ class ReplayBuffer:
 
 
 class Pictures:
-    """The newest pictures of each environment in rings; each is known by how many of its environment came before.
+    """The newest pictures of each environment in ring buffers; a picture's number counts those before it.
 
     Args:
-        spec: {key: {"shape", "dtype"}} of the pictures that an observation has.
-        num_envs, length: Rings, and pictures in each.
+        spec: {key: {"shape", "dtype"}} of the pictures of an observation.
+        num_envs, length: Number of rings, and transitions in each.
     """
 
     def __init__(self, spec: dict[str, Any], num_envs: int, length: int) -> None:
-        self.length = length + 1  # a transition has two
+        self.length = length + 1  # a transition has two pictures
         shape = (num_envs, self.length)
         self.store = {k: torch.empty((*shape, *f["shape"]), dtype=getattr(torch, f["dtype"])) for k, f in spec.items()}
         self.written = torch.zeros(num_envs, dtype=torch.int64)
@@ -360,13 +361,13 @@ class Pictures:
         """The number of each environment's oldest picture, `[N]`."""
         return (self.written - self.length).clamp(min=0)
 
-    def add(self, transitions: dict[str, Tensor], valid: Tensor, goes_on: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the pictures of transitions `[N, ...]` where `valid` holds; returns the numbers of both, `[N]`.
+    def add(self, transitions: dict[str, Tensor], valid: Tensor, continues: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the pictures of transitions `[N, ...]` where `valid` holds; returns the numbers `[N]` of both.
 
         Args:
-            goes_on: `[N]`, where the step before was of the same episode: what followed it is what is seen now.
+            continues: `[N]`, whether the step before was of the same episode, so that its successor is stored already.
         """
-        self._write(transitions, "", (valid & ~goes_on).nonzero().squeeze(1))
+        self._write(transitions, "", (valid & ~continues).nonzero().squeeze(1))
         at = self.written - 1
         self._write(transitions, "next.", valid.nonzero().squeeze(1))
         return at, self.written - 1
@@ -378,18 +379,18 @@ class Pictures:
         self.written[envs] += 1
 
     def read(self, env: Tensor, number: Tensor, prefix: str) -> dict[str, Tensor]:
-        """The pictures of these numbers `[B]`, with `prefix` before their keys."""
+        """The pictures with these numbers `[B]`, under keys with `prefix`."""
         places = env * self.length + number % self.length
         return {prefix + key: store.flatten(0, 1).index_select(0, places) for key, store in self.store.items()}
 
     def new_of(self, env: int) -> dict[str, Any]:
-        """What is new of one environment since the last checkpoint, and the number of its first picture."""
+        """New pictures of one environment since the last checkpoint, and the number of the first one."""
         first = max(int(self.saved[env]), int(self.oldest[env]))
         slots = torch.arange(first, int(self.written[env])) % self.length
         return {"first": first, "store": {key: store[env, slots] for key, store in self.store.items()}}
 
     def append(self, env: int, saved: dict[str, Any]) -> None:
-        """Add what `new_of` gave."""
+        """Add the pictures that `new_of` returned."""
         count = len(next(iter(saved["store"].values())))
         numbers = torch.arange(max(count - self.length, 0), count)
         slots = (saved["first"] + numbers) % self.length

@@ -1,10 +1,11 @@
-"""Rollouts: what on-policy algorithms learn from, and forget."""
+"""Rollouts for on-policy algorithms."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..contracts import Rollouts, estimate_of
 from ..data.normalisation import Normaliser
 from ..datasets.transitions import Table
 from ..errors import UserError
@@ -12,24 +13,22 @@ from ..run.checkpoint import Parts
 
 
 class Rollout:
-    """The newest steps of each of this process's environments, until there are enough to learn from them.
+    """The current rollout of this process's environments, for a trainer that asks for `Rollouts`.
 
-    In the place of a replay buffer for a trainer that has `rollout` and `estimate(rollout) -> rollout`: once so many
-    steps are there, it is given them, normalised, `[T, N, ...]`, the actions as they were drawn, the flags `ended` and
-    `valid` `[T, N]`, and adds what it learns from. Then come `epochs` passes over them in minibatches, each shuffled
-    anew.
+    Takes the place of a replay buffer. A complete rollout of T steps of N environments is normalised and passed to the
+    trainer's `estimate(rollout)` as `[T, N, ...]`, with the actions as drawn and the flags `ended` and `valid`
+    `[T, N]`. Then follow `epochs` passes over the result in minibatches, each pass in a new order.
 
     Args:
-        trainer: Offers `estimate`.
+        trainer: With `estimate`.
         normaliser: Of the batches.
-        device: Where the trainer learns.
+        device: Of the trainer.
         num_envs: Environments of this process.
-        minibatch: Samples of each update, on this process.
-        steps: Of each environment.
-        epochs: Passes over the samples.
+        minibatch: Samples of each update on this process.
+        request: Steps of each environment, and passes over them.
 
     Raises:
-        UserError: a minibatch that is larger than the rollout.
+        UserError: a minibatch that is larger than the rollout; a trainer without `estimate`.
     """
 
     def __init__(
@@ -39,24 +38,25 @@ class Rollout:
         device: torch.device,
         num_envs: int,
         minibatch: int,
-        steps: int,
-        epochs: int,
+        request: Rollouts,
     ) -> None:
-        self.trainer, self.normaliser, self.device = trainer, normaliser, device
-        self.steps, self.minibatch = steps, minibatch
+        self.estimate, self.normaliser, self.device = estimate_of(trainer), normaliser, device
+        self.steps = steps = request.steps
+        self.minibatch = minibatch
         if minibatch > steps * num_envs:
             raise UserError(
                 f"--batch-size: {minibatch} samples are more than the rollout of {steps} steps of {num_envs}"
                 f" environments has on each process; use at most {steps * num_envs}, or a longer --trainer.rollout"
             )
-        self.epochs, self.per_epoch = epochs, steps * num_envs // minibatch
+        self.num_envs = num_envs
+        self.epochs, self.per_epoch = request.epochs, steps * num_envs // minibatch
         self.rows: list[dict[str, Tensor]] = []
-        self.missed = 0  # steps of this rollout that a fault of the environments has taken
-        self.fresh = 0.0  # updates that the rollout which has just ended makes due
+        self.missed = 0  # steps of this rollout that were lost to faults
+        self.fresh = 0.0  # updates that are due for the rollout that has just ended
         self.order: list[Tensor] = []
 
     def __len__(self) -> int:
-        """Steps of this process's environments."""
+        """Number of steps of this process's environments."""
         return len(self.rows) * len(self.rows[0]["valid"]) if self.rows else 0
 
     def add(self, transitions: dict[str, Tensor]) -> None:
@@ -67,9 +67,9 @@ class Rollout:
             self._finish()
 
     def miss(self) -> None:
-        """A step of the environments was lost: their episodes are cut, and this process has fewer samples this time.
+        """Count a step that was lost to a fault: the episodes are truncated, and this rollout has fewer samples.
 
-        So rollouts end at the same step on all processes, which learn from them together.
+        So rollouts end at the same step on all processes, whose updates are synchronous.
         """
         self.cut()
         self.missed += 1
@@ -77,24 +77,24 @@ class Rollout:
             self._finish()
 
     def due(self, ready: bool) -> float:
-        """Updates that are due since the last call: all of a rollout once it has ended."""
+        """Updates that became due since the last call: all those of a rollout once it has ended."""
         fresh, self.fresh = self.fresh, 0.0
         return fresh
 
     def cut(self) -> None:
-        """Mark each environment's newest step as the last one of its episode: truncated."""
+        """Truncate the current episodes: mark each environment's newest step as the last one."""
         if self.rows:
             self.rows[-1]["ended"] = torch.ones_like(self.rows[-1]["ended"])
 
     def _finish(self) -> None:
-        """Let the trainer estimate what it learns from, and lay out the minibatches."""
+        """Pass the rollout to the trainer's `estimate`, and draw the order of the minibatches."""
         rollout = {key: torch.stack([row[key] for row in self.rows]).to(self.device) for key in self.rows[0]}
         self.rows, self.missed = [], 0
         valid = rollout["valid"].flatten()
-        estimated = self.trainer.estimate(self.normaliser(rollout))
+        estimated = self.estimate(self.normaliser(rollout))
         columns = {key: value.flatten(0, 1)[valid] for key, value in estimated.items() if key not in UNLEARNT}
         numbers = {key: value for key, value in columns.items() if value.dtype == torch.float32}
-        self.table = Table(numbers, self.device)  # one read a minibatch
+        self.table = Table(numbers, self.device)  # one read per minibatch
         self.others = {key: value for key, value in columns.items() if key not in numbers}
         for _ in range(self.epochs):
             count = self.per_epoch * self.minibatch
@@ -108,30 +108,30 @@ class Rollout:
         return self.table.get_batch(rows) | {key: value.index_select(0, rows) for key, value in self.others.items()}
 
     def describe(self, steps: int, world: int, saved: bool) -> str:
-        """What to say of it."""
+        """A line about the rollouts for the screen."""
         updates = self.epochs * self.per_epoch
         return f"rollouts of {self.steps} steps of each environment, {updates} updates after each"
 
     def new_parts(self, rank: int) -> Parts:
-        """Nothing that stays as it is."""
+        """No pieces: a rollout is saved with the state of its process."""
         return Parts()
 
     def saved(self) -> None:
-        """A checkpoint counts."""
+        """Called once a checkpoint is valid."""
 
     @property
     def between(self) -> bool:
-        """Whether no rollout has begun, so that what acts may change."""
+        """Whether no rollout has begun, so that the collecting policy may change."""
         return not (self.rows or self.missed)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rollout that has begun."""
+        """The current, incomplete rollout."""
         return {"rows": self.rows, "missed": self.missed}
 
-    def restore(self, own: dict[str, Any], first: int) -> bool:
-        """Go on with what this process saved; with another number of processes the rollout begins anew."""
-        if "buffer" in own:
-            self.rows, self.missed = own["buffer"]["rows"], own["buffer"]["missed"]
+    def restore(self, state: dict[str, Any], first: int) -> bool:
+        """Restore the rollout of this process; when the number of processes has changed, begin a new one."""
+        if "buffer" in state:
+            self.rows, self.missed = state["buffer"]["rows"], state["buffer"]["missed"]
         return True
 
 

@@ -1,1 +1,1 @@
-"""learning"""
+"""The learner (models, optimizers and trainer), its gradients and metrics, and the loss on held-out data."""

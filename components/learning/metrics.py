@@ -1,4 +1,4 @@
-"""Metrics of training steps: kept as they come, averaged over an interval and over processes when they are logged."""
+"""Metrics of training steps, averaged over steps and processes when they are logged."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ class Metrics:
         """Add the metrics of one step, with `prefix` before their names.
 
         Raises:
-            TypeError: no dict, or a value that is no scalar, by its key.
+            TypeError: not a dict, or a value that is not a scalar; names its key.
         """
         if not isinstance(metrics, dict):
             raise TypeError(f"train_step must return a dict of metrics, found {type(metrics).__name__}")
@@ -33,7 +33,7 @@ class Metrics:
             self.values.setdefault(prefix + key, []).append(value)
 
     def floats(self) -> dict[str, list[float]]:
-        """All values as numbers, in one transfer from each device."""
+        """All values as numbers, with a single transfer from the device."""
         flat = [value for values in self.values.values() for value in values]
         tensors = [value for value in flat if isinstance(value, Tensor)]
         numbers = iter(torch.stack([tensor.float() for tensor in tensors]).tolist() if tensors else ())
@@ -42,10 +42,18 @@ class Metrics:
             for key, values in self.values.items()
         }
 
+    def rank_state(self) -> dict[str, list[float]]:
+        """The values of this process since the last log line."""
+        return self.floats()
+
+    def load_rank_state(self, state: dict[str, list[float]]) -> None:
+        """Restore the state of `rank_state`."""
+        self.values = state
+
     def means(self) -> dict[str, float]:
         """Mean of each metric over all steps since the last call and over all processes.
 
-        The keys are the union over the processes, each with its own count.
+        The keys are the union over the processes; each mean is over the values that there are of its key.
         """
         sums = {key: (sum(values), len(values)) for key, values in self.floats().items()}
         self.values = {}

@@ -1,4 +1,4 @@
-"""The action-chunking transformer: a conditional VAE over chunks (Zhao et al., 2023, section IV and appendix C).
+"""The action-chunking transformer (ACT), a conditional VAE over chunks (Zhao et al., 2023, section IV, appendix C).
 
 Layers are DETR's (Carion et al., 2020): LayerNorm after each part, positions added to queries and keys in every layer.
 """
@@ -27,13 +27,13 @@ class Sizes(NamedTuple):
     decoder_layers: int
 
 
-# Table III of the paper. Its 7 decoder layers are 1 here as in its released code, which reads out the first one alone.
+# Table III of the paper, but 1 decoder layer for its 7: the released code uses the output of the first one alone.
 SIZES = {"small": Sizes(128, 512, 4, 2, 2, 1), "paper": Sizes(512, 3200, 8, 4, 4, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ACTransformer:
-    """Transformer encoder and decoder with a latent that tells the demonstrations' styles apart."""
+    """Transformer encoder and decoder with a latent variable for the style of a demonstration."""
 
     size: Literal["small", "paper"] = "small"
     """Width 128, feed-forward 512, 2 layers; or the published 512, 3200, 4."""
@@ -46,7 +46,7 @@ class ACTransformer:
     latent: int = 32
     """Width of the latent z."""
     dropout: float = 0.1
-    """Probability of dropping in attention, feed-forward network and after both, in training."""
+    """Dropout probability in attention, feed-forward network and after both, in training."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for `spec`. Raises UserError: no vector observation or chunk of actions, bad options."""
@@ -63,9 +63,9 @@ class ACTransformer:
 
 
 class ACTNetwork(nn.Module):
-    """Observations, and in training the chunk, -> chunk, and the latent's distribution.
+    """Observations and latent -> chunk; in training, observations and chunk -> the latent's distribution.
 
-    Deviation: a camera is one token, its encoder's features, in the place of the paper's 300 of a feature map.
+    Deviation: each camera is one token, its encoder's features, instead of the paper's 300 tokens of a feature map.
     """
 
     predicts_chunks = True
@@ -78,7 +78,7 @@ class ACTNetwork(nn.Module):
         steps, action_width = action if len(action) == 2 else (1, *action)
         widths = {key: torch.Size(shape).numel() for key, shape in observed.items()}
         self.keys = list(observed)
-        # The VAE's encoder q(z | a, o) sees the state and, for speed as in the paper, no pictures.
+        # The VAE's encoder q(z | a, o) takes the state and, for speed as in the paper, no pictures.
         self.vae_keys = [key for key in self.keys if key == "observation.state"]
         self.vae_embed = nn.ModuleList([nn.Linear(widths[key], dim) for key in self.vae_keys])
         self.vae_action = nn.Linear(action_width, dim)
@@ -98,7 +98,7 @@ class ACTNetwork(nn.Module):
         self.out = nn.Linear(dim, action_width)
 
     def latent_of(self, observation: dict[str, Tensor], chunk: Tensor, is_pad: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance `[B, Z]` of q(z | chunk `[B, Ta, Da]`, observation); padded steps are not looked at."""
+        """Mean and log-variance `[B, Z]` of q(z | chunk `[B, Ta, Da]`, observation); padded steps are masked."""
         chunk = chunk if chunk.ndim == 3 else chunk[:, None]  # an action is a chunk of one
         first = self.vae_class.expand(chunk.shape[0], 1, -1)
         state = [
@@ -108,15 +108,15 @@ class ACTNetwork(nn.Module):
         mask = None
         if is_pad is not None:
             always = torch.ones(chunk.shape[0], x.shape[1] - chunk.shape[1], dtype=torch.bool, device=x.device)
-            mask = torch.cat([always, ~is_pad], dim=1)[:, None, None]  # [B, 1, 1, tokens], true to look
+            mask = torch.cat([always, ~is_pad], dim=1)[:, None, None]  # [B, 1, 1, tokens], true to attend
         for layer in self.vae[:-1]:
             x = layer(x, self.vae_position, mask)
-        x = self.vae[-1](x, self.vae_position, mask, queries=1)  # of the last layer only the class token is read
+        x = self.vae[-1](x, self.vae_position, mask, queries=1)  # the last layer computes the class token alone
         mean, log_variance = self.vae_out(x[:, 0]).chunk(2, dim=1)
         return mean, log_variance
 
     def forward(self, observation: dict[str, Tensor], latent: Tensor | None = None) -> Tensor:
-        """Chunk `[B, Ta, Da]` for z `[B, Z]`, or for the prior's mean 0, with which the policy acts."""
+        """Chunk `[B, Ta, Da]` for z `[B, Z]`, or for the prior's mean 0, which inference uses."""
         tokens = [layer(observation[k].flatten(1)) for k, layer in zip(self.keys, self.embed, strict=True)]
         latent = tokens[0].new_zeros(tokens[0].shape[0], self.latent) if latent is None else latent
         memory = torch.stack([self.embed_latent(latent), *tokens], dim=1)  # [B, 1 + keys, W]
@@ -137,7 +137,7 @@ class FeedForward(nn.Sequential):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward network, each with a way around and a LayerNorm after it."""
+    """Self-attention and feed-forward network, each with a residual connection and a LayerNorm after it."""
 
     def __init__(self, sizes: Sizes, dropout: float) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class EncoderLayer(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor | None = None, queries: int | None = None) -> Tensor:
-        """`[B, N, W]` -> the first `queries` tokens, or all `[B, N, W]`; `position` `[N, W]`."""
+        """Tokens `[B, N, W]` -> the first `queries` of them, or all; `position` is `[N, W]`."""
         placed = x + position
         y = x[:, :queries]
         y = self.norm1(y + self.dropout(self.attention(placed[:, :queries], placed, x, mask)))
@@ -155,7 +155,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention of the chunk's steps, attention to the encoder's tokens, feed-forward network."""
+    """Self-attention of the chunk's steps, cross-attention to the encoder's tokens, feed-forward network."""
 
     def __init__(self, sizes: Sizes, dropout: float) -> None:
         super().__init__()

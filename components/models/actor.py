@@ -1,4 +1,4 @@
-"""Policies of RL: a multi-layer perceptron to an action, the mean of a Gaussian, or the logits of discrete actions."""
+"""Policies of RL: a multi-layer perceptron to an action, a Gaussian's mean, or the logits of discrete actions."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 
 @dataclass(frozen=True, kw_only=True)
 class Actor:
-    """Multi-layer perceptron to single actions; of discrete ones, to the logarithm of each one's probability."""
+    """Multi-layer perceptron to single actions, or to the log-probabilities of discrete actions."""
 
     hidden_dims: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""
@@ -26,19 +26,19 @@ class Actor:
     layer_norm: bool = False
     """LayerNorm after the nonlinearity of each hidden layer."""
     squash: Literal["tanh", "none"] = "tanh"
-    """What bounds the action (the Gaussian's mean): tanh to (-1, 1), or nothing."""
+    """Bound of the action (the Gaussian's mean): tanh to (-1, 1), or none."""
     std: Literal["fixed", "learned"] = "fixed"
-    """Deviation of the Gaussian: 1, or one learned number for each dimension; an algorithm without density has none."""
+    """Standard deviation of the Gaussian: 1, or learned for each dimension; unused by algorithms without a density."""
     init: Init = "torch"
-    """Initial weights: torch's, Glorot's, which JAX code has and which are larger, or PPO's orthogonal ones."""
+    """Initial weights: torch's, Glorot's as in JAX code, which are larger, or orthogonal ones as in PPO."""
     final_scale: float = 1.0
-    """Factor on the initial weights and biases of the last layer; small ones begin with small actions."""
+    """Factor on the initial weights and biases of the last layer; a small one leads to small initial actions."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for the keys and shapes of `spec`.
 
         Raises:
-            UserError: no action or vector observation in the data, chunks of actions, or options that make no sense.
+            UserError: no action or vector observation in the data, chunks of actions, or invalid options.
         """
         if any(dim < 1 for dim in self.hidden_dims) or not self.final_scale > 0:
             sizes = f"--model.hidden-dims {self.hidden_dims} must be positive"
@@ -50,7 +50,7 @@ class Actor:
         else:
             keys, inputs, shape = flat_sizes(spec, "actor")
         if len(shape) != 1:
-            raise UserError(f"this policy gives single actions; the data has {shape}: set --dataset.action-steps 1")
+            raise UserError(f"this policy produces single actions; the data has {shape}: set --dataset.action-steps 1")
         layers: list[nn.Module] = []
         for hidden in self.hidden_dims:
             layers += [nn.Linear(inputs, hidden), ACTIVATIONS[self.activation]()]
@@ -68,13 +68,13 @@ class Actor:
 
 
 class GaussianActor(nn.Module):
-    """Called, it gives the action `[B, Da]`, the mean; observations are a batch, or the one tensor itself.
+    """Observations, a batch or a single tensor, -> the action `[B, Da]`, which is the Gaussian's mean.
 
     Args:
-        net: From the concatenated observations to the mean.
-        keys: The observations it sees.
+        net: Concatenated observations -> mean.
+        keys: The observations that are used.
         width: Da.
-        learned: Whether the deviations are learned; otherwise they are 1.
+        learned: Whether the standard deviations are learned; otherwise they are 1.
     """
 
     def __init__(self, net: nn.Sequential, keys: list[str], width: int, learned: bool) -> None:
@@ -90,16 +90,16 @@ class GaussianActor(nn.Module):
         return 1.0 if self.log_std is None else self.log_std.clamp(*LOG_STD).exp()
 
     def sample(self, observation: dict[str, Tensor] | Tensor, prefix: str = "", noise: Tensor | None = None) -> Tensor:
-        """A draw `[B, Da]`, cut to [-1, 1]; `noise` `[B, Da]` is drawn unless given."""
+        """A sample `[B, Da]`, clipped to [-1, 1]; `noise` `[B, Da]` is drawn by default."""
         mean = self(observation, prefix)
         return (mean + self.deviation() * (torch.randn_like(mean) if noise is None else noise)).clamp(-1, 1)
 
     def draw(self, observation: dict[str, Tensor] | Tensor, noise: Tensor) -> Tensor:
-        """A draw `[B, Da]` that is not cut."""
+        """A sample `[B, Da]` that is not clipped."""
         return self(observation) + self.deviation() * noise
 
     def log_prob(self, mean: Tensor, action: Tensor) -> Tensor:
-        """Logarithm of the density `[B]` of `action` `[B, Da]` around `mean` `[B, Da]`, which this network gave."""
+        """Logarithm of the density `[B]` of `action` `[B, Da]`, given this network's output `mean` `[B, Da]`."""
         log_density = -0.5 * ((action - mean) / self.deviation()).square() - HALF_LOG_TAU
         if self.log_std is not None:
             log_density = log_density - self.log_std.clamp(*LOG_STD)
@@ -114,7 +114,7 @@ class GaussianActor(nn.Module):
 
 
 class CategoricalActor(nn.Module):
-    """Called, it gives the most likely action `[B]` int64; observations are a batch, or the one tensor itself."""
+    """Observations, a batch or a single tensor, -> the most likely action `[B]` int64."""
 
     def __init__(self, net: nn.Sequential, keys: list[str], classes: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class CategoricalActor(nn.Module):
         return self.log_probs(observation).argmax(1)
 
     def draw(self, observation: dict[str, Tensor] | Tensor, noise: Tensor) -> Tensor:
-        """A draw `[B]`, by the Gumbel-max trick from normal `noise` `[B, n]`."""
+        """A sample `[B]`, by the Gumbel-max trick from normal `noise` `[B, n]`."""
         uniform = torch.special.ndtr(noise).clamp(1e-7, 1 - 1e-7)
         return (self.log_probs(observation) - (-uniform.log()).log()).argmax(1)
 

@@ -1,4 +1,4 @@
-"""Which networks and losses go with which algorithms; what does not fit is refused before step 1."""
+"""Checks that networks and losses fit the algorithm, before step 1."""
 
 from torch import nn
 
@@ -6,12 +6,12 @@ from ..errors import UserError
 
 
 def check_regression(models: nn.ModuleDict, loss: nn.Module) -> None:
-    """For regression: a network from observations to actions, and a loss that takes what it gives.
+    """Check models of regression: a network from observations to actions, and a loss of its output.
 
-    Without a model `policy` (a trainer that is made to be looked at) there is nothing to check.
+    Without a model `policy` there is nothing to check.
 
     Raises:
-        UserError: a denoiser; a head and a loss that do not go together.
+        UserError: a denoiser; a head and a loss that do not fit together.
     """
     if "policy" not in models:
         return
@@ -26,7 +26,7 @@ def check_regression(models: nn.ModuleDict, loss: nn.Module) -> None:
 
 
 def check_chunks(models: nn.ModuleDict, loss: nn.Module, kind: str) -> None:
-    """For the algorithms with networks of a kind of their own.
+    """Check models of an algorithm that needs a special kind of network.
 
     Args:
         kind: "denoises" or "predicts_chunks".

@@ -10,13 +10,13 @@ from .encoder import EncoderOptions, ObservationEncoder
 
 @dataclass(frozen=True, kw_only=True)
 class CNN(EncoderOptions):
-    """Strided convolutions over each camera, then a linear layer over their whole map."""
+    """Strided convolutions over each camera, then a linear layer over the flattened feature map."""
 
     channels: tuple[int, ...] = (16, 32, 32)
     """Channels of the convolutions, each of which halves height and width."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
-        """One network a camera of `spec`. Raises UserError: options that make no sense."""
+        """One network for each camera of `spec`. Raises UserError: invalid options."""
         self.check(channels=self.channels)
         return ObservationEncoder(spec, self.network, self)
 

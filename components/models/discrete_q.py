@@ -13,20 +13,20 @@ from .mlp import ACTIVATIONS, concatenated
 
 @dataclass(frozen=True, kw_only=True)
 class DiscreteQ:
-    """Multi-layer perceptron to a value for each action."""
+    """Multi-layer perceptron to the values of all actions."""
 
     hidden_dims: tuple[int, ...] = (120, 84)
-    """Widths of the hidden layers; none after an encoder of pictures is Nature's network."""
+    """Widths of the hidden layers; no layer after the encoder nature_cnn is the original deep Q-network."""
     activation: Literal["relu", "gelu", "silu", "tanh", "elu"] = "relu"
     """Nonlinearity of the hidden layers."""
     dueling: bool = False
-    """Add up the value of the state and the advantages of the actions (Wang et al., 2016, eq. 9)."""
+    """Sum a value of the state and advantages of the actions (Wang et al., 2016, eq. 9)."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for `spec`. Raises UserError: actions that are not discrete, no observation, bad options."""
         if "classes" not in spec.get("action", ()):
             raise UserError(
-                "this network values discrete actions, and these are vectors; --trainer ppo, sac and td3 give such ones"
+                "this network evaluates discrete actions, and these are vectors; use --trainer ppo, sac or td3"
             )
         if any(dim < 1 for dim in self.hidden_dims):
             raise UserError(f"--model.hidden-dims {self.hidden_dims} must be positive")
@@ -42,7 +42,7 @@ class DiscreteQ:
 
 
 class DiscreteValues(nn.Module):
-    """Values `[B, n]` of all actions; observations are a batch, or the one tensor itself."""
+    """Observations, a batch or a single tensor, -> values of all actions `[B, n]`."""
 
     def __init__(self, net: nn.Sequential, advantage: nn.Linear, value: nn.Linear | None, keys: list[str]) -> None:
         super().__init__()

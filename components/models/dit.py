@@ -1,7 +1,7 @@
 """Denoiser of action chunks: a diffusion transformer with adaLN-Zero (Peebles & Xie, 2023, section 3.2).
 
-Deviation from Chi et al. (2023), whose transformer sees the observation by cross-attention under a causal mask: here
-it scales and shifts every block, and each step of the chunk sees all others.
+Deviation from Chi et al. (2023), whose transformer attends to the observation by cross-attention with a causal mask:
+here the observation scales and shifts every block, and each step of the chunk attends to all others.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class DiT:
     heads: int = 4
     """Attention heads."""
     dropout: float = 0.0
-    """Probability of dropping an attention in training."""
+    """Dropout probability of attention weights in training."""
     time_features: int = 256
     """Width of the embedding of the diffusion time."""
 
@@ -47,7 +47,7 @@ class DiT:
 
 
 class DiffusionTransformer(nn.Module):
-    """`(noisy chunk, time, condition(observation))` -> what the trainer makes it predict, of the chunk's shape."""
+    """`(noisy chunk, time, condition(observation))` -> the trainer's prediction target, of the chunk's shape."""
 
     denoises = True
 
@@ -73,7 +73,7 @@ class DiffusionTransformer(nn.Module):
         self.out = zero_linear(width, shape[-1])
 
     def condition(self, observation: dict[str, Tensor]) -> Tensor:
-        """The observation's part of the condition `[B, W]`, computed once a chunk."""
+        """The observation's part of the condition `[B, W]`, computed once for each chunk."""
         return self.observation_net(concatenated(observation, self.keys))
 
     def forward(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class DiffusionTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward network, each scaled, shifted and gated by the condition; at first the identity."""
+    """Attention and feed-forward network, each scaled, shifted and gated by the condition; initially the identity."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Block(nn.Module):
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer that starts at zero."""
+    """A linear layer that is initialised to zero."""
     layer = nn.Linear(inputs, outputs)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)

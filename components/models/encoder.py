@@ -1,4 +1,4 @@
-"""Observation encoders: pictures and task become one vector, so that every policy network takes any observation."""
+"""Observation encoders: they map pictures and task to one vector, so that any policy network takes any observation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ FEATURES = "observation.features"
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions:
-    """What all image encoders share."""
+    """Options of all image encoders."""
 
     role: ClassVar[str] = "encoder"  # `--model cnn` replaces the encoder, not the policy
 
     features: int = 64
     """Numbers that describe one picture."""
     share_weights: bool = False
-    """One network for all cameras, in the place of one each."""
+    """One network for all cameras instead of one for each."""
     task_features: int = 32
-    """Width of the task's embedding, where the data has more than one task; 0 leaves the task out."""
+    """Width of the task's embedding where the data has more than one task; 0 omits the task."""
 
     def check(self, **sizes: tuple[int, ...]) -> None:
         """Refuse sizes below 1. Raises UserError naming the option."""
@@ -36,13 +36,13 @@ class EncoderOptions:
 
 
 class ObservationEncoder(nn.Module):
-    """Puts `observation.features` in the place of a batch's pictures and of its task; without both it changes nothing.
+    """Replaces a batch's pictures and task by `observation.features`; a batch without both is unchanged.
 
     Args:
         spec: {key: {"shape", ...}} of the data; the texts of its tasks in `spec["task"]["values"]`.
         make: (channels, height, width) -> a network `[n, C, H, W]` in [0, 1] -> `[n, features]`.
 
-    `spec` of the module describes what the other models get: vectors only.
+    The attribute `spec` describes the input of the other models: vectors only.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class ObservationEncoder(nn.Module):
 
 
 def encoder_of(models: nn.ModuleDict, name: str = "encoder") -> nn.Module:
-    """The model `encoder`; without one, batches stay as they are."""
+    """The model `encoder`, or the identity without one."""
     return models[name] if name in models else nn.Identity()
 
 
 def encoded(encoder: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch with its pictures encoded, the successors' without gradient."""
+    """A batch with encoded pictures; those of the successors are encoded without gradient."""
     if not getattr(encoder, "networks", ()):
         return batch
     with torch.no_grad():
@@ -97,12 +97,12 @@ def encoded(encoder: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def detached(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch through whose features no gradient flows."""
+    """A batch whose features are detached from the graph."""
     return batch | {FEATURES: batch[FEATURES].detach()} if FEATURES in batch else batch
 
 
 class EncodedPolicy(nn.Module):
-    """Encoder and network of a policy that is plain regression: observations -> action, the mode of a distribution."""
+    """Encoder and network of a regression policy: observations -> action, or the mode of its distribution."""
 
     def __init__(self, encoder: nn.Module, network: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a regression network ends in: an action, or a mixture of Gaussians over actions or whole chunks."""
+"""Output heads of regression networks: an action, or a mixture of Gaussians over actions or whole chunks."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from ..errors import UserError
 class Mixture(NamedTuple):
     """A mixture of K diagonal Gaussians over actions `[B, Da]` or over chunks `[B, Ta, Da]` as a whole.
 
-    That a component is a whole chunk keeps its steps together: two ways around an obstacle are two components.
+    Each component is a whole chunk, so its steps stay consistent: two ways around an obstacle are two components.
     """
 
     logits: Tensor
@@ -24,10 +24,10 @@ class Mixture(NamedTuple):
     std: Tensor
     """`[B, K, (Ta,) Da]`"""
     keep: Tensor | None = None
-    """`[B, Ta, 1]` bool, the steps that count; all of them when None."""
+    """`[B, Ta, 1]` bool, the steps that are not padding; all of them when None."""
 
     def log_prob(self, action: Tensor) -> Tensor:
-        """Logarithm of the density `[B]` of `action` `[B, (Ta,) Da]`, over the steps that count."""
+        """Logarithm of the density `[B]` of `action` `[B, (Ta,) Da]` over the steps in `keep`."""
         z = (action[:, None] - self.mean) / self.std
         log_density = -0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)  # [B, K, (Ta,) Da]
         if self.keep is not None:
@@ -46,11 +46,11 @@ class HeadOptions:
     """Options of every network that maps observations to actions."""
 
     head: Literal["deterministic", "gaussian", "mixture"] = "deterministic"
-    """An action (losses mse, l1, huber, ...), or a distribution over actions (loss nll)."""
+    """Output: an action (losses mse, l1, huber, ...), or a distribution over actions (loss nll)."""
     components: int = 5
-    """Gaussians of the mixture."""
+    """Number of Gaussians of the mixture."""
     min_std: float = 1e-2
-    """Least standard deviation of a Gaussian, in normalised units."""
+    """Smallest standard deviation of a Gaussian, in normalised units."""
 
     def make_head(self, features: int, shape: tuple[int, ...]) -> nn.Module:
         """`[B, features]` -> an action of `shape`, or a `Mixture` over such actions. Raises UserError: bad options."""
@@ -64,9 +64,9 @@ class HeadOptions:
 
 
 class MixtureHead(nn.Module):
-    """`[B, features]` -> `Mixture`; one component is a Gaussian."""
+    """`[B, features]` -> `Mixture`, with one component for a Gaussian."""
 
-    gives_distribution = True  # which is trained by its likelihood
+    gives_distribution = True  # so it is trained by its likelihood
 
     def __init__(self, features: int, shape: tuple[int, ...], components: int, min_std: float) -> None:
         super().__init__()

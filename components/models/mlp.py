@@ -26,13 +26,13 @@ class MLP(HeadOptions):
     layer_norm: bool = False
     """LayerNorm after each hidden linear layer."""
     dropout: float = 0.0
-    """Probability of dropping a hidden unit in training."""
+    """Dropout probability of a hidden unit in training."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for the keys and shapes of `spec`.
 
         Raises:
-            UserError: no action or vector observation in the data, or options that make no sense.
+            UserError: no action or vector observation in the data, or invalid options.
         """
         if any(dim < 1 for dim in self.hidden_dims) or not 0 <= self.dropout < 1:
             raise UserError(
@@ -51,7 +51,7 @@ class MLP(HeadOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ResMLP(HeadOptions):
-    """Multi-layer perceptron of residual blocks with LayerNorm, which stays trainable when it is deep."""
+    """Multi-layer perceptron of residual blocks with LayerNorm, which remains trainable when it is deep."""
 
     width: int = 256
     """Width of the residual stream."""
@@ -60,7 +60,7 @@ class ResMLP(HeadOptions):
     expansion: int = 2
     """Hidden width of a block, in multiples of `width`."""
     dropout: float = 0.0
-    """Probability of dropping a block's outputs in training."""
+    """Dropout probability of a block's outputs in training."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for the keys and shapes of `spec`. Raises UserError as `MLP.build` does."""
@@ -74,7 +74,7 @@ class ResMLP(HeadOptions):
 
 
 class ResidualBlock(nn.Module):
-    """x + f(x); f begins with a LayerNorm."""
+    """x + f(x), where f begins with a LayerNorm."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -86,10 +86,10 @@ class ResidualBlock(nn.Module):
 
 
 def flat_sizes(spec: dict[str, Any], model: str) -> tuple[list[str], int, tuple[int, ...]]:
-    """The vector observations, their widths over all steps of the history, and the shape of the action.
+    """The keys of the vector observations, the sum of their sizes over the history, and the shape of the action.
 
     Raises:
-        UserError: no action or vector observation in the data, or pictures that no encoder has taken away.
+        UserError: no action or vector observation in the data, or pictures without an encoder.
     """
     if pictures := [key for key in spec if key.startswith("observation.images.")]:
         raise UserError(
@@ -103,9 +103,10 @@ def flat_sizes(spec: dict[str, Any], model: str) -> tuple[list[str], int, tuple[
 
 @torch.no_grad()
 def initialise(net: nn.Module, init: Init) -> None:
-    """Initial weights of all linear layers, `[..., D, D']`: torch's own, Glorot's uniform, or orthogonal ones.
+    """Initialise the weights of all linear layers, `[..., D, D']`: as torch does, by Glorot's uniform, or orthogonal.
 
-    The latter two have zero biases; orthogonal ones are scaled by sqrt 2 but in the last layer (Saxe et al., 2014).
+    The latter two set biases to zero; orthogonal weights are scaled by sqrt 2 except in the last layer (Saxe et al.,
+    2014).
     """
     layers: list[Any] = [layer for layer in net.modules() if getattr(getattr(layer, "weight", None), "ndim", 0) > 1]
     for layer in layers if init != "torch" else ():
@@ -119,7 +120,7 @@ def initialise(net: nn.Module, init: Init) -> None:
 
 
 def concatenated(observation: dict[str, Tensor] | Tensor, keys: list[str], prefix: str = "") -> Tensor:
-    """The vector observations of a batch side by side, `[B, sum of widths]`; the one tensor itself may be given."""
+    """The vector observations of a batch, concatenated to `[B, sum of widths]`; a single tensor is also accepted."""
     if isinstance(observation, Tensor):
         return observation.flatten(1)
     parts = [observation[prefix + key].flatten(1) for key in keys]
@@ -127,10 +128,7 @@ def concatenated(observation: dict[str, Tensor] | Tensor, keys: list[str], prefi
 
 
 class FlatPolicy(nn.Module):
-    """Concatenates the observations `[B, ...]` and returns actions `[B, Da]` or chunks `[B, Ta, Da]`, or a `Mixture`.
-
-    Takes the batch, or the one observation tensor itself.
-    """
+    """Observations, a batch or a single tensor, -> actions `[B, Da]` or chunks `[B, Ta, Da]`, or a `Mixture`."""
 
     def __init__(self, net: nn.Sequential, keys: list[str]) -> None:
         super().__init__()

@@ -9,18 +9,18 @@ from ..errors import UserError
 from .encoder import EncoderOptions, ObservationEncoder
 
 LAYERS = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
-LEAST = 36  # pixels that these take
+LEAST = 36  # pixels, the smallest height and width for these layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class NatureCNN(EncoderOptions):
-    """Three strided convolutions over each camera, then a linear layer over their whole map."""
+    """Three strided convolutions over each camera, then a linear layer over the flattened feature map."""
 
     features: int = 512
     """Numbers that describe one picture."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
-        """One network a camera of `spec`. Raises UserError: options that make no sense, pictures below 36 pixels."""
+        """One network for each camera of `spec`. Raises UserError: invalid options, pictures below 36 pixels."""
         self.check()
         return ObservationEncoder(spec, self.network, self)
 

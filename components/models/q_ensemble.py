@@ -1,4 +1,4 @@
-"""Q(s, a) and V(s) as ensembles whose members are evaluated together, in one batched matrix product a layer."""
+"""Q(s, a) and V(s) as ensembles whose members are evaluated together, by one batched matrix product in each layer."""
 
 import math
 from dataclasses import dataclass
@@ -27,20 +27,20 @@ class QEnsemble:
     layer_norm: bool = False
     """LayerNorm after the nonlinearity of each hidden layer, as in ReBRAC and FQL."""
     init: Init = "torch"
-    """Initial weights: torch's, Glorot's, which JAX code has and which are larger, or PPO's orthogonal ones."""
+    """Initial weights: torch's, Glorot's as in JAX code, which are larger, or orthogonal ones as in PPO."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the networks for the keys and shapes of `spec`; an action may be a chunk.
 
         Raises:
-            UserError: no action or vector observation in the data, or options that make no sense.
+            UserError: no action or vector observation in the data, or invalid options.
         """
         if "action" not in spec:
             raise UserError(f"the data has no 'action'; found: {', '.join(spec)}")
         return self._build(spec, math.prod(spec["action"]["shape"]), "critic")
 
     def _build(self, spec: dict[str, Any], more: int, name: str) -> nn.Module:
-        """Functions of the vector observations and of `more` numbers beside them."""
+        """An ensemble over the vector observations and `more` further inputs."""
         if self.members < 1 or not self.hidden_dims or any(dim < 1 for dim in self.hidden_dims):
             sizes = f"--model.{name}.members {self.members} and --model.{name}.hidden-dims {self.hidden_dims}"
             raise UserError(f"{sizes} must be positive")
@@ -69,26 +69,30 @@ class VEnsemble(QEnsemble):
 
 
 class BatchedLinear(nn.Module):
-    """A linear layer of each of the first E members, `[E, B, inputs] -> [E, B, outputs]`; begins as `nn.Linear`."""
+    """Linear layers of the first E members, `[E, B, inputs] -> [E, B, outputs]`, initialised as `nn.Linear`."""
 
     def __init__(self, members: int, inputs: int, outputs: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(inputs)
         self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(members * outputs).uniform_(-bound, bound))  # flat: no weight decay
+        self.bias = nn.Parameter(
+            torch.empty(members * outputs).uniform_(-bound, bound)
+        )  # flat, so without weight decay
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
         bias = self.bias.view(len(weight), 1, -1)
         if len(x) < len(weight):
             weight, bias = weight[: len(x)], bias[: len(x)]
-        if weight.shape[2] == 1 and x.device.type == "cpu":  # whose libraries take six times as long for one column
+        if (
+            weight.shape[2] == 1 and x.device.type == "cpu"
+        ):  # where a matrix product with one column takes six times as long
             return (x * weight.transpose(1, 2)).sum(2, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
 
 
 class BatchedLayerNorm(nn.Module):
-    """A LayerNorm of each of the first E members, `[E, B, D] -> [E, B, D]`."""
+    """LayerNorms of the first E members, `[E, B, D] -> [E, B, D]`."""
 
     def __init__(self, members: int, width: int) -> None:
         super().__init__()
@@ -104,10 +108,10 @@ class BatchedLayerNorm(nn.Module):
 
 
 class Functions(nn.Module):
-    """Values `[E, B]` at the observations of a batch: Q of `action` `[B, (Ta,) Da]`, or V without one.
+    """Observations of a batch -> values `[E, B]`: Q of `action` `[B, (Ta,) Da]`, or V without an action.
 
-    `prefix` "next." takes the successors' observations; `first` evaluates so many members, not all. With `several`,
-    each observation has n actions `[B, n, Da]`, and the values are `[E, B, n]`.
+    `prefix` "next." selects the successors' observations; `first` restricts the ensemble to its first members. With
+    `several`, each observation has n actions `[B, n, Da]`, and the values are `[E, B, n]`.
     """
 
     def __init__(self, net: nn.Sequential, keys: list[str], members: int) -> None:
@@ -131,7 +135,7 @@ class Functions(nn.Module):
         return self.net(rows.expand(members, *rows.shape)).view(members, *x.shape[:-1])
 
     def of(self, chosen: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        """The values of the members `chosen` `[n]` alone, `[n, B]`, without gradient into their parameters."""
+        """Values `[n, B]` of the members `chosen` `[n]`, without gradients for their parameters."""
         split = {key: value.detach().unflatten(0, (self.members, -1)) for key, value in self.named_parameters()}
         weights = {key: value.index_select(0, chosen).flatten(0, 1) for key, value in split.items()}
         return functional_call(self, weights, arguments, keywords | {"first": len(chosen)})

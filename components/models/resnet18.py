@@ -1,7 +1,7 @@
 """ResNet-18 over each camera (He et al., 2016) with a spatial softmax (Levine et al., 2016; Finn et al., 2016).
 
-GroupNorm stands in the place of BatchNorm, whose running statistics do not go with averaged weights (Chi et al., 2023,
-section III-B). Weights from ImageNet keep the BatchNorm that they were trained with, frozen, as ACT does.
+GroupNorm replaces BatchNorm, whose running statistics do not fit averaged weights (Chi et al., 2023, section III-B).
+Weights from ImageNet keep the BatchNorm that they were trained with, frozen, as in ACT.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .encoder import EncoderOptions, ObservationEncoder
 
-# Of ImageNet's pictures in [0, 1], which its weights expect to be taken off.
+# Moments of ImageNet's pictures in [0, 1], by which its weights expect normalised pictures.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -23,15 +23,15 @@ class ResNet18(EncoderOptions):
     """ResNet-18 with spatial softmax."""
 
     keypoints: int = 32
-    """Points in the picture whose coordinates describe it."""
+    """Number of keypoints; a picture is described by their coordinates."""
     weights: str = ""
     """safetensors file of ImageNet weights with torchvision's names (conv1.weight, bn1.weight, layer1.0. ...)."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
-        """One network a camera of `spec`.
+        """One network for each camera of `spec`.
 
         Raises:
-            UserError: options that make no sense; a file that is missing or does not hold these weights.
+            UserError: invalid options; a file that is missing or does not hold these weights.
         """
         self.check(keypoints=(self.keypoints,))
         return ObservationEncoder(spec, self.network, self)
@@ -45,7 +45,7 @@ class ResNet18(EncoderOptions):
 
 
 class FrozenBatchNorm(nn.Module):
-    """BatchNorm whose statistics and scales do not change, as one scale and shift a channel."""
+    """BatchNorm with constant statistics and scales: one scale and shift for each channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ class FrozenBatchNorm(nn.Module):
 
 
 def norm(channels: int, frozen: bool) -> nn.Module:
-    """GroupNorm of 16 channels a group, or the frozen BatchNorm of pretrained weights."""
+    """GroupNorm with 16 channels in each group, or the frozen BatchNorm of pretrained weights."""
     return FrozenBatchNorm(channels) if frozen else nn.GroupNorm(channels // 16, channels)
 
 
 class Block(nn.Module):
-    """Two convolutions and the way around them."""
+    """Two convolutions with a residual connection."""
 
     def __init__(self, inputs: int, channels: int, stride: int, frozen: bool) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """`[n, C, H, W]` -> `[n, 512, H/32, W/32]`; torchvision's names."""
+    """`[n, C, H, W]` -> `[n, 512, H/32, W/32]`; modules have torchvision's names."""
 
     def __init__(self, channels: int, frozen: bool) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Backbone(nn.Module):
 
 
 class SpatialResNet(nn.Module):
-    """Backbone, spatial softmax, and a linear layer over the keypoints' coordinates."""
+    """Backbone, spatial softmax, and a linear layer over the coordinates of the keypoints."""
 
     def __init__(self, channels: int, keypoints: int, features: int, pretrained: bool) -> None:
         super().__init__()
@@ -133,10 +133,10 @@ def spatial_softmax(maps: Tensor) -> Tensor:
 
 
 def load_imagenet(backbone: nn.Module, path: Path, channels: int) -> None:
-    """Load torchvision's weights; its classifier `fc` and counters are left out.
+    """Load torchvision's weights, without its classifier `fc` and its counters.
 
     Raises:
-        UserError: no such file, another format, names or shapes that do not fit (the first five), no colour pictures.
+        UserError: no such file, another format, names or shapes that do not fit (lists five), no colour pictures.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

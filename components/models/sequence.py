@@ -1,4 +1,4 @@
-"""Networks over the observation history, one step after the other: a GRU and a transformer."""
+"""Sequence networks over the observation history: a GRU and a transformer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +14,14 @@ from .heads import HeadOptions, Mixture
 
 @dataclass(frozen=True, kw_only=True)
 class GRU(HeadOptions):
-    """Gated recurrent units over the history (Cho et al., 2014); the last state gives the action."""
+    """Gated recurrent units over the history (Cho et al., 2014); the action is computed from the last state."""
 
     hidden: int = 256
     """Width of the state."""
     layers: int = 1
     """Recurrent layers."""
     dropout: float = 0.0
-    """Probability of dropping an output between layers in training."""
+    """Dropout probability of an output between layers in training."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for `spec`. Raises UserError: no vector observation or action, bad options."""
@@ -47,7 +47,7 @@ class GRUPolicy(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Transformer(HeadOptions):
-    """Transformer over the history, LayerNorm first (Xiong et al., 2020); the last token gives the action."""
+    """Pre-LayerNorm transformer over the history (Xiong et al., 2020); the action is computed from the last token."""
 
     width: int = 128
     """Width of a token."""
@@ -56,7 +56,7 @@ class Transformer(HeadOptions):
     heads: int = 4
     """Attention heads."""
     dropout: float = 0.0
-    """Probability of dropping an attention or a block's output in training."""
+    """Dropout probability of attention weights and of a block's outputs in training."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for `spec`. Raises UserError: no vector observation or action, bad options."""
@@ -68,7 +68,7 @@ class Transformer(HeadOptions):
 
 
 def check_attention(width: int, heads: int, layers: int, dropout: float) -> None:
-    """Refuse sizes that no transformer can have. Raises UserError naming the option."""
+    """Refuse invalid sizes of a transformer. Raises UserError naming the option."""
     if min(width, heads, layers) < 1 or not 0 <= dropout < 1:
         sizes = f"--model.width {width}, --model.heads {heads} and --model.layers {layers}"
         raise UserError(f"{sizes} must be positive, --model.dropout {dropout} in [0, 1)")
@@ -77,7 +77,7 @@ def check_attention(width: int, heads: int, layers: int, dropout: float) -> None
 
 
 class Block(nn.Module):
-    """Attention and feed-forward network, each with a LayerNorm before and a way around."""
+    """Attention and feed-forward network, each with a LayerNorm before it and a residual connection."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -108,14 +108,14 @@ class TransformerPolicy(nn.Module):
 
 
 def sequence_sizes(spec: dict[str, Any]) -> tuple[list[str], int, tuple[int, ...]]:
-    """The vector observations, their widths in one step, and the shape of the action."""
+    """The keys of the vector observations, the sum of their widths in one step, and the shape of the action."""
     keys = vector_observations(spec)
     width(spec, "action")
     return keys, sum(width(spec, key) for key in keys), tuple(spec["action"]["shape"])
 
 
 def sequence(observation: dict[str, Tensor] | Tensor, keys: list[str]) -> Tensor:
-    """The vector observations of each step side by side, `[B, To, D]`; To is 1 without a history."""
+    """The vector observations of each step, concatenated to `[B, To, D]`; To is 1 without a history."""
     parts = [observation] if isinstance(observation, Tensor) else [observation[key] for key in keys]
     joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     return joined if joined.ndim == 3 else joined[:, None]

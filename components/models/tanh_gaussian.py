@@ -1,4 +1,4 @@
-"""Stochastic policy whose actions are a Gaussian squashed by tanh (Haarnoja et al., 2018, appendix C)."""
+"""Stochastic policy whose actions are Gaussian samples squashed by tanh (Haarnoja et al., 2018, appendix C)."""
 
 import math
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ LOG_STD = (-20.0, 2.0)  # the bounds of the authors' code
 
 @dataclass(frozen=True)
 class TanhGaussian:
-    """Multi-layer perceptron to the mean and deviation of a Gaussian, squashed by tanh into (-1, 1)."""
+    """Multi-layer perceptron to the mean and standard deviation of a Gaussian, squashed by tanh into (-1, 1)."""
 
     hidden_dims: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers."""
     activation: Literal["relu", "gelu", "silu", "tanh", "elu"] = "relu"
     """Nonlinearity of the hidden layers."""
     final_scale: float = 1.0
-    """Factor on the initial weights and biases of the last layer's mean; small ones begin with small actions."""
+    """Factor on the initial weights and biases of the mean's last layer; a small one leads to small initial actions."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for the keys and shapes of `spec`.
 
         Raises:
-            UserError: no action or vector observation in the data, chunks of actions, or options that make no sense.
+            UserError: no action or vector observation in the data, chunks of actions, or invalid options.
         """
         if not self.hidden_dims or any(dim < 1 for dim in self.hidden_dims):
             raise UserError(f"--model.hidden-dims {self.hidden_dims} must be positive")
@@ -38,7 +38,7 @@ class TanhGaussian:
             raise UserError(f"--model.final-scale {self.final_scale} must be above 0")
         outputs = width(spec, "action")
         if len(spec["action"]["shape"]) != 1:
-            raise UserError(f"this policy gives single actions; the data has {tuple(spec['action']['shape'])}")
+            raise UserError(f"this policy produces single actions; the data has {tuple(spec['action']['shape'])}")
         keys = vector_observations(spec)
         inputs = sum(math.prod(spec[key]["shape"]) for key in keys)
         layers: list[nn.Module] = []
@@ -53,9 +53,9 @@ class TanhGaussian:
 
 
 class TanhGaussianPolicy(nn.Module):
-    """Called, it gives the action of the mean, `[B, Da]`, which is how it is evaluated; `sample` draws.
+    """Observations, a batch or a single tensor, -> the action of the mean `[B, Da]`, for evaluation; `sample` draws.
 
-    Observations are a batch, or the one tensor itself; `prefix` "next." acts on the successors of a batch.
+    `prefix` "next." selects the successors' observations of a batch.
     """
 
     def __init__(self, net: nn.Sequential, keys: list[str], width: int) -> None:
@@ -66,21 +66,21 @@ class TanhGaussianPolicy(nn.Module):
         return self.gaussian(observation)[0].tanh()
 
     def gaussian(self, observation: dict[str, Tensor] | Tensor, prefix: str = "") -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the deviation before tanh, both `[B, Da]`."""
+        """Mean and logarithm of the standard deviation before tanh, both `[B, Da]`."""
         mean, log_std = self.net(concatenated(observation, self.keys, prefix)).chunk(2, dim=1)
         return mean, log_std.clamp(*LOG_STD)
 
     def draw(self, observation: dict[str, Tensor] | Tensor, noise: Tensor) -> Tensor:
-        """An action `[B, Da]` alone."""
+        """A sample `[B, Da]`, without its log-probability."""
         mean, log_std = self.gaussian(observation)
         return (mean + log_std.exp() * noise).tanh()
 
     def sample(
         self, observation: dict[str, Tensor] | Tensor, noise: Tensor | None = None, prefix: str = "", several: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """A reparametrised action `[B, Da]` and its log-probability `[B]`; `noise` `[B, Da]` is drawn unless given.
+        """A reparametrised action `[B, Da]` and its log-probability `[B]`; `noise` `[B, Da]` is drawn by default.
 
-        With `several`, so many for each observation: `[B, n, Da]` and `[B, n]`.
+        With `several`, n samples for each observation: `[B, n, Da]` and `[B, n]`.
         """
         mean, log_std = self.gaussian(observation, prefix)
         if several:
@@ -98,7 +98,7 @@ def tanh_gaussian_log_prob(before: Tensor, noise: Tensor, log_std: Tensor) -> Te
         noise: (u - mu) / sigma `[..., Da]`.
         log_std: log sigma `[..., Da]`.
 
-    log(1 - tanh(u)^2) is written as 2 (log 2 - u - softplus(-2 u)), the same number, which does not overflow.
+    log(1 - tanh(u)^2) is computed as 2 (log 2 - u - softplus(-2 u)), which is equal and does not overflow.
     """
     gaussian = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     squash = 2 * (math.log(2) - before - functional.softplus(-2 * before))

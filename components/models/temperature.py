@@ -1,4 +1,4 @@
-"""The temperature of maximum-entropy learning as a module, so that it is trained, saved and synchronised like any."""
+"""The temperature of maximum-entropy RL as a module, so that it is trained, saved and synchronised like others."""
 
 import math
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ class Temperature:
     """One positive number, learned through its logarithm."""
 
     initial: float = 1.0
-    """Value to start from."""
+    """Initial value."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
-        """Make the module; it does not depend on the data. Raises UserError for a value that is not above 0."""
+        """Make the module, independently of the data. Raises UserError: a value that is not above 0."""
         if not self.initial > 0:
             raise UserError(f"--model.temperature.initial {self.initial} must be above 0")
         return LogTemperature(math.log(self.initial))
 
 
 class LogTemperature(nn.Module):
-    """Called, it gives the temperature, a scalar."""
+    """Returns the temperature, a scalar; its logarithm is the parameter."""
 
     def __init__(self, log: float) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Denoiser of action chunks: a 1-D U-Net over time with FiLM (Chi et al., 2023, section III; Perez et al., 2018).
 
-Activations are time-major, `[T, B, C]`: so each tap of a convolution is one matrix product over a contiguous slice,
-which on a CPU is up to twice as fast as `conv1d` on short chunks (no rows of padding are multiplied).
+Activations are time-major, `[T, B, C]`, so that each tap of a convolution is one matrix product over a contiguous
+slice. On a CPU and short chunks this is up to twice as fast as `conv1d`, since padding is not multiplied.
 """
 
 import math
@@ -16,9 +16,9 @@ from ..errors import UserError
 from .attention import sinusoid
 from .mlp import concatenated, flat_sizes
 
-# Channels and observation features: the published network, and one that 50 demonstrations train in minutes.
+# Channels and observation features: a network that 50 demonstrations train in minutes, and the published one.
 SIZES = {"small": ((64, 128), 128), "paper": ((256, 512, 1024), 0)}
-TIME_SCALE = 100.0  # the embedding sees times in [0, 1] as the paper's 100 steps of diffusion
+TIME_SCALE = 100.0  # scales times in [0, 1] to the paper's 100 steps of diffusion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class UNet1d:
     time_features: int = 256
     """Width of the embedding of the diffusion time."""
     observation_features: int | None = None
-    """Outputs of two layers over the observation before FiLM; 0 for none, as published; None takes --model.size's."""
+    """Outputs of two layers over the observation before FiLM; 0 for no layers, as published; None takes the number of
+    --model.size."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for `spec`. Raises UserError: no vector observation or action, bad options."""
@@ -55,7 +56,7 @@ class UNet1d:
 
 
 class ConditionalUNet(nn.Module):
-    """`(noisy chunk, time, condition(observation))` -> what the trainer makes it predict, of the chunk's shape."""
+    """`(noisy chunk, time, condition(observation))` -> the trainer's prediction target, of the chunk's shape."""
 
     denoises = True
 
@@ -91,21 +92,21 @@ class ConditionalUNet(nn.Module):
             self.up.append(nn.ModuleList([block(2 * outputs, inputs), block(inputs, inputs), Double(inputs)]))
         self.final = ConvBlock(channels[0], channels[0], kernel, groups)
         self.out = nn.Linear(channels[0], shape[-1])
-        # FiLM is linear in mish(state), which is little: without the two layers, pick-place from 50
-        # demonstrations succeeds less often than with plain regression.
+        # FiLM alone is linear in mish(state): without the two layers, pick-place from 50 demonstrations succeeds
+        # less often than with plain regression.
         self.observation_net: nn.Module = nn.Identity()
         if observation_features:
             layers = [nn.Linear(observed, 2 * observation_features), nn.Mish()]
             self.observation_net = nn.Sequential(*layers, nn.Linear(2 * observation_features, observation_features))
             observed = observation_features
-        # FiLM of all blocks from one product each: W [time, observation] + b falls apart into W_t time + b and
-        # W_o observation, of which the second is the same at every step of sampling.
+        # FiLM of all blocks is one product for each input: W [time, observation] + b is W_t time + b plus
+        # W_o observation, and the latter is constant over the steps of sampling.
         self.sizes = [2 * m.channels for m in self.modules() if isinstance(m, ResidualBlock)]
         self.film_time = nn.Linear(time_features, sum(self.sizes))
         self.film_observation = nn.Linear(observed, sum(self.sizes), bias=False)
 
     def condition(self, observation: dict[str, Tensor]) -> Tensor:
-        """The observation's part of FiLM `[B, F]`, computed once a chunk."""
+        """The observation's part of FiLM `[B, F]`, computed once for each chunk."""
         observed = self.observation_net(concatenated(observation, self.keys))
         return self.film_observation(functional.mish(observed))
 
@@ -134,7 +135,7 @@ class ConditionalUNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions, with FiLM (scale and shift of each channel) between them, and a way around."""
+    """Two convolutions with FiLM (scale and shift of each channel) between them, and a residual connection."""
 
     def __init__(self, inputs: int, channels: int, kernel: int, groups: int) -> None:
         super().__init__()
@@ -165,7 +166,7 @@ class ConvBlock(nn.Module):
         return functional.mish(torch.addcmul(self.bias, y, scale))
 
     def by_library(self, x: Tensor) -> Tensor:
-        """The same by the library's own kernels, which lie side by side on a GPU and are fewer."""
+        """The same by torch's kernels, which are fewer and therefore faster on a GPU."""
         weight = self.conv.weight.permute(2, 1, 0)  # [Co, Ci, K]
         y = functional.conv1d(x.permute(1, 2, 0), weight, self.conv.bias, padding=weight.shape[2] // 2)  # [B, Co, T]
         return functional.mish(functional.group_norm(y, self.groups, self.weight, self.bias)).permute(2, 0, 1)
@@ -178,7 +179,7 @@ class ConvBlock(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution over time `[T, B, Ci] -> [T, B, Co]`, zeros beyond the ends, an odd kernel."""
+    """Convolution over time `[T, B, Ci] -> [T, B, Co]` with zero padding and an odd kernel."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
@@ -188,7 +189,7 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, steps = len(self.weight), len(x)
-        if torch.compiler.is_exporting():  # few operations, since every sampling step is traced
+        if torch.compiler.is_exporting():  # with few operations, since every sampling step is traced
             padded = functional.pad(x, (0, 0, 0, 0, kernel // 2, kernel // 2))
             windows = torch.cat([padded[j : j + steps] for j in range(kernel)], 2)  # [T, B, K Ci]
             return functional.linear(windows, self.weight.flatten(0, 1).T, self.bias)
@@ -200,7 +201,7 @@ class Conv(nn.Module):
 
 
 class Taps(torch.autograd.Function):
-    """y[t] = b + sum_j x[t + j - k/2] w[j]: one matrix product a tap, over the rows that lie inside."""
+    """y[t] = b + sum_j x[t + j - k/2] w[j]: one matrix product for each tap, over the rows inside the sequence."""
 
     @staticmethod
     def slices(steps: int, kernel: int) -> list[tuple[int, slice, slice]]:
@@ -213,7 +214,7 @@ class Taps(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
-        y = bias.repeat(*x.shape[:2], 1)  # a copy, also of one row
+        y = bias.repeat(*x.shape[:2], 1)  # a copy even for one row
         for j, out, into in Taps.slices(len(x), len(weight)):
             y[out].flatten(0, 1).addmm_(x[into].flatten(0, 1), weight[j])
         return y

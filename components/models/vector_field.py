@@ -1,4 +1,4 @@
-"""Multi-layer perceptron as the velocity field of a flow over actions, or as a policy that takes noise."""
+"""Multi-layer perceptron as the velocity field of a flow over actions, or as a policy of noise and observation."""
 
 import math
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class VectorField:
     layer_norm: bool = False
     """LayerNorm after the nonlinearity of each hidden layer."""
     init: Init = "glorot"
-    """Initial weights: torch's, or Glorot's, which JAX code has and which are larger."""
+    """Initial weights: torch's, or Glorot's as in JAX code, which are larger."""
     time: bool = True
-    """See the time; without it, it maps noise to an action in one step."""
+    """Take the time as an input; without it, the network maps noise to an action in one step."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
         """Size the network for `spec`. Raises UserError: no vector observation or action, bad options."""
@@ -52,11 +52,11 @@ class FlatField(nn.Module):
         self.net, self.keys, self.takes_time = net, keys, takes_time
 
     def condition(self, observation: dict[str, Tensor] | Tensor) -> Tensor:
-        """What the network sees of the observation, `[B, Ds]`."""
+        """The observation as an input of the network, `[B, Ds]`."""
         return concatenated(observation, self.keys)
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         parts = [condition, x.flatten(1)]
         if self.takes_time:
-            parts.append(time.expand(x.shape[0])[:, None])  # len would not stay symbolic in an export
+            parts.append(time.expand(x.shape[0])[:, None])  # len is not symbolic in an export
         return self.net(torch.cat(parts, dim=1)).view_as(x)

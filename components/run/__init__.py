@@ -1,1 +1,1 @@
-"""run"""
+"""One run: its arguments, folder, checkpoints and clock, and how its processes stop."""

@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or absent: written beside, hashed, renamed; safetensors and JSON only, no pickle anywhere.
+"""Checkpoints that are complete or absent, with hashes; safetensors and JSON only, no pickle.
 
     checkpoints/step-000001000/   <name>.safetensors (shared by all processes), rank-<r>.safetensors, manifest.json
     checkpoints/best              link to the step with the lowest held-out loss
 
-A folder's rename is the moment from which it counts. The newest one whose manifest verifies is the latest. Names that
-start with a dot are temporary, set aside or damaged.
+A checkpoint is written to a temporary folder and becomes valid when that folder is renamed into place. The latest
+checkpoint is the newest one whose manifest verifies. Names that start with a dot are temporary, stale or damaged.
 """
 
 import hashlib
@@ -15,43 +15,45 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import parallel
-from ..data.random_state import seed_all, set_random_state
+from .. import contracts, parallel
+from ..data.random_state import derive_seed, get_random_state, seed_all, set_random_state
 from ..errors import UserError, nearest
+from ..optimizers import kept_length
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
 STEP_NAME = re.compile(r"step-(\d{9,})")
 
 
 class DamagedError(Exception):
-    """A checkpoint whose files are not what its manifest says."""
+    """A checkpoint whose files do not match its manifest."""
 
 
 @dataclass
 class Parts:
-    """Large pieces of a process's state that stay as they are: files of their own, which the next checkpoint links."""
+    """Large pieces of a process's state that never change: one file each, which the next checkpoint links."""
 
     kept: Sequence[str] = ()
-    """Names of those that an earlier checkpoint has."""
+    """Names of the pieces that an earlier checkpoint has."""
     new: dict[str, Any] = field(default_factory=dict)
-    """Name -> tree of those to write."""
+    """Name -> tree of the pieces to write."""
 
 
 # ---- a tree of tensors and JSON values in one safetensors file -----------------------------------------------------
 
 
 def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
-    """Split a tree into its tensors and JSON that says where they go. Dicts keep int keys, tuples stay tuples.
+    """Split a tree into its tensors and JSON that records their places. Dicts keep int keys, tuples stay tuples.
 
     Raises:
-        TypeError: something that could not be restored without pickle, by its place.
+        TypeError: a value that could not be restored without pickle; names its place.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -90,7 +92,7 @@ def unflatten(tensors: dict[str, Tensor], tree: Any) -> Any:
 
 
 def write_tree(path: Path, tree: Any) -> dict[str, list[int]]:
-    """Write a tree and wait until it is on disk; returns the shapes of its tensors by their places."""
+    """Write a tree and fsync it; returns the shapes of its tensors by their places."""
     from safetensors.torch import save_file
 
     tensors, description = flatten(tree)
@@ -100,7 +102,7 @@ def write_tree(path: Path, tree: Any) -> dict[str, list[int]]:
 
 
 def read_tree(path: Path) -> Any:
-    """Read what `write_tree` wrote; the tensors are copies, so the file may go away."""
+    """Read a tree that `write_tree` wrote; the tensors are copies, so the file may be removed."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -122,7 +124,7 @@ def _as_json(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file at once: a reader sees the old one or the new one."""
+    """Replace a JSON file atomically: a reader finds the old one or the new one."""
     temporary = path.with_name(f".{path.name}-new")
     try:
         with open(temporary, "w") as file:
@@ -138,7 +140,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _on_all(action: Callable[[], None]) -> None:
-    """Run a phase of a save on this process; when it fails on any, it fails on all, so that none waits for ever."""
+    """Run a phase of a save on this process; a failure on any process raises on all, so that none waits forever."""
     failure: Exception | None = None
     try:
         action()
@@ -155,7 +157,7 @@ def save(
     root: Path,
     step: int,
     shared: dict[str, Any],
-    mine: Any,
+    of_rank: dict[str, Any],
     info: dict[str, Any],
     keep_last: int,
     rank: int,
@@ -165,71 +167,84 @@ def save(
     """Write `root/step-<step>`; called by every process.
 
     Args:
-        shared: name -> state that all processes have alike; rank 0 writes one file each.
-        mine: This process's own state; `parts` in it are `Parts`, whose files cost only what is new.
-        info: Stands in the manifest ("trainer", "config", ...).
-        keep_last: Older checkpoints beyond so many are removed, after this one counts.
+        shared: name -> state that is the same on all processes; rank 0 writes one file each.
+        of_rank: State of this process; of `Parts` under the key `parts` of an entry, only the new ones are written.
+        info: Further entries of the manifest ("trainer", "config", ...).
+        keep_last: Number of checkpoints to keep; older ones are removed once this one is valid.
         best: Step of the best checkpoint so far, which is linked as `best` and kept; -1 for none.
-        before: What must succeed first, such as putting the log on disk.
+        before: Must succeed first, such as an fsync of the log.
 
     Raises:
-        Exception: on every process when any could not write; the older checkpoints are untouched then, and what was
-            written of this one is removed.
+        Exception: on every process, when any process could not write. The older checkpoints are then untouched, and
+            the files of this one are removed.
     """
-    final = root / f"step-{step:09d}"
-    temporary = root / f".tmp-{final.name}"
-    shapes: dict[str, dict[str, list[int]]] = {}
-    mine = dict(mine)
-    parts = mine.pop("parts", Parts())
-
-    def prepare() -> None:
-        before()
-        if rank == 0:
-            root.mkdir(parents=True, exist_ok=True)
-            for stale in root.glob(".tmp-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-            for stale in root.glob(".old-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-            temporary.mkdir()
-
-    def write() -> None:
-        names = [*parts.kept, *parts.new]
-        write_tree(temporary / f"rank-{rank}.safetensors", mine | ({"parts": names} if names else {}))
-        earlier = [*(path for path in reversed(steps(root)) if path < final), final]  # the step may be saved again
-        for name in parts.kept:
-            link(next(path for path in earlier if (path / f"{name}.safetensors").exists()), temporary, name)
-        for name, tree in parts.new.items():
-            write_tree(temporary / f"{name}.safetensors", tree)
-        if rank == 0:
-            for name, tree in shared.items():
-                shapes[name] = write_tree(temporary / f"{name}.safetensors", tree)
-
-    def commit() -> None:
-        if rank == 0:
-            manifest = {"format": FORMAT, "step": step, "world_size": parallel.world_size(), **info, "shapes": shapes}
-            known = _known_fingerprints(root)
-            files = sorted(temporary.iterdir())
-            manifest["files"] = {path.name: known.get(path.stat().st_ino) or _fingerprint(path) for path in files}
-            manifest["sha256"] = _own_hash(manifest)
-            write_json(temporary / "manifest.json", manifest)
-            sync(temporary)
-            if final.exists():  # the run was set back behind it: what is there belongs to a future that was undone
-                os.rename(final, root / f".old-{final.name}")
-            os.rename(temporary, final)
-            sync(root)
-            link_best(root, best)
-            _prune(root, keep_last)
-
+    writer = _Writer(root, step, rank)
     try:
-        for phase in (prepare, write, commit):
-            _on_all(phase)
+        _on_all(before)
+        _on_all(writer.prepare)
+        _on_all(partial(writer.write, shared, of_rank))
+        _on_all(partial(writer.commit, info, keep_last, best))
     except Exception:
-        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk the room is needed
+        shutil.rmtree(writer.temporary, ignore_errors=True)  # frees the space on a full disk
         raise
 
 
+class _Writer:
+    """The phases of a save on one process; each begins once all processes have finished the one before."""
+
+    def __init__(self, root: Path, step: int, rank: int) -> None:
+        self.root, self.step, self.rank = root, step, rank
+        self.final = root / f"step-{step:09d}"
+        self.temporary = root / f".tmp-{self.final.name}"
+        self.shapes: dict[str, dict[str, list[int]]] = {}
+
+    def prepare(self) -> None:
+        """Rank 0 removes the remains of earlier saves, and makes the temporary folder."""
+        if self.rank == 0:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for stale in [*self.root.glob(".tmp-*"), *self.root.glob(".old-*")]:
+                shutil.rmtree(stale, ignore_errors=True)
+            self.temporary.mkdir()
+
+    def write(self, shared: dict[str, Any], of_rank: dict[str, Any]) -> None:
+        """Write this process's file and parts; rank 0 also writes the shared state."""
+        of_rank = dict(of_rank)
+        earlier = [*(path for path in reversed(steps(self.root)) if path < self.final), self.final]  # or itself
+        for key, state in of_rank.items():
+            if isinstance(state, dict) and isinstance(parts := state.get("parts"), Parts):
+                of_rank[key] = state | {"parts": [*parts.kept, *parts.new]}
+                for name in parts.kept:
+                    source = next(path for path in earlier if (path / f"{name}.safetensors").exists())
+                    link(source, self.temporary, name)
+                for name, tree in parts.new.items():
+                    write_tree(self.temporary / f"{name}.safetensors", tree)
+        write_tree(self.temporary / f"rank-{self.rank}.safetensors", of_rank)
+        if self.rank == 0:
+            for name, tree in shared.items():
+                self.shapes[name] = write_tree(self.temporary / f"{name}.safetensors", tree)
+
+    def commit(self, info: dict[str, Any], keep_last: int, best: int) -> None:
+        """Rank 0 writes the manifest and renames the folder into place, which makes the checkpoint valid."""
+        if self.rank != 0:
+            return
+        manifest = {"format": FORMAT, "step": self.step, "world_size": parallel.world_size(), **info}
+        manifest["shapes"] = self.shapes
+        known = _known_fingerprints(self.root)
+        files = sorted(self.temporary.iterdir())
+        manifest["files"] = {path.name: known.get(path.stat().st_ino) or _fingerprint(path) for path in files}
+        manifest["sha256"] = _own_hash(manifest)
+        write_json(self.temporary / "manifest.json", manifest)
+        sync(self.temporary)
+        if self.final.exists():  # stale: the run was resumed from an earlier step
+            os.rename(self.final, self.root / f".old-{self.final.name}")
+        os.rename(self.temporary, self.final)
+        sync(self.root)
+        link_best(self.root, best)
+        _prune(self.root, keep_last)
+
+
 def link(folder: Path, to: Path, name: str) -> None:
-    """Give a file of an earlier checkpoint a place in another one, as a hard link where the disk has those."""
+    """Hard-link a file of an earlier checkpoint into another one; copy it where the disk has no hard links."""
     source, target = folder / f"{name}.safetensors", to / f"{name}.safetensors"
     try:
         os.link(source, target)
@@ -239,7 +254,7 @@ def link(folder: Path, to: Path, name: str) -> None:
 
 
 def _known_fingerprints(root: Path) -> dict[int, list[Any]]:
-    """Of the newest checkpoint's files, by inode: a linked file need not be read again."""
+    """Inode -> fingerprint of the newest checkpoint's files, so that a linked file is not read again."""
     for folder in reversed(steps(root)):
         try:
             files = json.loads((folder / "manifest.json").read_text())["files"]
@@ -250,7 +265,7 @@ def _known_fingerprints(root: Path) -> dict[int, list[Any]]:
 
 
 def link_best(root: Path, step: int) -> None:
-    """Point `best` at a step, at once; remove it when there is no such checkpoint."""
+    """Point `best` at a step atomically; remove it when there is no such checkpoint."""
     target = f"step-{step:09d}"
     if not (root / target).exists():
         (root / "best").unlink(missing_ok=True)
@@ -261,7 +276,7 @@ def link_best(root: Path, step: int) -> None:
 
 
 def _prune(root: Path, keep_last: int) -> None:
-    """Remove the oldest checkpoints, by a rename first, so that none is ever half there under its name."""
+    """Remove the oldest checkpoints; each is renamed first, so that no incomplete folder has a valid name."""
     best = os.readlink(root / "best") if (root / "best").is_symlink() else ""
     for path in steps(root)[:-keep_last]:
         if path.name != best:
@@ -271,7 +286,7 @@ def _prune(root: Path, keep_last: int) -> None:
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, list[int]]:
-    """Of a module's state dict; the keys are the places that `write_tree` gives."""
+    """Shapes of a module's state dict; the keys are the places that `write_tree` returns."""
     return {key: list(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -301,24 +316,24 @@ def verify(folder: Path) -> dict[str, Any]:
         text = path.read_text()
         manifest = json.loads(text)
         if manifest["sha256"] != _own_hash(manifest) or text != _as_json(manifest):
-            raise DamagedError(f"{path}: its own hash does not fit")
+            raise DamagedError(f"{path}: the manifest's hash does not match")
         names = {entry.name for entry in folder.iterdir()} - {"manifest.json"}
         if names != set(manifest["files"]):
             odd = sorted(names ^ set(manifest["files"]))[0]
             raise DamagedError(f"{folder / odd}: {'unexpected' if odd in names else 'missing'}")
         for name, expected in manifest["files"].items():
             if _fingerprint(folder / name) != list(expected):
-                raise DamagedError(f"{folder / name}: size or hash does not fit")
+                raise DamagedError(f"{folder / name}: size or hash does not match")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{path}: {type(error).__name__}: {error}") from error
     return manifest
 
 
 def newest(root: Path, set_aside: bool = True) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint that verifies, and its manifest; damaged ones are named and set aside under a dot name.
+    """The newest checkpoint that verifies, and its manifest; damaged ones are reported and renamed to a dot name.
 
     Raises:
-        UserError: there is none, or all are damaged; a run never starts afresh in silence.
+        UserError: there is none, or all are damaged; a run never starts from scratch silently.
     """
     damaged = []
     for folder in reversed(steps(root)):
@@ -329,7 +344,7 @@ def newest(root: Path, set_aside: bool = True) -> tuple[Path, dict[str, Any]]:
             logger.warning("damaged checkpoint, trying the one before: %s", error)
             if set_aside:
                 aside = folder.with_name(f".damaged-{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)  # of an earlier time that the run came by here
+                shutil.rmtree(aside, ignore_errors=True)  # from an earlier resume
                 os.rename(folder, aside)
     if damaged:
         raise UserError(f"{root}: every checkpoint is damaged ({damaged[0]}); start a new run in another folder")
@@ -337,13 +352,13 @@ def newest(root: Path, set_aside: bool = True) -> tuple[Path, dict[str, Any]]:
 
 
 def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """`newest` for a run that goes on; None when it was stopped before its first checkpoint: nothing is lost."""
+    """`newest` for a resumed run; None when the run was stopped before its first checkpoint: nothing is lost."""
     ever_saved = steps(root) or (root.is_dir() and any(root.glob(".damaged-*")))
     return newest(root) if ever_saved else None
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Keys whose shapes differ between two {key: shape}, each in a few words."""
+    """Describe the keys whose shapes differ between two {key: shape}, in a few words each."""
     lines = []
     for key in {**expected, **found}:
         have, want = found.get(key), expected.get(key)
@@ -354,7 +369,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 def load_weights(module: torch.nn.Module, name: str, run: Path) -> None:
-    """Load one named model from the newest checkpoint of a run, its averaged weights where there are any.
+    """Load one named model from the newest checkpoint of a run; its averaged weights if there are any.
 
     Raises:
         UserError: no run or checkpoint there, no such model in it, or keys and shapes that differ (the first five).
@@ -374,7 +389,7 @@ def load_weights(module: torch.nn.Module, name: str, run: Path) -> None:
 
 
 def initialise(models: torch.nn.ModuleDict, init_from: str, load: Sequence[str], freeze: Sequence[str]) -> None:
-    """Start from trained weights, whole (`--init-from RUN`) or part by part (`--load NAME=RUN`), and freeze parts.
+    """Load trained weights of all models (`--init-from RUN`) or of single ones (`--load NAME=RUN`), and freeze models.
 
     Raises:
         UserError: an unknown model name, or weights that do not fit.
@@ -394,63 +409,138 @@ def initialise(models: torch.nn.ModuleDict, init_from: str, load: Sequence[str],
         models[name].requires_grad_(False)
 
 
-def shared_state(
-    models: Any, optimizers: dict[str, Any], loss: Any, trainer: Any, progress: dict[str, Any]
-) -> dict[str, Any]:
-    """What all processes have alike, by the name of its file."""
-    state = {f"model-{name}": model.state_dict() for name, model in models.items()}
-    state |= {f"optimizer-{name}": optimizer.state_dict() for name, optimizer in optimizers.items()}
-    own = trainer.state_dict() if callable(getattr(trainer, "state_dict", None)) else {}
-    return state | {"trainer": {"loss": loss.state_dict(), "own": own, "progress": progress}}
+# ---- the checkpoints of a run --------------------------------------------------------------------------------------
 
 
-def restore(
-    folder: Path, manifest: dict[str, Any], models: Any, optimizers: dict[str, Any], loss: Any, trainer: Any, name: str
-) -> dict[str, Any]:
-    """Load what `shared_state` saved; returns the progress.
+class Checkpoints:
+    """Saves and restores everything in a run that has state: the learner, and parts by name.
 
-    Raises:
-        UserError: another format or trainer, or models of other names or shapes (the first five differences).
+    A part has `state_dict()` and `load_state_dict(state)` for state that is the same on all processes, `rank_state()`
+    and `load_rank_state(state)` for state of one process, or both. When the number of processes has changed, the state
+    of one process is dropped, except for parts with `load_rank_states(states of all former processes)`. The method
+    `saved()` of a part, if any, is called once a checkpoint is valid.
+
+    Args:
+        run: Has the step and the folder.
+        args: With `trainer`, `steps`, `seed` and `keep_last`.
+        learner: Its models, optimizers, loss and trainer have separate files.
+        parts: name -> part.
     """
-    if manifest["format"] != FORMAT or manifest["trainer"] != name:
-        found = f"format {manifest['format']}, trainer {manifest['trainer']!r}"
-        raise UserError(f"{folder}: {found}; expected format {FORMAT}, trainer {name!r}")
-    there = {key.removeprefix("model-"): s for key, s in manifest["shapes"].items() if key.startswith("model-")}
-    odd = [f"model {n}: absent there" for n in models if n not in there]
-    odd += [f"model {n}: absent here" for n in there if n not in models]
-    for n in [n for n in models if n in there]:
-        odd += [f"{n}.{line}" for line in differences(there[n], _shapes(models[n].state_dict()))]
-    if odd:
-        raise UserError(f"{folder} does not fit: {'; '.join(odd[:5])}")
-    for n, model in models.items():
-        model.load_state_dict(read_tree(folder / f"model-{n}.safetensors"))
-    for n, optimizer in optimizers.items():
-        optimizer.load_state_dict(read_tree(folder / f"optimizer-{n}.safetensors"))
-    state = read_tree(folder / "trainer.safetensors")
-    loss.load_state_dict(state["loss"])
-    if callable(getattr(trainer, "load_state_dict", None)):
-        trainer.load_state_dict(state["own"])
-    return state["progress"]
+
+    def __init__(self, run: Any, args: Any, learner: Any, **parts: Any) -> None:
+        self.run, self.args, self.learner, self.failed = run, args, learner, 0
+        self.parts = {"run": run, "metrics": learner.metrics, **parts}
+        self.root = run.path / "checkpoints"
+
+    def save(self, best: int = -1, last: bool = False) -> None:
+        """Write a checkpoint of the step; called by every process.
+
+        Args:
+            best: Step of the best checkpoint, which is kept; -1 for none.
+            last: Whether this is the last checkpoint of the run.
+
+        Raises:
+            FloatingPointError: a loss or gradient was not finite.
+            Exception: the save failed for the third time in a row, or it was the last one; else it is only reported.
+        """
+        run, learner = self.run, self.learner
+        learner.finite.check()
+        parallel.broadcast(learner.models, buffers_only=True)
+        states = {name: part.state_dict() for name, part in self.parts.items() if hasattr(part, "state_dict")}
+        shared = {f"model-{name}": model.state_dict() for name, model in learner.models.items()}
+        shared |= {f"optimizer-{name}": optimizer.state_dict() for name, optimizer in learner.optimizers.items()}
+        own = contracts.state_of(learner.trainer)
+        shared["trainer"] = {"loss": learner.loss.state_dict(), "own": own, "updates": learner.updates, "parts": states}
+        of_rank = {name: part.rank_state() for name, part in self.parts.items() if hasattr(part, "rank_state")}
+        of_rank["random"] = get_random_state()
+        config = {name: value for name, value in run.config.items() if name != "run_dir"}
+        info = {"trainer": self.args.trainer, "config": config}
+        try:
+            save(self.root, run.step, shared, of_rank, info, self.args.keep_last, run.rank, best, run.settle)
+        except Exception as error:
+            self.failed += 1
+            run.say(f"CHECKPOINT AT STEP {run.step} FAILED, {self.failed} in a row, older ones are kept: {error}")
+            if self.failed == 3 or last:  # no run finishes without its last checkpoint
+                raise
+            return
+        self.failed = 0
+        run.saved()
+        for part in self.parts.values():
+            if hasattr(part, "saved"):
+                part.saved()
+
+    def restore(self) -> None:
+        """Resume from the newest valid checkpoint; a run that was stopped before its first one starts at step 0.
+
+        Raises:
+            UserError: all checkpoints are damaged, do not fit, or are beyond `--steps`.
+        """
+        run, args, step = self.run, self.args, 0
+        if found := parallel.on_first(run.rank, lambda: latest(self.root)):
+            run.step = step = found[1]["step"]
+            states = self.load(*found)
+            for name, state in states.items():
+                self.parts[name].load_state_dict(state)
+            self._load_ranks(*found)
+        if step > args.steps:
+            raise UserError(f"--steps {args.steps} is below step {step}, which {run.path} has reached")
+        run.rewind(step)
+        run.say(f"resumed at step {step}{kept_length(self.learner.optimizers, args.steps)}")
+
+    def load(self, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Load the learner's state; returns the state of the parts.
+
+        Raises:
+            UserError: another format or trainer, or models of other names or shapes (the first five differences).
+        """
+        name, learner = self.args.trainer, self.learner
+        if manifest["format"] != FORMAT or manifest["trainer"] != name:
+            found = f"format {manifest['format']}, trainer {manifest['trainer']!r}"
+            raise UserError(f"{folder}: {found}; expected format {FORMAT}, trainer {name!r}")
+        there = {key.removeprefix("model-"): s for key, s in manifest["shapes"].items() if key.startswith("model-")}
+        odd = [f"model {n}: absent there" for n in learner.models if n not in there]
+        odd += [f"model {n}: absent here" for n in there if n not in learner.models]
+        for n in [n for n in learner.models if n in there]:
+            odd += [f"{n}.{line}" for line in differences(there[n], _shapes(learner.models[n].state_dict()))]
+        if odd:
+            raise UserError(f"{folder} does not fit: {'; '.join(odd[:5])}")
+        for n, model in learner.models.items():
+            model.load_state_dict(read_tree(folder / f"model-{n}.safetensors"))
+        for n, optimizer in learner.optimizers.items():
+            optimizer.load_state_dict(read_tree(folder / f"optimizer-{n}.safetensors"))
+        state = read_tree(folder / "trainer.safetensors")
+        learner.loss.load_state_dict(state["loss"])
+        contracts.load_state(learner.trainer, state["own"])
+        learner.updates = state["updates"]
+        return state["parts"]
+
+    def load_newest(self) -> str:
+        """Load the learner's state from the newest checkpoint; returns its name."""
+        folder, manifest = newest(self.root, set_aside=False)
+        self.load(folder, manifest)
+        return folder.name
+
+    def _load_ranks(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Load the state of this process, or of all former ones, and its random generators."""
+        rank, before = self.run.rank, manifest["world_size"]
+        if before == parallel.world_size():
+            states = [_rank_state(folder, rank)]
+            set_random_state(states[0]["random"])
+        else:
+            logger.warning("%s was saved by %d process(es); the random generators are seeded anew", folder, before)
+            seed_all(derive_seed(self.args.seed, rank, manifest["step"]))
+            states = [_rank_state(folder, r) for r in range(before)]
+        for name, part in self.parts.items():
+            if before == parallel.world_size() and hasattr(part, "load_rank_state"):
+                part.load_rank_state(states[0][name])
+            elif hasattr(part, "load_rank_states"):
+                part.load_rank_states([state[name] for state in states])
 
 
-def restore_rank(folder: Path, manifest: dict[str, Any], rank: int, seed: int) -> dict[str, Any]:
-    """Restore this process's random generators; returns its own state, such as the metrics since the last line.
-
-    With another number of processes than before, the generators start from `seed` instead, which is said, and what is
-    returned is {"ranks": the own states of all former processes}.
-    """
-    if manifest["world_size"] == parallel.world_size():
-        state = _own_state(folder, rank)
-        set_random_state(state["random"])
-        return state
-    logger.warning("%s was saved by %d process(es); the random generators start anew", folder, manifest["world_size"])
-    seed_all(seed)
-    return {"ranks": [_own_state(folder, r) for r in range(manifest["world_size"])]}
-
-
-def _own_state(folder: Path, rank: int) -> dict[str, Any]:
-    """What a process saved; its parts are read one by one, as they are asked for."""
-    state = read_tree(folder / f"rank-{rank}.safetensors")
-    if "parts" in state:
-        state["parts"] = (read_tree(folder / f"{name}.safetensors") for name in state["parts"])
-    return state
+def _rank_state(folder: Path, rank: int) -> dict[str, Any]:
+    """The state that one process saved; its parts are read lazily, one by one."""
+    states = read_tree(folder / f"rank-{rank}.safetensors")
+    for state in states.values():
+        if isinstance(state, dict) and "parts" in state:
+            state["parts"] = (read_tree(folder / f"{name}.safetensors") for name in state["parts"])
+    return states

@@ -1,23 +1,18 @@
-"""Command lines in one line: plugins, names with suggestions, and tyro errors without the box."""
+"""Shared by all command lines: plugins, suggestions for misspelt names, and tyro's errors as one line."""
 
 import contextlib
 import importlib
 import io
-import math
 import re
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, make_dataclass
+from collections.abc import Sequence
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, where
 
 T = TypeVar("T")
-# Options that only one of the scripts has, and that a trainer may have defaults for.
-OF_ONE_SCRIPT = {"normalise", "num_envs", "learning_starts", "updates_per_step", "buffer_size"}
-OF_ONE_SCRIPT |= {"normalise_observations", "normalise_rewards"}
 
 
 def import_plugins(modules: Sequence[str]) -> None:
@@ -33,19 +28,9 @@ def import_plugins(modules: Sequence[str]) -> None:
         except ModuleNotFoundError as error:
             if error.name and (name == error.name or name.startswith(error.name + ".")):
                 raise UserError(f"--plugins {name}: no such module in {Path.cwd()} or on the Python path") from error
-            raise UserError(f"--plugins {name}: {error} ({where(error)}); install it or mend the import") from error
+            raise UserError(f"--plugins {name}: {error} ({where(error)}); install it or fix the import") from error
         except Exception as error:
             raise UserError(f"--plugins {name}: {type(error).__name__}: {error} ({where(error)})") from error
-
-
-def where(error: BaseException) -> str:
-    """The file and line of the innermost frame of user code in which `error` was raised."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}:{error.lineno}"
-    frames = list(traceback.extract_tb(error.__traceback__))
-    own = [frame for frame in frames if "site-packages" not in frame.filename and "importlib" not in frame.filename]
-    frames = own or frames
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown place"
 
 
 def pick(registry: dict[str, type], option: str, name: str) -> type:
@@ -53,36 +38,6 @@ def pick(registry: dict[str, type], option: str, name: str) -> type:
     if name not in registry:
         raise UserError(f"--{option} {name}: unknown {option}; {nearest(name, registry)}")
     return registry[name]
-
-
-def options_of(component: type, values: dict[str, Any] | None = None) -> Any:
-    """A factory is its own options dataclass; a trainer has a nested `Config`; a plain class has no options."""
-    options = component if is_dataclass(component) else getattr(component, "Config", NoOptions)
-    values = values or {}
-    known = [field.name for field in fields(options)]
-    for name in values:
-        if name not in known:
-            raise UserError(f"{component.__name__} has no option {name!r}; {nearest(name, known)}")
-    return options(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
-
-
-def extended(component: type, extra: type) -> type:
-    """A component with the options of a dataclass beside its own."""
-    if not is_dataclass(component):
-        return type(component.__name__, () if component is object else (component,), {"Config": extra})
-    both = make_dataclass(component.__name__, [], bases=(component, extra), frozen=True, kw_only=True)
-    both.__doc__ = component.__doc__
-    return both
-
-
-def instantiate(component: type, options: Any) -> Any:
-    """The factory object: the options themselves when the factory is its own dataclass, else a plain instance."""
-    return options if is_dataclass(component) else component()
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """No options."""
 
 
 # tyro is imported where it is used, so that a copy of this folder works without it.
@@ -98,7 +53,7 @@ def model_options(defaults: dict[str, Any]) -> Any:
 
 
 def given(argv: Sequence[str], option: str) -> bool:
-    """Whether the command line itself sets `option` ("batch-size"), rather than leaving it at its default."""
+    """Whether the command line sets `option`, such as "batch-size"."""
     group, _, name = option.rpartition(".")
     names = {f"--{option}", f"--{group}.no-{name}" if group else f"--no-{name}"}
     return any(word.partition("=")[0].replace("_", "-") in names for word in argv)
@@ -114,20 +69,6 @@ def without(argv: Sequence[str], option: str) -> list[str]:
     return words
 
 
-def subject(args: Any, option: str) -> str:
-    """What a run is about, for its folder's name: the task or id of what `option` chose, or else its name."""
-    options = getattr(args, f"{option}_options")
-    named = getattr(options, "id", "") or getattr(options, "task", "") or getattr(args, option)
-    return re.sub(r"[^\w.-]+", "-", str(named))
-
-
-def at_least(options: Any, least: dict[str, int]) -> None:
-    """Refuse options below the least value that makes sense, and infinite ones. Raises UserError naming the first."""
-    for name, value in least.items():
-        if getattr(options, name) is not None and not value <= getattr(options, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be {value} or more")
-
-
 def pairs(option: str, entries: Sequence[str]) -> dict[str, str]:
     """KEY=VALUE entries as a dict. Raises UserError for one without "="."""
     for entry in entries:
@@ -136,19 +77,8 @@ def pairs(option: str, entries: Sequence[str]) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries)
 
 
-@contextlib.contextmanager
-def one_line(subject: str) -> Iterator[None]:
-    """Whatever a component raises while it is built becomes a UserError: one line with its file and line."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error) if str(error).startswith(subject) else f"{subject}: {error}") from error
-    except Exception as error:
-        raise UserError(f"{subject}: {type(error).__name__}: {error} ({where(error)})") from error
-
-
 def choose(registry: dict[str, type], *more: str) -> Any:
-    """Let a `str` option take the registry's names, plugins' included, and show its default plainly."""
+    """tyro's annotation of a `str` option that takes the registry's names, plugins included, and shows its default."""
     import tyro
 
     return tyro.conf.arg(
@@ -158,7 +88,7 @@ def choose(registry: dict[str, type], *more: str) -> Any:
 
 
 def choose_some(registry: dict[str, type]) -> Any:
-    """Let an option take any number of words; `--help` shows the registry's names, plugins' included."""
+    """tyro's annotation of an option of any number of words; `--help` shows the registry's names, plugins included."""
     import tyro
     from tyro.constructors import PrimitiveConstructorSpec
 
@@ -171,10 +101,10 @@ def choose_some(registry: dict[str, type]) -> Any:
 
 
 def chosen_models(registry: dict[str, type], needs: dict[str, str], asked: Sequence[str]) -> dict[str, str]:
-    """Model name -> registry name of what `--model` asks for: NAME=ENTRY, or ENTRY for the model whose role it has.
+    """Model name -> registry name, from `--model`: NAME=ENTRY, or ENTRY for the model of that entry's role.
 
     Args:
-        needs: Model name -> default entry of what the trainer has; an entry without a role is for the first.
+        needs: Model name -> default entry, of the trainer; an entry without a role is for the first model.
 
     Raises:
         UserError: an entry or model that does not exist, or two entries for one model.
@@ -195,22 +125,22 @@ def chosen_models(registry: dict[str, type], needs: dict[str, str], asked: Seque
 
 
 def named(name: str) -> Any:
-    """Call a field of options otherwise on the command line."""
+    """tyro's annotation that renames an option on the command line."""
     import tyro
 
     return tyro.conf.arg(name=name)
 
 
 def parse_names(options: type[T], argv: Sequence[str]) -> T:
-    """First pass: read only the fields of `options` and leave the rest of the command line alone, `--help` included."""
+    """First pass: read only the fields of `options`, and ignore the rest of the command line, `--help` included."""
     return _tyro(options, argv, add_help=False)[0]
 
 
 def parse(options: type[T], argv: Sequence[str], default: T | None = None, quiet: bool = False) -> T:
-    """Parse with tyro. `--help` prints and exits 0; anything wrong raises UserError with one line.
+    """Parse with tyro. `--help` prints and exits with 0; any error raises UserError with one line.
 
     Args:
-        quiet: Print no help (every process but the first).
+        quiet: Print no help, as on all processes but the first.
     """
     extra = {} if default is None else {"default": default}
     try:
@@ -236,7 +166,7 @@ class _HelpText(Exception):  # noqa: N818  (no error)
 
 
 def _tyro(options: type[T], argv: Sequence[str], **extra: Any) -> tuple[T, list[str]]:
-    """What tyro parses and the words it does not know; its box with an error becomes one line."""
+    """The options that tyro parses, and the unknown words. Raises UserError with tyro's error as one line."""
     import tyro
 
     out = io.StringIO()

@@ -1,4 +1,4 @@
-"""Reading a run's .jsonl files, and drawing them."""
+"""Read a run's .jsonl files and draw their curves."""
 
 import json
 import os
@@ -9,7 +9,7 @@ PANELS = 15
 
 
 def step_of(line: str) -> float:
-    """The step of a line of a .jsonl file; infinite for a torn or damaged one."""
+    """The step of a line of a .jsonl file; infinite for an incomplete or damaged line."""
     try:
         return float(int(json.loads(line)["step"])) if line.endswith("\n") else float("inf")
     except (ValueError, KeyError, TypeError, OverflowError):
@@ -17,7 +17,7 @@ def step_of(line: str) -> float:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; torn and damaged lines are left out."""
+    """The objects of a .jsonl file, without incomplete or damaged lines."""
     if not path.exists():
         return []
     lines = path.read_text(errors="replace").splitlines(True)
@@ -25,9 +25,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def diverging(run: Path) -> str:
-    """What shows that a run's values have left what its rewards allow, or "".
+    """Describe values of a run that exceed what its rewards allow, or "".
 
-    No value can be larger than the largest reward in every step, max |r| / (1 - discount); twice that is too much.
+    No value exceeds that of the largest reward in every step, max |r| / (1 - discount); twice that bound is reported.
     """
     try:
         options = json.loads((run / "args.json").read_text())["args"]["trainer_options"]
@@ -46,66 +46,85 @@ def diverging(run: Path) -> str:
 
 
 def draw_curves(runs: list[Path], path: Path) -> None:
-    """Draw the losses, the evaluation and the learning rates of runs over each other."""
+    """Draw losses, evaluations and learning rates of several runs in common panels."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
 
     metrics = {run: read_lines(run / "metrics.jsonl") for run in runs}
     evaluations = {run: read_lines(run / "eval.jsonl") for run in runs}
-    found = {key for lines in metrics.values() for line in lines for key in line if _is_curve(key)}
-    names = sorted((key for key in found if _mean_of(key) not in found - {key}), key=_place)
-    score = (
-        "success_rate"
-        if any(e["success_rate"] is not None for es in evaluations.values() for e in es)
-        else "return_mean"
-    )
-    diverge = any(diverging(run) for run in runs)
-    panels = [score, *names] if any(evaluations.values()) else names
-    crowded = len(runs) > 5  # the legend has a panel of its own then
+    names = curve_names([line for lines in metrics.values() for line in lines])
+    scored = [line for lines in evaluations.values() for line in lines]
+    score = "success_rate" if any(line["success_rate"] is not None for line in scored) else "return_mean"
+    panels = [score, *names] if scored else names
+    crowded = len(runs) > 5  # then the legend has a separate panel
     panels = panels[: PANELS - crowded] or ["train/loss"]
-    columns = min(3, len(panels) + crowded)
-    rows = -(-(len(panels) + crowded) // columns)
-    width, height = 4.2 * columns, 3.0 * rows  # inches, as the margins; fitting those to the text would draw all twice
-    margins = {"left": 0.75 / width, "right": 1 - 0.15 / width, "bottom": 0.45 / height, "top": 1 - 0.35 / height}
-    margins |= {"wspace": 0.75 / 3.4, "hspace": 0.8 / 2.2}  # in widths and heights of a panel
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, gridspec_kw=margins)
+    figure, axes = _grid(len(panels) + crowded)
     palette = matplotlib.colormaps["tab10" if len(runs) <= 10 else "tab20"]
     colors = {run: palette(index % palette.N) for index, run in enumerate(runs)}  # the same in every panel
-    for axis, name in zip(axes.flat, panels, strict=False):
+    diverged = any(diverging(run) for run in runs)
+    for axis, name in zip(axes, panels, strict=False):
         for run in runs:
-            lines = evaluations[run] if name == score else metrics[run]
-            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            if not points:
-                continue
-            x, y = zip(*points, strict=True)
-            marker, color = "o" if len(x) < 20 else None, colors[run]
-            axis.plot(x, y, marker=marker, markersize=3, linewidth=1.2, label=run.name, color=color)
-            ends = (f"{name}_min", f"{name}_max")  # the band of what the mean is of, in the runs that have one
-            if band := [(line["step"], *(line[end] for end in ends)) for line in lines if ends[0] in line]:
-                axis.fill_between(*zip(*band, strict=True), alpha=0.15, color=color)
-            if name == "success_rate":
-                low, high = zip(*(line["success_ci"] for line in lines if line.get(name) is not None), strict=True)
-                axis.fill_between(x, low, high, alpha=0.2, color=color)
-                axis.set_ylim(-0.02, 1.02)
-        shown = [value for line in axis.lines for value in line.get_ydata()]
-        if "loss" in name and min(shown, default=0) > 0:
-            axis.set_yscale("log")
-        wrong = diverge and name in ("train/q", "train/v")
-        title = name.replace("_", " ") + (" DIVERGING" if wrong else "")
-        axis.set_title(title, fontsize=9, color="red" if wrong else "black")
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(which="both", labelsize=7)
-        axis.grid(alpha=0.3)
-    for axis in list(axes.flat)[len(panels) :]:
+            _draw_run(axis, name, evaluations[run] if name == score else metrics[run], run.name, colors[run])
+        _finish_panel(axis, name, diverged and name in ("train/q", "train/v"))
+    for axis in axes[len(panels) :]:
         axis.axis("off")
     if len(runs) > 1:
         legend = [Line2D([], [], color=colors[run], label=run.name) for run in runs]
-        where = axes.flat[len(panels) if crowded else 0]
+        where = axes[len(panels) if crowded else 0]
         where.legend(handles=legend, fontsize=7, loc="upper left" if crowded else "best")
     save_figure(figure, path, dpi=100)
+
+
+def curve_names(lines: list[dict[str, Any]]) -> list[str]:
+    """The metrics that have a panel, in order; minima and maxima are drawn in the panel of their mean."""
+    found = {key for line in lines for key in line if key.startswith(("train/", "val/"))}
+    return sorted((key for key in found if _mean_of(key) not in found - {key}), key=_place)
+
+
+def _grid(count: int) -> tuple[Any, list[Any]]:
+    """A figure and its panels, `count` or a few more, at most three in a row."""
+    from matplotlib import pyplot as plt
+
+    columns = min(3, count)
+    rows = -(-count // columns)
+    width, height = (
+        4.2 * columns,
+        3.0 * rows,
+    )  # inches, as are the margins; fitting them to the text would draw all twice
+    margins = {"left": 0.75 / width, "right": 1 - 0.15 / width, "bottom": 0.45 / height, "top": 1 - 0.35 / height}
+    margins |= {"wspace": 0.75 / 3.4, "hspace": 0.8 / 2.2}  # in widths and heights of a panel
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, gridspec_kw=margins)
+    return figure, list(axes.flat)
+
+
+def _draw_run(axis: Any, name: str, lines: list[dict[str, Any]], label: str, color: Any) -> None:
+    """One run's curve of one metric, with the band from its least to its largest value, or of its interval."""
+    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    if not points:
+        return
+    x, y = zip(*points, strict=True)
+    axis.plot(x, y, marker="o" if len(x) < 20 else None, markersize=3, linewidth=1.2, label=label, color=color)
+    ends = (f"{name}_min", f"{name}_max")
+    if band := [(line["step"], *(line[end] for end in ends)) for line in lines if ends[0] in line]:
+        axis.fill_between(*zip(*band, strict=True), alpha=0.15, color=color)
+    if name == "success_rate":
+        low, high = zip(*(line["success_ci"] for line in lines if line.get(name) is not None), strict=True)
+        axis.fill_between(x, low, high, alpha=0.2, color=color)
+        axis.set_ylim(-0.02, 1.02)
+
+
+def _finish_panel(axis: Any, name: str, diverged: bool) -> None:
+    """Scale, title and ticks of a panel; losses that are all positive are drawn on a logarithmic scale."""
+    shown = [value for line in axis.lines for value in line.get_ydata()]
+    if "loss" in name and min(shown, default=0) > 0:
+        axis.set_yscale("log")
+    title = name.replace("_", " ") + (" DIVERGING" if diverged else "")
+    axis.set_title(title, fontsize=9, color="red" if diverged else "black")
+    axis.set_xlabel("step", fontsize=8)
+    axis.tick_params(which="both", labelsize=7)
+    axis.grid(alpha=0.3)
 
 
 def save_figure(figure: Any, path: Path, dpi: int) -> None:
@@ -118,15 +137,11 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
     plt.close(figure)
 
 
-def _is_curve(key: str) -> bool:
-    return key.startswith(("train/", "val/"))
-
-
 def _mean_of(key: str) -> str:
-    """What `key`, a least or largest value, belongs to."""
+    """The metric of which `key` is the minimum or maximum."""
     return key.removesuffix("_min").removesuffix("_max")
 
 
 def _place(key: str) -> tuple[int, str]:
-    """Losses first, what is the same in every run last."""
+    """Sort key of panels: losses first, then metrics, gradient norms and learning rates."""
     return ("loss" not in key) + 2 * ("/grad_norm" in key) + 4 * ("/lr." in key), key

@@ -1,46 +1,49 @@
-"""`--debug`: everything small and in one process, and what a person with a debugger wants to see first."""
+"""`--debug`: small sizes in one process, and a first look at models, batch and gradients."""
 
 from collections.abc import Callable
-from dataclasses import is_dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from ..acting.saved import load_policy
-from . import checkpoint
-
-# Defaults under --debug, of the scripts that have them; what the command line gives stays. A component may add its own
-# in `debug_options`.
-SMALL = {"steps": 40, "batch_size": 32, "log_every": 10, "eval_every": 20, "eval_episodes": 1, "eval_envs": 1}
-SMALL |= {"save_every": 20, "num_envs": 2, "learning_starts": 20, "buffer_size": 1000}
-
-# Under --debug, whatever the command line says: no processes beside this one, no clocks, nothing between the debugger
-# and the code.
-PLAIN = {"workers": 0, "compile": False, "hang_timeout": 0.0, "env_timeout": 0.0}
-PLAIN_COMPONENT = {"workers": 1}
-PLAIN_ENV = {"workers": 0}
+from ..acting.policy_folder import load_policy
 
 
-def plain(options: Any, values: dict[str, Any] = PLAIN) -> Any:
-    """Set what `PLAIN` names in the script's options, and the others in those of the components."""
-    changes = {name: value for name, value in values.items() if hasattr(options, name)}
-    nested = {name: value for name, value in vars(options).items() if is_dataclass(value)}
-    own = {"env_options": PLAIN_ENV}
-    return replace(options, **changes, **{n: plain(value, own.get(n, PLAIN_COMPONENT)) for n, value in nested.items()})
+def alone(options: Any, always: dict[str, Any]) -> Any:
+    """A script's options with the values of `always`, and without worker processes in its components."""
+    nested = {name: value for name, value in vars(options).items() if hasattr(value, "workers")}
+    changes = {n: replace(value, workers=0 if n == "env_options" else 1) for n, value in nested.items()}
+    return replace(options, **always, **changes)
+
+
+def watch(learner: Any, run: Any) -> None:
+    """Print the models now, the first batch when it arrives, and the gradient norms with each log line."""
+    update, log = learner.update, run.log
+
+    def first_update(batch: dict[str, Any]) -> None:
+        show_batch(batch, run.say)
+        learner.update = update
+        update(batch)
+
+    def log_with_norms(record: dict[str, Any]) -> None:
+        log(record)
+        show_norms(record, run.say)
+
+    show_models(learner.models, run.say)
+    learner.update, run.log = first_update, log_with_norms
 
 
 def show_models(models: nn.ModuleDict, say: Callable[[str], None]) -> None:
-    """Parameter counts."""
+    """Print the parameter counts of the models."""
     for name, model in models.items():
-        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
-        say(f"model {name}: {total} parameters, {learning} learn")
+        say(f"model {name}: {total} parameters, {trainable} trainable")
 
 
 def show_batch(batch: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Keys, shapes and ranges, as `train_step` gets them."""
+    """Print keys, shapes and ranges of a batch, as `train_step` receives it."""
     for key, value in batch.items():
         if isinstance(value, Tensor):
             x = value.float()
@@ -51,24 +54,20 @@ def show_batch(batch: dict[str, Any], say: Callable[[str], None]) -> None:
 
 
 def show_norms(record: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Gradient norms of a line of the log."""
+    """Print the gradient norms of a log line."""
     norms = {key.rpartition(".")[2]: value for key, value in record.items() if "grad_norm" in key}
     if norms:
         say("gradient norms: " + "  ".join(f"{name} {value:.4g}" for name, value in norms.items()))
 
 
-def load_again(
-    run: Path, restore: Callable[[Path, dict[str, Any]], Any], acts: bool, say: Callable[[str], None]
-) -> None:
-    """Load what the run has left: its newest checkpoint, and its policy, which acts once."""
-    folder, manifest = checkpoint.newest(run / "checkpoints", set_aside=False)
-    restore(folder, manifest)
-    say(f"loaded {folder.name}")
+def load_again(run: Any, checkpoints: Any, acts: bool) -> None:
+    """Load the newest checkpoint and, where it acts, the saved policy, which acts once."""
+    run.say(f"loaded {checkpoints.load_newest()}")
     if acts:
-        policy = load_policy(run)
+        policy = load_policy(run.path)
         shapes = {key: policy.spec[key] for key in policy.observation_keys}
         frames = {
             key: np.zeros(tuple(f.get("stored_shape", f["shape"]))[policy.obs_steps > 1 :], f["dtype"])
             for key, f in shapes.items()
         }
-        say(f"loaded the policy; at zero it acts {policy.act(frames)}")
+        run.say(f"loaded the policy; its action for zeros is {policy.act(frames)}")

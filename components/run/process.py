@@ -1,4 +1,4 @@
-"""How a process is stopped and how it ends: signals, the launcher's end, exit codes."""
+"""How a process stops and ends: signals, the end of its launcher, exit codes."""
 
 import contextlib
 import multiprocessing
@@ -12,23 +12,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..envs.vector import hurry
-from ..errors import UserError
-from .command_line import where
+from ..errors import UserError, where
 
-ALONE = 5.0  # seconds after which an error that rank 0 has not told must be this process's own
-PATIENCE = 10.0  # seconds that an environment which does not come back may hold up a stop
+ALONE = 5.0  # seconds in which rank 0 reports an error that it has, too
+PATIENCE = 10.0  # seconds by which an environment that does not return may delay a stop
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the run to save and stop; a second SIGTERM or Ctrl-C leaves at once.
+    """SIGTERM, SIGUSR1 and Ctrl-C ask the run to save and stop; a second SIGTERM or Ctrl-C exits immediately.
 
-    Before it is `armed` (while everything is being built) the first one leaves, too. Worker processes inherit the
-    handlers when they are forked: there, SIGTERM ends them and Ctrl-C is left to their parent.
+    Before it is `armed` (while the run is being built), the first signal exits, too. Worker processes inherit the
+    handlers when they are forked: in them, SIGTERM exits and Ctrl-C is ignored, since the parent handles it.
     """
 
     def __init__(self) -> None:
         self.asked, self.armed, self.asked_at, self.pid = False, False, 0.0, os.getpid()
-        self.last_words: Callable[[], None] = lambda: None  # said before a second signal leaves at once
+        self.last_words: Callable[[], None] = lambda: None  # called before a second signal exits
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, self._ask)
@@ -43,18 +42,18 @@ class StopRequest:
         if not self.asked:
             self.asked, self.asked_at = True, time.monotonic()
             hurry(PATIENCE)
-        # `timeout` and some launchers send the same signal to a process and then to its group: that is one request.
+        # `timeout` and some launchers send the same signal to a process and then to its group: it counts once.
         elif number != signal.SIGUSR1 and time.monotonic() - self.asked_at > 0.1:
             self.last_words()
             leave(128 + number)
 
 
 def end_with_launcher() -> None:
-    """Watch the `accelerate launch` or torchrun that started this process, and ask it to stop when that is gone.
+    """Watch the `accelerate launch` or torchrun that started this process, and stop the run when it has ended.
 
-    Without this a one-process launch that is stopped leaves its training behind as an orphan. The signal is SIGUSR1: a
-    request to save and stop which does not count as the second one when SIGTERM went to both. A process that a shell
-    started is not watched, since a run with `nohup` is meant to outlive it.
+    Otherwise, stopping a launch of one process would leave its training behind as an orphan. The signal is SIGUSR1: it
+    asks to save and stop, and does not count as a second signal when SIGTERM went to both. A parent that is a shell is
+    not watched, since a run with `nohup` must outlive it.
     """
     if not {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & set(os.environ):  # a launcher sets them
         return
@@ -65,32 +64,32 @@ def end_with_launcher() -> None:
             time.sleep(0.5)
         os.kill(os.getpid(), asked)
 
-    if _adopts_orphans(parent):  # it went while this process was being loaded
+    if _adopts_orphans(parent):  # the launcher ended while this process was starting
         os.kill(os.getpid(), asked)
     threading.Thread(target=watch, daemon=True).start()
 
 
 def _adopts_orphans(pid: int) -> bool:
-    """Whether a process is the system's first one, or systemd, and no launcher (in a container it may be the first)."""
+    """Whether a process is init or systemd, and not a launcher (which may be process 1 in a container)."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:  # no Linux, or not ours to read
+    except OSError:  # not Linux, or not readable
         command = ""
     first = pid == 1 or Path(command.split("\0")[0]).name == "systemd"
     return first and not any(launcher in command for launcher in ("accelerate", "torch"))
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once, and the workers that it has started."""
+    """End this process and its workers immediately."""
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(code)
 
 
-def run(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run a script's `main` and end the process: at once, so that no library holds it up on the way out.
+def run_script(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a script's `main`, then end the process immediately, so that no library delays the exit.
 
-    Exit codes: 0; 2 for what the user can mend; 1 for a failed run; each told in one line.
+    Exit codes: 0 for success, 1 for a failed run, 2 for a UserError; each error is reported in one line.
     """
     end_with_launcher()
     first = os.environ.get("RANK", "0") == "0"
@@ -101,9 +100,9 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         code = 2
         if first:
             print(f"error: {error}", file=sys.stderr)
-        elif not error.told:
+        elif not error.reported:
             wait_for_first()
-            tell_alone(error, os.environ["RANK"])
+            report_alone(error, os.environ["RANK"])
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except KeyboardInterrupt:
@@ -112,23 +111,23 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
         who = "" if first else f"process {os.environ['RANK']}: "
         print(f"error: {who}{type(error).__name__}: {in_one_line(error)} ({where(error)})", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone
+        with contextlib.suppress(OSError, ValueError):  # the reader may be gone
             stream.flush()
     leave(code)
 
 
 def wait_for_first() -> None:
-    """Leave it to rank 0 to tell an error: nearly always it has the same one, and the launcher then ends this process.
+    """Wait for rank 0 to report an error: it usually has the same one, and the launcher then ends this process.
 
-    The launcher would also end rank 0 as soon as this process had left, before it has spoken.
+    If this process exited first, the launcher could end rank 0 before its report.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(ALONE)
 
 
-def tell_alone(error: UserError, rank: int | str) -> None:
-    """Tell an error that must be this process's own."""
-    error.told = True
+def report_alone(error: UserError, rank: int | str) -> None:
+    """Report an error that only this process has."""
+    error.reported = True
     print(f"error: process {rank}: {error}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""How a run gets on: a bar on a terminal, plain lines otherwise."""
+"""Progress of a run: a bar on a terminal, plain lines otherwise."""
 
 import shutil
 import sys
@@ -13,7 +13,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """A bar on a terminal, plain lines otherwise; silent on other processes than the first.
+    """A bar on a terminal, plain lines otherwise; silent on all processes but the first.
 
     Args:
         total: Steps of the run.

@@ -1,4 +1,4 @@
-"""What else decides a run's numbers: versions, commit, machine."""
+"""Versions, commit and machine, on which a run's numbers depend besides its arguments."""
 
 import hashlib
 import inspect
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def environment(components: Iterable[type]) -> dict[str, Any]:
-    """Versions, commit and machine: what else decides a run's numbers. No environment variables, so no secrets."""
+    """Versions, commit and machine, as `args.json` records them. No environment variables, so no secrets."""
     return {
         "component_versions": {f"{c.__module__}.{c.__qualname__}": _source_hash(c) for c in components},
         "packages": dict(_packages()),
@@ -47,7 +47,7 @@ def environment(components: Iterable[type]) -> dict[str, Any]:
 
 
 def _source_hash(component: type) -> str | None:
-    """A component's version is its file: the first digits of the SHA-256 of its source."""
+    """Version of a component: the first digits of the SHA-256 of its source file."""
     try:
         file = inspect.getsourcefile(component)
         return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] if file else None
@@ -55,7 +55,7 @@ def _source_hash(component: type) -> str | None:
         return None
 
 
-@lru_cache(maxsize=1)  # what this process has loaded
+@lru_cache(maxsize=1)  # the versions that this process has loaded
 def _packages() -> dict[str, str | None]:
     found: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:

@@ -1,4 +1,4 @@
-"""The run folder: what was asked, what happened, how it ended, and the pictures that a person looks at first."""
+"""The run folder: arguments, logs, status, curves and videos."""
 
 import contextlib
 import fcntl
@@ -11,17 +11,17 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Container
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..acting.evaluation import headline, scores
+from ..acting.policy_folder import save_policy
 from ..errors import StoppedError, UserError
-from ..parallel import on_first, world_size
+from ..parallel import gather, on_first, world_size
 from .checkpoint import sync, write_json
 from .curves import draw_curves, step_of
-from .process import StopRequest, in_one_line, leave, tell_alone, wait_for_first
+from .process import StopRequest, in_one_line, leave, report_alone, wait_for_first
 from .progress import Progress
 from .provenance import environment
 from .tracking import Tracker
@@ -30,14 +30,14 @@ LOGS = ("metrics.jsonl", "eval.jsonl", "episodes.jsonl")
 
 
 class Run:
-    """One run: its folder, its screen and its mirror, as a context that tells how the run ended.
+    """One run: its folder, screen output and tracker; a context manager that records how the run ended.
 
-    Rank 0 writes and shows; elsewhere most methods do nothing. What fails before `begin` leaves no folder behind; what
-    fails later leaves its traceback in `error-rank<r>.txt`. What the disk has no room for is kept and tried again.
+    Only rank 0 writes and prints; most methods do nothing on other ranks. A failure before `begin` leaves no folder
+    behind; a later one leaves its traceback in `error-rank<r>.txt`. Log lines that a full disk rejects are retried.
 
     Args:
-        path: The folder, which exists.
-        rank: This process.
+        path: Existing run folder.
+        rank: Of this process.
         hang_timeout: Seconds without a `beat` after which the process ends itself; 0 for never.
 
     Raises:
@@ -48,13 +48,34 @@ class Run:
         self.path, self.rank, self.first = path, rank, rank == 0
         self.begun, self.step, self.hang_timeout = False, 0, hang_timeout
         self.config: dict[str, Any] = {}
+        self.ended: list[dict[str, Any]] = []  # episodes that are not written yet
         self.unwritten: list[tuple[str, dict[str, Any]]] = []
         self.lock: Any = None
-        on_first(rank, self._take_lock)  # where the folder is in use, every process leaves it as it is
+        on_first(rank, self._take_lock)  # if the folder is in use, no process touches it
         self.tracker, self.progress = Tracker(path), Progress(0, 0, shown=self.first)
         self.stop = StopRequest()
         self.stop.last_words = lambda: self._status("preempted", "a second signal: left without saving")
-        self.cleanup = contextlib.ExitStack()  # what must be closed however the run ends
+        self.cleanup = contextlib.ExitStack()  # closed when the run ends, also after a failure
+
+    @classmethod
+    def of(cls, args: Any, rank: int) -> "Run":
+        """The run that the arguments name: in a new folder, or the run to resume.
+
+        Raises:
+            UserError: on every process, when the folder cannot hold a new run, or another process holds it.
+        """
+        start_logging(rank)
+        name = f"{args.trainer}-{args.subject}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path = on_first(rank, lambda: args.resume or claim(args.run_dir, name))
+        return cls(Path(path), rank, args.hang_timeout)
+
+    def already_finished(self, steps: int) -> bool:
+        """Whether the run has already made so many steps; if so, reports it."""
+        status = read_status(self.path)
+        finished = status["state"] == "finished" and status["step"] >= steps
+        if finished:
+            self.say(f"{self.path} is finished at step {status['step']}; increase --steps to continue")
+        return finished
 
     def _take_lock(self) -> None:
         self.lock = lock(self.path)
@@ -73,15 +94,15 @@ class Run:
             self.lock.close()
 
     def _failed(self, error: BaseException) -> None:
-        """Leave word of what ended the run."""
+        """Record why the run ended."""
         if isinstance(error, UserError) and not self.first:
             wait_for_first()
             self._write_error("".join(traceback.format_exception(error)))
-            tell_alone(error, self.rank)
+            report_alone(error, self.rank)
         elif not isinstance(error, (UserError, SystemExit)):
             self._write_error("".join(traceback.format_exception(error)))
         for path in sorted(self.path.glob("error-rank*.txt")):
-            if path.name != f"error-rank{self.rank}.txt":  # whoever lost its peer passes on the peer's own last words
+            if path.name != f"error-rank{self.rank}.txt":  # a process that lost its peer reports the peer's error, too
                 error.add_note(f"see {path}: {last_line(path)}")
         if self.begun:
             self._status("failed", f"{type(error).__name__}: {in_one_line(error)}")
@@ -93,17 +114,17 @@ class Run:
             (self.path / f"error-rank{self.rank}.txt").write_text(text)
 
     def beat(self) -> None:
-        """Tell that the run gets on. Raises nothing; the loops call it at every step."""
+        """Record that the run makes progress; the loops call this at every step."""
         self.alive_at = time.monotonic()
 
     def tick(self) -> None:
-        """`beat`, for long work inside a step. Raises StoppedError when a stop was asked for."""
+        """`beat`, for long work inside a step. Raises StoppedError when a stop was requested."""
         self.beat()
         if self.stop.asked:
             raise StoppedError("stopped by a signal")
 
     def _watch(self) -> None:
-        """In a thread: end the process when it hangs, and leave word of where."""
+        """In a thread: end the process when it hangs, and record where."""
         main = threading.main_thread().ident
         while self.hang_timeout > 0:
             time.sleep(min(1.0, self.hang_timeout / 4))
@@ -118,29 +139,33 @@ class Run:
                 print(f"error: process {self.rank} {reason}", file=sys.stderr, flush=True)
                 leave(1)
 
-    def begin(self, args: Any, argv: list[str], env: dict[str, Any] | None, step: int, precision: str) -> None:
-        """Write `args.json`: from here on the folder holds a run. `config` has the options as recorded.
+    def advance(self, steps: int) -> None:
+        """Count completed steps."""
+        self.step += steps
+        self.beat()
+
+    def closing(self, thing: Any) -> Any:
+        """Close `thing` when the run ends, also after a failure; returns it."""
+        self.cleanup.callback(thing.close)
+        return thing
+
+    def begin(self, args: Any, env: dict[str, Any] | None, precision: str, size: str) -> None:
+        """Write `args.json`, which makes the folder a run; sets `config` to the recorded options.
 
         Args:
             args: The script's arguments.
-            argv: The command line behind them.
             env: {"name", options} of the evaluation.
-            step: Where the run starts.
-            precision: What accelerate computes in.
+            precision: Mixed precision of accelerate.
+            size: Description of the data and the run, for the screen.
         """
         from .. import REGISTRIES
 
         config = self.config = asdict(args) | {"resume": ""}  # the same for a resumed run
-        record: dict[str, Any] = {
-            "script": Path(inspect.getfile(type(args))).name,
-            "args": config,
-            "argv": argv,
-            "command": sys.argv,
-        }
+        script = Path(inspect.getfile(type(args))).name
+        record: dict[str, Any] = {"script": script, "args": config, "argv": args.argv, "command": sys.argv}
         record |= {"env": env, "seed": args.seed, "world_size": world_size(), "mixed_precision": precision}
-        names = {o: [config[o]] if isinstance(config[o], str) else config[o] for o in REGISTRIES if o in config}
-        entries = {option: [word.rpartition("=")[2] for word in words] for option, words in names.items()}
-        chosen = [REGISTRIES[o][entry] for o, words in entries.items() for entry in words if entry in REGISTRIES[o]]
+        entries = {o: [config[o]] for o in REGISTRIES} | {"model": [entry for entry, _ in args.models.values()]}
+        chosen = [REGISTRIES[o][entry] for o, names in entries.items() for entry in names if entry in REGISTRIES[o]]
         if self.first:
             for stale in self.path.glob("error-rank*.txt"):
                 stale.unlink()
@@ -150,61 +175,83 @@ class Run:
             try:
                 write_json(self.path / "args.json", record | surroundings)
             except OSError as error:
-                raise UserError(f"{self.path} cannot be written ({error.strerror}); make room or mend it") from error
+                raise UserError(f"{self.path} cannot be written ({error.strerror}); make it writable") from error
             if args.track:
                 self.tracker.start(config, args.track_project, args.track_name, args.track_group)
-        self.progress = Progress(args.steps, step, shown=self.first)
-        self.begun, self.step, self.stop.armed = True, step, True
+        self.progress = Progress(args.steps, self.step, shown=self.first)
+        self.begun, self.stop.armed = True, True
         self.beat()
         if self.hang_timeout > 0:
             threading.Thread(target=self._watch, daemon=True).start()
         self._status("running")
+        self.say(f"{self.path}: {world_size()} process(es), {size}")
 
     def compare_machine(self, now: dict[str, Any]) -> None:
-        """Say when what decides a run's last bits is not what it was when the run began."""
+        """Report changes since the run began that change the last bits of its numbers: threads, CPU, torch."""
         before = read_args(self.path)
         for group, name in (("machine", "threads"), ("machine", "cpu"), ("packages", "torch")):
             if before[group][name] != now[group][name]:
                 self.say(f"{name} was {before[group][name]} and is {now[group][name]}: the last bits will differ")
 
-    def say(self, text: str) -> None:
-        """Print a line, once."""
-        self.progress.say(text)
+    def say(self, *lines: str) -> None:
+        """Print lines on the first process, without the empty ones."""
+        for line in filter(None, lines):
+            self.progress.say(line)
 
-    def tell(self, text: str) -> None:
-        """Print a line about this process, whichever it is."""
+    def report(self, text: str) -> None:
+        """Print a line about this process, on any rank."""
         if self.first:
             self.say(text)
         else:
             print(f"process {self.rank}: {text}", flush=True)
 
     def log(self, record: dict[str, Any]) -> None:
-        """One line of `metrics.jsonl`, and of the screen."""
+        """Add a line for the current step to `metrics.jsonl` and the screen."""
+        record = {"step": self.step} | record
         if self.first:
             self._append("metrics.jsonl", record)
             self.tracker.log(record, record["step"])
         self.progress.update(record["step"], record)
 
-    def episodes(self, episodes: list[dict[str, Any]]) -> None:
-        """Lines of `episodes.jsonl`, one for each episode that ended while data was collected."""
-        for episode in episodes if self.first else ():
-            self._append("episodes.jsonl", episode)
+    def count_episodes(self, episodes: list[dict[str, Any]], metrics: Any) -> None:
+        """Keep the episodes of this process that ended at this step, and add their numbers to the metrics."""
+        for episode in episodes:
+            self.ended.append({"step": self.step, **episode})
+            metrics.add({key: value for key, value in episode.items() if key != "env"}, "train/")
 
-    def evaluated(self, result: dict[str, Any]) -> None:
-        """One line of `eval.jsonl`."""
+    def write_episodes(self) -> None:
+        """Add a line to `episodes.jsonl` for each episode of any process that ended since the last call."""
+        for episode in (episode for part in gather(self.ended) for episode in part):
+            if self.first:
+                self._append("episodes.jsonl", episode)
+        self.ended = []
+
+    def rank_state(self) -> dict[str, Any]:
+        """The episodes of this process that are not written yet."""
+        return {"episodes": self.ended}
+
+    def load_rank_state(self, state: dict[str, Any]) -> None:
+        """Restore the state of `rank_state`."""
+        self.ended = state["episodes"]
+
+    def evaluated(self, result: dict[str, Any] | None, problem: str = "") -> None:
+        """Add a line to `eval.jsonl` and the screen, or report why the evaluation failed."""
+        if result is None:
+            self.say(f"the evaluation at step {self.step} failed, training continues: {problem}")
+            return
         if self.first:
             self._append("eval.jsonl", result)
             self.tracker.log(scores(result), result["step"])
         self.say(f"step {result['step']}: {headline(result)}")
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        """Append a line, or keep it until there is room for it."""
+        """Append a line; while the disk is full, keep it."""
         self.unwritten.append((name, record))
         try:
             self._write_lines()
         except OSError as error:
             if len(self.unwritten) == 1:
-                self.say(f"{self.path / name} CANNOT BE WRITTEN ({error.strerror}), its lines are kept and tried again")
+                self.say(f"{self.path / name} CANNOT BE WRITTEN ({error.strerror}), its lines are kept and retried")
 
     def _write_lines(self) -> None:
         while self.unwritten:
@@ -213,23 +260,31 @@ class Run:
             del self.unwritten[0]
 
     def settle(self) -> None:
-        """Put on disk what the logs say so far; called before a checkpoint counts. Raises OSError: no room."""
+        """Write and fsync the logs; called before a checkpoint becomes valid. Raises OSError: the disk is full."""
         self._write_lines()
         for name in LOGS:
             if (self.path / name).exists():
                 sync(self.path / name)
 
     def saved(self) -> None:
-        """A checkpoint of this step counts."""
+        """Record that a checkpoint of this step is valid."""
         self._status("running")
 
+    def leave_policy(self, policy: Any, evaluator: Any, args: Any) -> None:
+        """Write the policy, and a video of it where the environment renders."""
+        if self.first and policy is not None:
+            save_policy(self.path / "policy", policy, args)
+        if self.first and evaluator is not None and not args.debug:
+            problem = evaluator.film(self.path / "videos" / f"step-{self.step:09d}.mp4")
+            self.say(f"no video: {problem}" if problem else "")
+
     def preempted(self) -> None:
-        """The run stopped before its end, on request."""
+        """Record that the run was stopped before its last step, on request."""
         self._status("preempted", "stopped by a signal")
-        self.say(f"stopped at step {self.step}; go on with --resume {self.path}")
+        self.say(f"stopped at step {self.step}; continue with --resume {self.path}")
 
     def finished(self) -> None:
-        """The run reached its last step."""
+        """Record that the run reached its last step, and draw its curves."""
         if self.first:
             draw_curves([self.path], self.path / "curves.png")
             for film in (self.path / "videos").glob(f"*{self.step}.mp4"):
@@ -240,12 +295,12 @@ class Run:
 
     def _status(self, state: str, reason: str = "") -> None:
         if state != "running":
-            self.stop.last_words = lambda: None  # nothing that comes later changes how the run ended
+            self.stop.last_words = lambda: None  # a later signal does not overwrite how the run ended
         if self.first:
             path, status = self.path / "status.json", {"state": state, "step": self.step, "reason": reason}
             try:
                 write_json(path, status)
-            except OSError as error:  # a full disk has room for what replaces the old words in their place
+            except OSError as error:  # on a full disk, overwrite the old file in place
                 try:
                     with open(path, "r+") as file:
                         file.write(json.dumps(status))
@@ -253,13 +308,8 @@ class Run:
                 except OSError:
                     self.say(f"{path} CANNOT BE WRITTEN ({error.strerror})")
 
-    def finished_at(self) -> int:
-        """The step at which the run finished; -1 when it did not."""
-        status = read_status(self.path)
-        return status["step"] if status["state"] == "finished" else -1
-
     def rewind(self, step: int) -> None:
-        """Drop what the .jsonl files say of later steps, and a torn last line, before the run goes on from `step`."""
+        """Drop lines of later steps, and an incomplete last line, from the .jsonl files before a resume at `step`."""
         for name in LOGS if self.first else ():
             path = self.path / name
             if path.exists():
@@ -272,39 +322,21 @@ class Run:
 
 
 def start_logging(rank: int) -> None:
-    """Let components say things once: on the first process."""
+    """Show the log messages of components: all on the first process, errors alone on the others."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("components").setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 
 def last_line(path: Path) -> str:
-    """Of a text file; empty where it cannot be read."""
+    """The last line of a text file; "" if it cannot be read."""
     try:
         return ([""] + path.read_text(errors="replace").splitlines())[-1]
     except OSError:
         return ""
 
 
-def refuse_changes(run: str, stored: dict[str, Any], asked: dict[str, Any], may_change: Container[str]) -> None:
-    """Refuse options beside `--resume` that would make another run. Raises UserError listing them."""
-    stored, asked = (_flat(json.loads(json.dumps(options))) for options in (stored, asked))
-    changed = [key for key in asked if key.split(".")[0] not in may_change and asked[key] != stored.get(key)]
-    if changed:
-        lines = [f"{key.replace('_options', '')} {stored.get(key)} -> {asked[key]}" for key in changed]
-        raise UserError(
-            f"--resume {run} cannot change: {'; '.join(lines)}; start a new run (--init-from {run}) for that"
-        )
-
-
-def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in options.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def append_line(path: Path, record: dict[str, Any], wait: bool = True) -> None:
-    """Append one JSON object as a line, whole or not at all, and wait until it is on disk if asked to."""
+    """Append one JSON object as a line, completely or not at all; with `wait`, fsync it."""
     line = json.dumps(finite(record), allow_nan=False) + "\n"
     before = path.stat().st_size if path.exists() else 0
     try:
@@ -319,7 +351,7 @@ def append_line(path: Path, record: dict[str, Any], wait: bool = True) -> None:
 
 
 def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: numbers that are not finite become null."""
+    """Replace numbers that are not finite by None, since JSON has no NaN."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
@@ -347,24 +379,24 @@ def claim(wanted: str, default_name: str) -> str:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
-        with contextlib.suppress(OSError):  # nothing is in it, or it was there before
+        with contextlib.suppress(OSError):  # a folder with other files stays
             path.rmdir()
         raise UserError(f"--run-dir {path} cannot be written ({error.strerror}); choose another folder") from error
     return str(path)
 
 
 def discard(path: Path) -> None:
-    """Remove a folder in which a run did not come to begin, when nothing else is in it."""
+    """Remove the folder of a run that did not begin, unless it holds other files."""
     if not (path / "args.json").exists():
         (path / ".lock").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # it may have been there before, with files of its own
+        with contextlib.suppress(OSError):  # a folder with other files stays
             path.rmdir()
 
 
 def lock(path: Path) -> Any:
-    """Hold the run folder for as long as this process lives; the returned file keeps the lock.
+    """Lock the run folder for as long as this process lives; the returned file keeps the lock.
 
-    The lock is the process's own: workers that it has forked, and that outlive it, do not hold it.
+    The lock belongs to this process alone: forked workers that outlive it do not hold it.
 
     Raises:
         UserError: another process holds it.
@@ -382,7 +414,7 @@ def lock(path: Path) -> Any:
 
 
 def read_args(run: Path, made_by: str = "") -> dict[str, Any]:
-    """Read a run's `args.json`. Raises UserError when there is no run, it is damaged, or another script's."""
+    """Read a run's `args.json`. Raises UserError: no run, a damaged file, or a run of another script."""
     path = run / "args.json"
     if not path.exists():
         raise UserError(f"{run}: no run here (args.json is missing)")
@@ -392,12 +424,12 @@ def read_args(run: Path, made_by: str = "") -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
     if made_by and script != made_by:
-        raise UserError(f"{run} is a run of {script}; go on with: python {script} --resume {run}")
+        raise UserError(f"{run} is a run of {script}; continue with: python {script} --resume {run}")
     return record
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """A run's `status.json`; a run that was killed before it wrote one is at step 0, as is one where it is damaged."""
+    """A run's `status.json`; if it is missing (the run was killed before) or damaged, state "unknown" at step 0."""
     try:
         status = json.loads((run / "status.json").read_text())
         return {"state": str(status["state"]), "step": int(status["step"]), "reason": str(status["reason"])}

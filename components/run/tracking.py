@@ -1,4 +1,4 @@
-"""Weights & Biases as a mirror of `metrics.jsonl`: it may fail, and then the run goes on without it."""
+"""Weights & Biases as a mirror of `metrics.jsonl`; if it fails, the run continues without it."""
 
 import logging
 import netrc
@@ -13,12 +13,12 @@ from typing import Any
 from urllib.parse import urlparse
 
 logger = logging.getLogger(__name__)
-PATIENCE = 3.0  # seconds for each of: finding the server, joining it, going on without it
-WAITING = 10_000  # records that may wait for a server which does not answer; later ones are dropped
+PATIENCE = 3.0  # seconds to reach the server, and to join it; `finish` waits for twice as long
+WAITING = 10_000  # most records that wait for a server that does not answer; later ones are dropped
 
 
 class Tracker:
-    """A wandb run once it is started, and nothing before. A resumed run keeps its id, so that its curves go on.
+    """A wandb run; its methods do nothing before `start`. A resumed run keeps its id, so that its curves continue.
 
     Args:
         folder: Run folder; wandb keeps its files there.
@@ -30,7 +30,7 @@ class Tracker:
         self.records: queue.Queue[tuple[dict[str, Any], int] | None] = queue.Queue(WAITING)
 
     def start(self, config: dict[str, Any], project: str, name: str, group: str) -> None:
-        """Join the server, or go on offline within seconds.
+        """Join the server within seconds, or log offline.
 
         Args:
             config: The run's options.
@@ -39,7 +39,7 @@ class Tracker:
         try:
             import wandb
         except ImportError:
-            logger.warning("--track: wandb is missing (pip install wandb); the run goes on without it")
+            logger.warning("--track: wandb is missing (pip install wandb); the run continues without it")
             return
         id_file = self.folder / ".wandb-id"
         run_id = id_file.read_text() if id_file.exists() else uuid.uuid4().hex[:8]
@@ -54,7 +54,7 @@ class Tracker:
                 self.run = wandb.init(mode=mode, settings=settings, **options)  # type: ignore[arg-type]
             except Exception as error:
                 logger.warning("--track: wandb %s failed (%s)", mode, (str(error) or repr(error)).splitlines()[0])
-                options["id"] = run_id = uuid.uuid4().hex[:8]  # wandb may hold on to the id of a run that did not begin
+                options["id"] = run_id = uuid.uuid4().hex[:8]  # wandb may still hold the id of the failed run
                 id_file.write_text(run_id)
                 continue
             if mode == "offline":
@@ -65,7 +65,7 @@ class Tracker:
 
     @staticmethod
     def _reachable(base_url: str) -> bool:
-        """Whether there is a key and the server answers within seconds; wandb itself would wait for 100 s."""
+        """Whether there is an API key and the server answers within seconds; wandb itself would wait for 100 s."""
         found: list[bool] = []
 
         def knock() -> None:
@@ -79,18 +79,18 @@ class Tracker:
         return bool(found)
 
     def log(self, record: dict[str, Any], step: int) -> None:
-        """Mirror one record; a thread sends it, so that a network which is lost holds nothing up."""
+        """Queue one record; a thread sends it, so that a lost network does not delay the run."""
         if self.run is not None and not self.records.full():
             self.records.put(({key: value for key, value in record.items() if key != "step"}, step))
 
     def _send(self) -> None:
-        """In a thread: send what is logged until `finish`, or until wandb fails."""
+        """In a thread: send the queued records until `finish`, or until wandb fails."""
         run = self.run
         while (item := self.records.get()) is not None:
             try:
                 run.log(item[0], step=item[1])
             except Exception as error:
-                logger.warning("--track: wandb stopped (%s); the run goes on without it", error)
+                logger.warning("--track: wandb stopped (%s); the run continues without it", error)
                 self.run = None
                 return
         try:
@@ -106,7 +106,7 @@ class Tracker:
             self.log({"eval/video": wandb.Video(str(path), format="mp4")}, step)
 
     def finish(self) -> None:
-        """Send what is left, for a few seconds at most."""
+        """Send the remaining records, for a few seconds at most."""
         if self.run is not None:
             if not self.records.full():
                 self.records.put(None)
@@ -116,7 +116,7 @@ class Tracker:
 
 
 def _within(seconds: float, action: Callable[[], Any]) -> bool:
-    """Run `action` in a thread that is left behind when it takes longer; whether it ended in time."""
+    """Run `action` in a thread that is abandoned when it takes longer; returns whether it ended in time."""
 
     def quietly() -> None:
         try:

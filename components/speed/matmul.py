@@ -1,8 +1,8 @@
-"""Which matrix product of this CPU is the fastest that is still float32.
+"""The fastest matrix product of this CPU that still has float32 precision.
 
-Torch's default on x86 is MKL, which on processors of another maker than its own may reach half the speed of oneDNN. The
-setting "medium" of torch chooses oneDNN, but where there is hardware for it (AMX, CUDA) also a lower precision; so the
-probe measures the error before the time.
+Torch's default on x86 is MKL, which may reach only half the speed of oneDNN on processors that are not Intel's. Torch's
+setting "medium" selects oneDNN but, where the hardware supports it (AMX, CUDA), also a lower precision; so the probe
+measures the error as well as the time.
 """
 
 import time
@@ -12,20 +12,20 @@ import torch
 from ..parallel import from_first
 
 SIZE, WARM_UP, TIMES = 256, 5, 30
-WORST = 1e-3  # error of a float32 product of this size is some 1e-5, of a bfloat16 one some 1e-1
-WORTH = 1.1  # gain below which it is left as it is
+WORST = 1e-3  # largest error; that of a float32 product of this size is about 1e-5, of a bfloat16 one 1e-1
+WORTH = 1.1  # speed-up below which the default is kept
 
 
 def choose(asked: str, before: str | None, device: torch.device) -> str:
-    """Set torch's float32 matrix products as `asked` ("default" or "auto"); returns what to say, "" for nothing.
+    """Set torch's float32 matrix products as `asked` ("default" or "auto"); returns a line for the screen, or "".
 
     Args:
-        before: The setting of the run that is resumed, which is kept: other kernels give other bits.
+        before: Setting of the resumed run, which is kept, since other kernels change the last bits; None for a new run.
     """
     if asked == "default":
         return ""
     if device.type != "cpu":
-        return f"matrix products: left as they are on {device.type}"
+        return f"matrix products: unchanged on {device.type}"
     if before is not None:
         torch.set_float32_matmul_precision(before)
         return f"matrix products: {before!r}, as the run had begun"
@@ -43,7 +43,7 @@ def choose(asked: str, before: str | None, device: torch.device) -> str:
 
 
 def probe() -> tuple[float, float]:
-    """GFLOP/s of a product of two normal matrices `[SIZE, SIZE]`, and its largest error."""
+    """GFLOP/s of a product of two standard normal matrices `[SIZE, SIZE]`, and its largest absolute error."""
     a, b = torch.randn(2, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x, y = a.float(), b.float()
     error = float((x @ y - x.double() @ y.double()).abs().max())

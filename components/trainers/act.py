@@ -1,11 +1,11 @@
 """Action chunking with transformers (Zhao et al., 2023, arXiv:2304.13705, section IV, algorithms 1 and 2).
 
-q(z | a, o) = N(mu, sigma^2) encodes a demonstrated chunk a, pi(o, z) gives it back:
+q(z | a, o) = N(mu, sigma^2) encodes a demonstrated chunk a, pi(o, z) reconstructs it:
 
     L = |pi(o, z) - a|_1 + beta KL(q(z | a, o) || N(0, 1)),   z ~ q         (algorithm 1)
 
-Acting, z is the prior's mean 0, and the chunks of several steps are averaged (temporal ensembling, algorithm 2): a
-setting of every policy: --policy.ensemble.
+At inference z is the prior's mean 0, and the chunks of several steps are averaged (temporal ensembling, algorithm 2).
+Every policy has that setting: --policy.ensemble.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Demonstrations
 from ..errors import UserError
 from ..losses import zero_padding
 from ..models.checks import check_chunks
@@ -26,7 +27,7 @@ class ACT:
     """Action chunking with transformers."""
 
     needs = {"policy": "act", "encoder": "cnn"}
-    # The paper trains at lr 1e-5 and batch 8 for hours, on chunks of 100 steps. These suit short tasks with states.
+    # The paper trains at lr 1e-5 and batch 8 for hours, on chunks of 100 steps. These are for short tasks with states.
     defaults = {
         "dataset": "metaworld",
         "dataset.action-steps": 16,
@@ -43,7 +44,6 @@ class ACT:
         "eval-every": 1000,
     }
     accumulates = True
-    imitates = True
 
     @dataclass(frozen=True)
     class Config:
@@ -63,8 +63,13 @@ class ACT:
         self.encoder = encoder_of(models)
         self.optimizers, self.loss = optimizers, loss
 
+    @staticmethod
+    def data(config: Any) -> Demonstrations:
+        """Items of the dataset, unchanged."""
+        return Demonstrations()
+
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction plus weighted KL divergence, and what is logged."""
+        """Reconstruction plus weighted KL divergence, and the metrics."""
         action, is_pad = data["action"], data.get("action_is_pad")  # [B, Ta, Da], [B, Ta]
         observation = self.encoder(data)
         mean, log_variance = self.models["policy"].latent_of(observation, action, is_pad)  # [B, Z] each
@@ -84,7 +89,7 @@ class ACT:
         return metrics
 
     def policy(self) -> nn.Module:
-        """What acts: the decoder at z = 0."""
+        """The decoder at z = 0."""
         return EncodedPolicy(self.encoder, self.models["policy"])
 
 

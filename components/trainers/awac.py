@@ -7,10 +7,10 @@ The equation number is the paper's; primes mark targets and successors, a' and a
     A    = min_i Q_i(s, a) - min_i Q_i(s, a~)
     J_pi = -E exp(A / lambda) log pi(a|s)                       eq. 13
 
-The critics step first; the advantage is theirs after it (algorithm 1).
+The critics step first; the advantage uses their new weights (algorithm 1).
 
-Deviations: the normalising constant of eq. 13 is left out, as the paper does in practice, and the weight is cut at 100;
-actions that the policy draws are cut to [-1, 1].
+Deviations: the normalising constant of eq. 13 is left out, as the paper does in practice, and the weight is clipped at
+100; actions that the policy draws are clipped to [-1, 1].
 """
 
 import copy
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Promises, Window
 from ..optimizers import update
 from ..value_learning import (
     OFFLINE_RL,
@@ -46,15 +47,14 @@ class AWAC:
         "model.hidden-dims": (256, 256, 256),
         "model.critic.hidden-dims": (256, 256, 256),
     }
-    compiles = ("critic_loss", "actor_loss")
-    cycle = 1
+    promises = Promises(repeats_after=1, compiles=("critic_loss", "actor_loss"))
 
     @dataclass(frozen=True)
     class Config:
         """Advantage-weighted actor-critic; CORL's values and networks (the authors' batch has 1024 transitions)."""
 
         temperature: float = 1.0
-        """Temperature lambda of the policy's weights; small ones trust the advantage."""
+        """Temperature lambda of the policy's weights; with a small one the advantage matters more."""
         discount: float = 0.99
         """Discount factor gamma per environment step."""
         n_step: int = 1
@@ -67,22 +67,20 @@ class AWAC:
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         self.models: Any = models
         self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
         check_rates(self.config, temperature=(1e-6, 1e9), n_step=(1, 1e9))
-        if spec is None:  # built without data, to look at
-            return
         check_transitions(spec, "awac")
         check_actions(spec, "awac")
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
-    def window(config: Any) -> dict[str, Any]:
+    def data(config: Any) -> Window:
         """Single transitions, or n steps."""
-        return {"discount": config.discount, "n_step": config.n_step}
+        return Window(discount=config.discount, n_step=config.n_step)
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q."""
@@ -95,7 +93,7 @@ class AWAC:
         return loss, {"critic_loss": loss.detach()} | summary("q", q) | data_summary(data)
 
     def actor_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_pi; the critic gets no gradient."""
+        """J_pi, without gradient for the critic."""
         policy = self.models["policy"]
         mean = policy(data)  # [B, Da]
         with torch.no_grad():
@@ -121,5 +119,5 @@ class AWAC:
         return metrics | more
 
     def explorer(self) -> nn.Module:
-        """What acts while data is collected: a draw from the policy."""
+        """The collecting policy, which samples from the policy."""
         return Explorer(self.models["policy"])

@@ -2,7 +2,8 @@
 
 min_theta  E_(o, a ~ demonstrations)  loss(pi_theta(o), a)
 
-With a Gaussian or mixture head and the loss `nll` it is maximum likelihood, and the most likely component's mean acts.
+With a Gaussian or mixture head and the loss `nll`, this is maximum likelihood; at inference the action is the mean of
+the most likely component.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Demonstrations
 from ..losses import zero_padding
 from ..models.checks import check_regression
 from ..models.encoder import EncodedPolicy, encoder_of
@@ -30,19 +32,23 @@ class BC:
         "batch-size": 256,
     }
     accumulates = True
-    imitates = True
 
     def __init__(self, models: nn.ModuleDict, optimizers: dict[str, Optimizer], loss: nn.Module) -> None:
         check_regression(models, loss)
         self.models, self.optimizers, self.loss = models, optimizers, loss
         self.encoder = encoder_of(models)
 
+    @staticmethod
+    def data(config: Any) -> Demonstrations:
+        """Items of the dataset, unchanged."""
+        return Demonstrations()
+
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one batch, and what is logged."""
+        """The loss of one batch, and the metrics."""
         prediction, target = self.models["policy"](self.encoder(data)), data["action"]  # [B, (Ta,) Da]
         if isinstance(prediction, Tensor):
             found, expected = tuple(prediction.shape), tuple(target.shape)
-            assert found == expected, f"policy gives {found}, data {expected}"
+            assert found == expected, f"policy returns {found}, data has {expected}"
         if "action_is_pad" in data:
             prediction, target = zero_padding(prediction, target, data["action_is_pad"])
         loss = self.loss(prediction, target)
@@ -54,5 +60,5 @@ class BC:
         return metrics
 
     def policy(self) -> nn.Module:
-        """What acts."""
+        """The policy."""
         return EncodedPolicy(self.encoder, self.models["policy"])

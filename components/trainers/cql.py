@@ -1,7 +1,7 @@
 """Conservative Q-learning (Kumar et al., 2020, arXiv:2006.04779), and Cal-QL (Nakamoto et al., 2023, arXiv:2303.05479).
 
-Soft actor-critic whose critics are pressed down where the policy goes and up on the data. Equation numbers are CQL's;
-a~ and a' are drawn from the policy pi, primes mark targets and successors:
+Soft actor-critic whose critics are lowered at the policy's actions and raised at the data's. Equation numbers are
+CQL's; a~ and a' are drawn from the policy pi, primes mark targets and successors:
 
     y       = r + gamma (1 - terminated) min_i Q'_i(s', a')
     R_i     = E [log sum_a exp Q_i(s, a) - Q_i(s, a)]                                     eq. 4
@@ -10,14 +10,14 @@ a~ and a' are drawn from the policy pi, primes mark targets and successors:
     J_T     = E -log(temperature) (log pi(a~|s) + H)          H: the target entropy
 
 The sum over actions is estimated from n actions each that are drawn uniformly, from pi(.|s) and, as in the authors'
-code, from pi(.|s'), each divided by its density (appendix F). Cal-QL raises the values of pi's actions there to the
-return that the data reached (its section 5). All losses use the weights from before the step, so that one backward pass
-serves them.
+code, from pi(.|s'), each divided by its density (appendix F). Cal-QL raises the values of pi's actions in that sum to
+at least the return of the data (its section 5). All losses use the weights from before the step, so that one backward
+pass serves them.
 
-Deviations: the Lagrange variant of alpha is left out; no steps of behaviour cloning come first, which the authors' code
-has 40 000 of; the entropy is not added to the targets, as in their code; layers begin as torch's. The return of an
-episode that was cut is what it reached until then, as in Cal-QL's code; for tasks with sparse negative rewards that has
-an option that lets the last reward go on for ever, which is left out.
+Deviations: the Lagrange variant of alpha is left out; there are no initial steps of behaviour cloning, of which the
+authors' code has 40 000; the entropy is not added to the targets, as in their code; layers are initialised by torch's
+defaults. The return of a truncated episode is the sum of its rewards, as in Cal-QL's code, whose option for sparse
+negative rewards, which repeats the last reward forever, is left out.
 """
 
 import copy
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Promises, Window
 from ..optimizers import update
 from ..value_learning import (
     OFFLINE_RL,
@@ -53,7 +54,7 @@ class CQL:
         "model.hidden-dims": (256, 256, 256),
         "model.critic.hidden-dims": (256, 256, 256),
     }
-    cycle = 1
+    promises = Promises(repeats_after=1)
 
     @dataclass(frozen=True)
     class Config:
@@ -62,7 +63,7 @@ class CQL:
         alpha: float = 5.0
         """Weight of the conservative term."""
         calibrated: bool = False
-        """Cal-QL: press no action's value below the return that the data reached from there."""
+        """Cal-QL: do not lower the value of an action below the return of the data from that state."""
         actions: int = 10
         """Actions n drawn from each of the three distributions."""
         discount: float = 0.99
@@ -72,21 +73,19 @@ class CQL:
         target_rate: float = 0.005
         """Fraction of the critics mixed into their targets after each update (tau)."""
         target_entropy: float | None = None
-        """Entropy H that the temperature steers to; None takes minus the width of the action."""
+        """Target H of the policy's entropy; None for minus the width of the action."""
 
     def __init__(
         self,
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         self.models: Any = models
         self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
         check_rates(self.config, alpha=(0, 1e9), actions=(1, 1e4), n_step=(1, 1e9))
-        if spec is None:  # built without data, to look at
-            return
         check_transitions(spec, "cql", more=["return_to_go"] if self.config.calibrated else [])
         check_actions(spec, "cql")
         width, entropy = int(spec["action"]["shape"][-1]), self.config.target_entropy
@@ -95,9 +94,9 @@ class CQL:
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
-    def window(config: Any) -> dict[str, Any]:
-        """Single transitions, or n steps; Cal-QL's know the return to go."""
-        return {"discount": config.discount, "n_step": config.n_step, "to_go": config.calibrated}
+    def data(config: Any) -> Window:
+        """Single transitions, or n steps; for Cal-QL with the return to go."""
+        return Window(discount=config.discount, n_step=config.n_step, to_go=config.calibrated)
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q; one pass of the critics serves the data's actions and all that are drawn."""
@@ -125,7 +124,7 @@ class CQL:
         return loss, {k: v.detach() for k, v in metrics.items()} | summary("q", q) | data_summary(data)
 
     def actor_losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_pi + J_T; neither moves the critics, nor J_pi the temperature."""
+        """J_pi + J_T, without gradient for the critics, nor from J_pi for the temperature."""
         action, log_prob = self.models["policy"].sample(data)  # [B, Da], [B]
         q = frozen(self.models["critic"], data, action).amin(0)  # [B]
         temperature = self.models["temperature"]()
@@ -136,7 +135,7 @@ class CQL:
         return actor_loss + temperature_loss, metrics
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of all losses, whose gradients do not meet, and what is logged."""
+        """The sum of all losses, which train different networks, and the metrics."""
         critic_loss, metrics = self.critic_loss(data)
         actor_losses, more = self.actor_losses(data)
         return critic_loss + actor_losses, metrics | more
@@ -148,5 +147,5 @@ class CQL:
         return metrics
 
     def explorer(self) -> nn.Module:
-        """What acts while data is collected: a draw from the policy."""
+        """The collecting policy, which samples from the policy."""
         return Explorer(self.models["policy"])

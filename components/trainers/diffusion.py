@@ -11,7 +11,7 @@ the observation. Sampling goes backwards over any subset of the steps (Song et a
     sigma^2 = eta^2 (1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s)
 
 with eta = 0 for DDIM and eta = 1 for DDPM. Deviation: as in the released code the predicted a is clipped, here to the
-range of the data; and e is then derived again from x_t and the clipped a, so that the two stay consistent.
+range of the data; then e is recomputed from x_t and the clipped a, so that the two stay consistent.
 """
 
 import math
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Demonstrations
 from ..errors import UserError
 from ..losses import zero_padding
 from ..models.checks import check_chunks
@@ -32,7 +33,7 @@ from ..optimizers import update
 class Diffusion:
     """Diffusion Policy on chunks, with any denoiser."""
 
-    # The paper executes 8 steps of a chunk and trains for hours, on e; these suit short tasks and trainings of minutes.
+    # The paper executes 8 steps of a chunk and trains for hours, on e; these are for short tasks and runs of minutes.
     needs = {"policy": "unet1d", "encoder": "cnn"}
     defaults = {
         "dataset": "metaworld",
@@ -53,7 +54,6 @@ class Diffusion:
         "eval-every": 1000,
     }
     accumulates = True
-    imitates = True
 
     @dataclass(frozen=True)
     class Config:
@@ -62,7 +62,7 @@ class Diffusion:
         diffusion_steps: int = 100
         """Steps T of the forward process."""
         prediction: Literal["epsilon", "sample", "v"] = "sample"
-        """What the network predicts: the chunk, v, or the noise (epsilon) as in the paper, which learns more slowly."""
+        """Output of the network: the chunk, v, or the noise (epsilon) as in the paper, which learns more slowly."""
         schedule: Literal["cosine", "linear"] = "cosine"
         """Noise schedule: squared cosine, or the linear betas of Ho et al. (2020)."""
         clip: bool = True
@@ -73,9 +73,9 @@ class Diffusion:
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        device: torch.device | None = None,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
+        device: torch.device | None = None,
     ) -> None:
         self.config = config or self.Config()
         if self.config.diffusion_steps < 2:
@@ -83,11 +83,16 @@ class Diffusion:
         check_chunks(models, loss, "denoises")
         self.models: Any = models
         self.encoder = encoder_of(models)
-        self.optimizers, self.loss, self.action = optimizers, loss, (spec or {}).get("action", {})
+        self.optimizers, self.loss, self.action = optimizers, loss, spec["action"]
         self.alpha_bar = noise_schedule(self.config.schedule, self.config.diffusion_steps).to(device)  # [T]
 
+    @staticmethod
+    def data(config: Any) -> Demonstrations:
+        """Items of the dataset, unchanged."""
+        return Demonstrations()
+
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The denoising loss (Ho et al., 2020, eq. 14), at times and with noise drawn now, and what is logged."""
+        """The denoising loss (Ho et al., 2020, eq. 14), at times and with noise drawn now, and the metrics."""
         action = data["action"]  # [B, (Ta,) Da]
         noise = torch.randn_like(action)
         step = (torch.rand_like(action.flatten(1)[:, 0]) * len(self.alpha_bar)).long()  # [B]
@@ -109,7 +114,7 @@ class Diffusion:
         return metrics
 
     def policy(self) -> nn.Module:
-        """What acts: the sampler."""
+        """The sampler."""
         bounds = self.action.get("range") if self.config.clip else None
         shape = tuple(self.action["shape"])
         encoder, network = self.encoder, self.models["policy"]
@@ -153,7 +158,7 @@ class DiffusionSampler(nn.Module):
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
-        """The start, and for DDPM the noise of every step."""
+        """Shape of the initial noise and, for DDPM, the noise of every step: (1 or steps, (Ta,) Da)."""
         return (1 if self.sampler == "ddim" else self.sampling_steps, *self.shape)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -161,16 +166,16 @@ class DiffusionSampler(nn.Module):
         noise = batch["noise"]  # [B, N, (Ta,) Da]
         x, steps = noise[:, 0], self.steps()
         known: Any = self.alpha_bar
-        alpha_bar = [*(known[t] for t in steps), torch.ones_like(known[0])]  # views: a GPU is not waited for
+        alpha_bar = [*(known[t] for t in steps), torch.ones_like(known[0])]  # views, without a GPU synchronisation
         for i, t in enumerate(steps):
             eta = float(self.sampler == "ddpm" and i + 1 < len(steps))  # the last step ends in the chunk itself
             x = self.step(x, t, alpha_bar[i + 1], condition, eta, noise[:, i + 1] if eta else None)
         return x
 
     def steps(self) -> list[int]:
-        """Evenly spaced from the noise, T - 1, to 0. A network of e begins lower, unless it takes all steps.
+        """Steps t, evenly spaced from T - 1 (noise) to 0. With `epsilon` they start lower, unless all T are taken.
 
-        At T - 1 almost nothing is left of the signal, so an error of e is one of a that is 20 000 times as large.
+        At T - 1 almost no signal is left, so that an error of e becomes an error of a that is 20 000 times as large.
         """
         first, n = self.most_steps - 1, self.sampling_steps
         if self.prediction == "epsilon" and n > 1:

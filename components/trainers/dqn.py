@@ -5,11 +5,11 @@ Primes mark targets and what follows n steps later:
     y   = sum_{i < n} gamma^i r_{t+i} + gamma^n (1 - terminated) Q'(s', argmax_a Q(s', a))       double: eq. 4
     J_Q = E (Q(s, a) - y)^2
 
-With --trainer.no-double the argmax is the target's own. While it collects, it acts at random with a probability that
-falls from `epsilon_start` to `epsilon_end`. The target takes over the weights after every so many updates.
+With --trainer.no-double the argmax is over Q'. The collecting policy takes a random action with a probability that
+falls from `epsilon_start` to `epsilon_end`. The target copies the weights every `target_every` updates.
 
-Deviations, as in CleanRL: the squared error is not clipped (--loss huber does so), Adam in the place of RMSProp; its
-numbers for classic control.
+Deviations, as in CleanRL: the squared error is not clipped (--loss huber does so), Adam in place of RMSProp, its
+values for classic control.
 """
 
 import copy
@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Promises, Window
 from ..data.augmentation import random_shift
 from ..errors import UserError
 from ..models.encoder import encoder_of
 from ..optimizers import update
 from ..value_learning import (
     ONLINE_RL,
+    Counting,
     bootstrapped,
     check_rates,
     check_transitions,
@@ -36,7 +38,7 @@ from ..value_learning import (
 )
 
 
-class DQN:
+class DQN(Counting):
     """Deep Q-network on single transitions or n-step returns, for discrete actions."""
 
     needs = {"critic": "discrete_q", "encoder": "nature_cnn"}
@@ -44,9 +46,9 @@ class DQN:
         "optimizer.lr": 2.5e-4,
         "steps": 500_000,
         "batch-size": 128,
-        "buffer-size": 10_000,
-        "learning-starts": 10_000,
-        "updates-per-step": 0.1,
+        "online.buffer-size": 10_000,
+        "online.learning-starts": 10_000,
+        "online.updates-per-step": 0.1,
         "env.id": "CartPole-v1",
     }
 
@@ -55,21 +57,21 @@ class DQN:
         """Deep Q-network; CleanRL's values for classic control."""
 
         double: bool = True
-        """Choose the best next action by the network, and value it by the target."""
+        """Choose the best next action by the network, and evaluate it by the target."""
         discount: float = 0.99
         """Discount factor gamma per environment step."""
         n_step: int = 1
         """Rewards that are summed before bootstrapping."""
         target_every: int = 50
-        """Updates between those of the target."""
+        """Updates of the network per update of the target."""
         target_rate: float = 1.0
-        """Fraction of the network mixed into the target then."""
+        """Fraction of the network mixed into the target at each of its updates."""
         epsilon_start: float = 1.0
-        """Probability of a random action at first."""
+        """Initial probability of a random action."""
         epsilon_end: float = 0.05
-        """Probability of a random action in the end."""
+        """Final probability of a random action."""
         exploration_steps: int = 250_000
-        """Environment steps over which it falls, linearly."""
+        """Environment steps over which that probability falls, linearly."""
         shift: int = 0
         """Largest random shift of pictures in pixels (DrQ, Kostrikov et al., 2021)."""
 
@@ -78,30 +80,28 @@ class DQN:
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         self.models: Any = models
-        self.optimizers, self.loss, self.config, self.updates = optimizers, loss, config or self.Config(), 0
+        self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
         bounds = {"n_step": (1, 1e9), "target_every": (1, 1e9), "exploration_steps": (0, 1e9), "shift": (0, 1e3)}
         check_rates(self.config, epsilon_start=(0, 1), epsilon_end=(0, 1), **bounds)
-        self.encoder, self.cycle = encoder_of(models), self.config.target_every
-        if spec is None:  # built without data, to look at
-            return
+        self.encoder, self.promises = encoder_of(models), Promises(repeats_after=self.config.target_every)
         check_transitions(spec, "dqn")
         if "classes" not in spec["action"]:
-            raise UserError("dqn chooses among discrete actions; for continuous ones take --trainer sac, td3 or ppo")
+            raise UserError("dqn chooses among discrete actions; for continuous ones use --trainer sac, td3 or ppo")
         self.actions = spec["action"]["classes"]
         for name in [name for name in ("critic", "encoder") if name in models and list(models[name].parameters())]:
             models[f"target_{name}"] = copy.deepcopy(models[name]).requires_grad_(False)
 
     @staticmethod
-    def window(config: Any) -> dict[str, Any]:
+    def data(config: Any) -> Window:
         """Single transitions, or n steps."""
-        return {"discount": config.discount, "n_step": config.n_step}
+        return Window(discount=config.discount, n_step=config.n_step)
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_Q, and what is logged."""
+        """J_Q, and the metrics."""
         data = random_shift(data, self.config.shift)
         with torch.no_grad():
             then = successors(data)
@@ -124,18 +124,12 @@ class DQN:
         return metrics
 
     def policy(self) -> nn.Module:
-        """What acts when it is evaluated: the best action."""
+        """The evaluated policy: the best action."""
         return Greedy(self.encoder, self.models["critic"])
 
     def explorer(self) -> nn.Module:
-        """What acts while data is collected: the best action, or now and then any."""
+        """The collecting policy: the best action, or a random one."""
         return EpsilonGreedy(self.policy(), self.actions, self.config)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]
 
 
 class Greedy(nn.Module):
@@ -150,7 +144,7 @@ class Greedy(nn.Module):
 
 
 class EpsilonGreedy(nn.Module):
-    """A policy's action `[B]`, or with a probability that falls with `env_step` any one."""
+    """A policy's action `[B]`, or a random one with a probability that falls with `env_step`."""
 
     def __init__(self, policy: nn.Module, actions: int, config: Any) -> None:
         super().__init__()

@@ -5,11 +5,11 @@ Conditional flow matching with the paths of Tong et al. (2024), table 1, at sigm
     x_t = (1 - t) x_0 + t a,    x_0 ~ N(0, 1),    u = a - x_0               (Lipman et al., eq. 22 with sigma_min = 0)
     min_theta  E_t |v_theta(x_t, t, o) - u|^2                               (eq. 9)
 
-Acting integrates dx/dt = v_theta(x, t, o) from noise at t = 0 to the chunk at t = 1.
+Sampling integrates dx/dt = v_theta(x, t, o) from noise at t = 0 to the chunk at t = 1.
 
 With `coupling` ot, x_0 and a of a batch are paired by entropic optimal transport (Tong et al., 2024, section 3.2.2),
-which straightens the paths. It pairs within each process's part of the batch; and since it sees actions without their
-observations, the noise of a given observation is no longer quite N(0, 1), which is why it is off by default.
+which straightens the paths. It pairs within each process's part of the batch. Since the pairing ignores observations,
+the noise for a given observation is no longer exactly N(0, 1), so it is off by default.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Demonstrations
 from ..errors import UserError
 from ..losses import sinkhorn, zero_padding
 from ..models.checks import check_chunks
@@ -49,7 +50,6 @@ class Flow:
         "eval-every": 1000,
     }
     accumulates = True
-    imitates = True
 
     @dataclass(frozen=True)
     class Config:
@@ -67,7 +67,7 @@ class Flow:
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         self.config = config or self.Config()
@@ -76,10 +76,15 @@ class Flow:
         check_chunks(models, loss, "denoises")
         self.models: Any = models
         self.encoder = encoder_of(models)
-        self.optimizers, self.loss, self.action = optimizers, loss, (spec or {}).get("action", {})
+        self.optimizers, self.loss, self.action = optimizers, loss, spec["action"]
+
+    @staticmethod
+    def data(config: Any) -> Demonstrations:
+        """Items of the dataset, unchanged."""
+        return Demonstrations()
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The flow-matching loss, at times and with noise drawn now, and what is logged."""
+        """The flow-matching loss, at times and with noise drawn now, and the metrics."""
         action = data["action"]  # [B, (Ta,) Da]
         noise = torch.randn_like(action)
         if self.config.coupling == "ot":
@@ -101,14 +106,14 @@ class Flow:
         return metrics
 
     def policy(self) -> nn.Module:
-        """What acts: the integrator."""
+        """The sampler, which integrates the flow."""
         return FlowSampler(self.encoder, self.models["policy"], tuple(self.action["shape"]))
 
 
 def couple(noise: Tensor, action: Tensor, epsilon: float) -> Tensor:
     """The noise `[B, ...]` in an order drawn from the transport plan to the actions `[B, ...]`, one for each action.
 
-    Deviation from Tong et al., algorithm 3, which draws pairs: every action stays in the batch once.
+    Deviation from Tong et al., algorithm 3, which draws pairs: each action is in the batch exactly once.
     """
     cost = torch.cdist(action.flatten(1), noise.flatten(1)).square()
     plan = sinkhorn(cost, epsilon, iterations=50)  # [B, B], logarithms

@@ -1,8 +1,8 @@
 """Flow Q-learning (Park, Li & Levine, 2025, arXiv:2502.02538).
 
-A flow policy mu clones behaviour; a one-step policy pi(s, z), which acts, is distilled from it and pulled to what the
-critics value. Equation numbers are the paper's; primes mark targets and successors, z is noise from N(0, 1), x_t = (1 -
-t) z + t a with t ~ U(0, 1):
+A flow policy mu clones behaviour. The policy that acts is a one-step policy pi(s, z), which is distilled from mu and
+maximises the critics' values. Equation numbers are the paper's; primes mark targets and successors, z is noise from
+N(0, 1), x_t = (1 - t) z + t a with t ~ U(0, 1):
 
     a'        = clip(pi(s', z), -1, 1)
     y         = r + gamma (1 - terminated) mean_i Q'_i(s', a')
@@ -11,8 +11,8 @@ t) z + t a with t ~ U(0, 1):
     J_distill = E |pi(s, z) - mu(s, z)|^2     mu: Euler steps from z, clipped to [-1, 1]   eq. 7
     J_pi      = alpha J_distill - lambda E mean_i Q_i(s, clip(pi(s, z), -1, 1))            eq. 9
 
-The mean over the critics is the minimum with --trainer.aggregate min. All losses use the weights from before the step,
-so that one backward pass serves them. Squared errors are means over the action's dimensions, as in the authors' code.
+With --trainer.aggregate min, the mean over the critics in y is the minimum. All losses use the weights from before the
+step, so that one backward pass serves them. Squared errors are means over action dimensions, as in the authors' code.
 """
 
 import copy
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Promises, Window
 from ..models.checks import check_chunks
 from ..optimizers import update
 from ..parallel import global_mean
@@ -51,7 +52,7 @@ class FQL:
         "model.time": False,
         **networks("critic", **WIDE),
     }
-    cycle = 1
+    promises = Promises(repeats_after=1)
 
     @dataclass(frozen=True)
     class Config:
@@ -68,7 +69,7 @@ class FQL:
         flow_steps: int = 10
         """Euler steps of the flow policy."""
         aggregate: Literal["mean", "min"] = "mean"
-        """Of the critics' values, in the targets."""
+        """Aggregation of the critics' values in the targets."""
         normalise_q: bool = False
         """Divide the Q-function by its mean size in the policy's loss (lambda)."""
 
@@ -77,15 +78,13 @@ class FQL:
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         self.models: Any = models
         self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
         check_rates(self.config, alpha=(0, 1e9), flow_steps=(1, 1e4), n_step=(1, 1e9))
         check_chunks(models, loss, "denoises")
-        if spec is None:  # built without data, to look at
-            return
         check_transitions(spec, "fql")
         check_actions(spec, "fql")
         self.flow = FlowSampler(nn.Identity(), models["flow"], tuple(spec["action"]["shape"]))
@@ -93,9 +92,9 @@ class FQL:
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
-    def window(config: Any) -> dict[str, Any]:
+    def data(config: Any) -> Window:
         """Single transitions, or n steps."""
-        return {"discount": config.discount, "n_step": config.n_step}
+        return Window(discount=config.discount, n_step=config.n_step)
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q."""
@@ -110,7 +109,7 @@ class FQL:
         return loss, {"critic_loss": loss.detach()} | summary("q", q) | data_summary(data)
 
     def actor_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_flow + J_pi; the critics get no gradient, nor does the flow through J_pi."""
+        """J_flow + J_pi, without gradient for the critics, nor from J_pi for the flow."""
         flow_loss = self.loss(*velocities(self.models["flow"], data))
         action, cloned = distilled(self.models["policy"], self.flow, data)
         distill_loss = self.loss(action, cloned)
@@ -123,7 +122,7 @@ class FQL:
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of all losses, whose gradients do not meet, and what is logged."""
+        """The sum of all losses, which train different networks, and the metrics."""
         critic_loss, metrics = self.critic_loss(data)
         actor_loss, more = self.actor_loss(data)
         return critic_loss + actor_loss, metrics | more
@@ -135,17 +134,17 @@ class FQL:
         return metrics
 
     def policy(self) -> nn.Module:
-        """What acts: the one-step policy."""
+        """The one-step policy."""
         return OneStep(self.models["policy"], self.flow.noise_shape)
 
 
 def one_step(network: Any, observation: dict[str, Any], noise: Tensor) -> Tensor:
-    """pi(s, z): the network without time maps noise `[B, (Ta,) Da]` to actions of its shape, which are not cut."""
+    """pi(s, z): the network without time maps noise `[B, (Ta,) Da]` to actions of its shape, unclipped."""
     return network(noise, noise.new_zeros(1), network.condition(observation))
 
 
 def distilled(policy: Any, flow: nn.Module, data: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """pi(s, z), not cut, and mu(s, z) without gradient, both `[B, (Ta,) Da]`, from the same noise, drawn now."""
+    """pi(s, z), unclipped, and mu(s, z) without gradient, both `[B, (Ta,) Da]`, from the same noise, drawn now."""
     noise = torch.randn_like(data["action"])
     with torch.no_grad():
         cloned = flow({**data, "noise": noise}).clamp(-1, 1)
@@ -161,7 +160,7 @@ def velocities(network: Any, data: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 class OneStep(nn.Module):
-    """Observations and noise -> action in [-1, 1], by one evaluation."""
+    """Observations and noise -> action in [-1, 1], by one evaluation of the network."""
 
     def __init__(self, network: nn.Module, shape: tuple[int, ...]) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 min_theta  E_(s, a, g)  -log pi_theta(a | s, g),    g a later state of the same episode
 
-pi is a Gaussian of unit variance, so it is regression; its mean acts.
+pi is a Gaussian of unit variance, so this is regression; the action at inference is its mean.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..datasets.goals import GoalSampling, goal_transitions
+from ..contracts import Goals, GoalSampling, Promises
 from ..optimizers import update
 from ..value_learning import OFFLINE_RL, check_rates, networks
 
-# The network of all goal-conditioned policies; the variance of its last layer begins at a hundredth.
+# Network of all goal-conditioned policies; the initial variance of its last layer is scaled by a hundredth.
 GOAL_ACTOR: dict[str, Any] = {"hidden_dims": (512, 512, 512), "activation": "gelu", "init": "glorot"}
 GOAL_ACTOR |= {"squash": "none", "final_scale": 0.1}
 
@@ -31,7 +31,7 @@ class GCBC:
     }
 
     accumulates = True
-    cycle = 1
+    promises = Promises(repeats_after=1)
 
     @dataclass(frozen=True)
     class Config:
@@ -49,7 +49,6 @@ class GCBC:
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
         config: Any = None,
     ) -> None:
         self.models: Any = models
@@ -57,17 +56,15 @@ class GCBC:
         check_rates(self.config)
 
     @staticmethod
-    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
-        """The data with goals."""
-        return goal_transitions(
-            data,
-            "gcbc",
+    def data(config: Any) -> Goals:
+        """Transitions with goals."""
+        return Goals(
             actor=GoalSampling(config.actor_goals, config.actor_geometric),
             discount=config.discount,
         )
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The negative log-likelihood, and what is logged."""
+        """The negative log-likelihood, and the metrics."""
         policy = self.models["policy"]
         action = policy(data)  # [B, Da]
         loss = -policy.log_prob(action, data["action"]).mean()

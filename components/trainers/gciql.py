@@ -8,8 +8,8 @@ expectile loss, Q'_i are targets:
     J_pi = E [-min_i Q_i(s, clip(pi(s, g), -1, 1), g) / mean |Q| - alpha log pi(a|s, g)]          ddpg_bc
     J_pi = -E exp(alpha (min_i Q_i(s, a, g) - V(s, g))) log pi(a|s, g)                            awr
 
-pi is a Gaussian of unit variance whose mean acts. All losses use the weights from before the step, so that one backward
-pass serves them.
+pi is a Gaussian of unit variance; the action at inference is its mean. All losses use the weights from before the step,
+so that one backward pass serves them.
 """
 
 import copy
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..datasets.goals import GOAL, GoalSampling, goal_transitions
+from ..contracts import GOAL, Goals, GoalSampling, Promises
 from ..optimizers import update
 from ..parallel import global_mean
 from ..value_learning import (
@@ -50,14 +50,14 @@ class GCIQL:
         **networks("critic", "value", **GOAL_VALUE),
         "batch-size": 1024,
     }
-    cycle = 1
+    promises = Promises(repeats_after=1)
 
     @dataclass(frozen=True)
     class Config:
         """Goal-conditioned implicit Q-learning; OGBench's values (it trains for 1M steps)."""
 
         extraction: Literal["ddpg_bc", "awr"] = "ddpg_bc"
-        """How the policy is drawn from the values: along the gradient of Q with behaviour cloning, or by weights."""
+        """Policy extraction: by the gradient of Q with behaviour cloning, or by advantage-weighted regression."""
         alpha: float = 0.3
         """Weight of behaviour cloning (ddpg_bc; 0.003 for the point mazes), or inverse temperature (awr)."""
         expectile: float = 0.9
@@ -67,7 +67,7 @@ class GCIQL:
         target_rate: float = 0.005
         """Fraction of the critics mixed into their targets after each update (tau)."""
         value_goals: tuple[float, float, float] = (0.2, 0.5, 0.3)
-        """Shares of the values' goals that are the current state, a later one of the episode, any state."""
+        """Shares of the value functions' goals that are the current state, a later one of the episode, any state."""
         value_geometric: bool = True
         """Draw the distance of later states geometrically, not uniformly."""
         actor_goals: tuple[float, float, float] = (0.0, 1.0, 0.0)
@@ -80,30 +80,26 @@ class GCIQL:
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         self.models: Any = models
         self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
         check_rates(self.config, alpha=(0, 1e9), expectile=(0, 1))
-        if spec is None:  # built without data, to look at
-            return
         check_actions(spec, "gciql")
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
-    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
-        """The data with goals."""
-        return goal_transitions(
-            data,
-            "gciql",
+    def data(config: Any) -> Goals:
+        """Transitions with goals."""
+        return Goals(
             actor=GoalSampling(config.actor_goals, config.actor_geometric),
             value=GoalSampling(config.value_goals, config.value_geometric),
             discount=config.discount,
         )
 
     def value_losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_V + J_Q, on the way to the values' goals."""
+        """J_V + J_Q, for the goals of the value functions."""
         data = towards(data, "value_goal")
         with torch.no_grad():
             target = self.models["target_critic"](data, data["action"]).amin(0)  # [B]
@@ -117,7 +113,7 @@ class GCIQL:
         return value_loss + critic_loss, metrics | summary("q", q) | data_summary(data)
 
     def actor_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_pi; critics and values get no gradient."""
+        """J_pi, without gradient for the critics and the value function."""
         policy = self.models["policy"]
         mean = policy(data)  # [B, Da]
         log_prob = policy.log_prob(mean, data["action"])  # [B]
@@ -137,7 +133,7 @@ class GCIQL:
         return loss, {"actor_loss": loss.detach()} | metrics
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of all losses, whose gradients do not meet, and what is logged."""
+        """The sum of all losses, which train different networks, and the metrics."""
         value_losses, metrics = self.value_losses(data)
         actor_loss, more = self.actor_loss(data)
         return value_losses + actor_loss, metrics | more
@@ -150,5 +146,5 @@ class GCIQL:
 
 
 def towards(data: dict[str, Any], goal: str) -> dict[str, Any]:
-    """The batch with another of its goals, now and after the step."""
+    """The batch with another of its goals in the observation and in its successor."""
     return data | {GOAL: data[goal], f"next.{GOAL}": data[goal]}

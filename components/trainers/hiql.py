@@ -9,9 +9,10 @@ V_i(s, phi(s, g)), V' their targets; equation numbers are the first paper's, L_t
     J_low  = -E exp(alpha (V(s', w) - V(s, w))) log pi_low(a | s, phi(s, w))                       eq. 7
     J_high = -E exp(alpha (V(w, g) - V(s, g))) log pi_high(phi(s, w) | s, g)                      eq. 6
 
-w is the state k steps later, V the mean of V_1 and V_2. Both policies are Gaussians of unit variance whose means act;
-phi has the length sqrt(its width), as has what the high-level policy gives before the low-level one sees it. Only J_V
-trains phi. All losses use the weights from before the step, so that one backward pass serves them.
+w is the state k steps later, V the mean of V_1 and V_2. Both policies are Gaussians of unit variance; at inference they
+return their means. phi has the length sqrt(its width), and the high-level policy's subgoal is scaled to that length for
+the low-level one. Only J_V trains phi. All losses use the weights from before the step, so that one backward pass
+serves them.
 """
 
 import copy
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from ..datasets.goals import GOAL, GoalSampling, goal_transitions
+from ..contracts import GOAL, STATE, Goals, GoalSampling, Promises
 from ..optimizers import update
 from ..value_learning import (
     GOAL_VALUE,
@@ -39,8 +40,6 @@ from ..value_learning import (
 )
 from .gcbc import GOAL_ACTOR
 
-STATE = "observation.state"
-
 
 class HIQL:
     """Hierarchical implicit Q-learning."""
@@ -54,7 +53,7 @@ class HIQL:
         "model.representation.squash": "none",
         "batch-size": 1024,
     }
-    cycle = 1
+    promises = Promises(repeats_after=1)
 
     @dataclass(frozen=True)
     class Config:
@@ -73,9 +72,9 @@ class HIQL:
         discount: float = 0.99
         """Discount factor gamma per environment step."""
         target_rate: float = 0.005
-        """Fraction of the values mixed into their targets after each update (tau)."""
+        """Fraction of the value functions mixed into their targets after each update (tau)."""
         value_goals: tuple[float, float, float] = (0.2, 0.5, 0.3)
-        """Shares of the values' goals that are the current state, a later one of the episode, any state."""
+        """Shares of the value functions' goals that are the current state, a later one of the episode, any state."""
         value_geometric: bool = True
         """Draw the distance of later states geometrically, not uniformly."""
         actor_goals: tuple[float, float, float] = (0.0, 1.0, 0.0)
@@ -88,23 +87,18 @@ class HIQL:
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
         config: Any = None,
     ) -> None:
         self.models: Any = models
         self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
         bounds = {"expectile": (0, 1), "low_alpha": (0, 1e9), "high_alpha": (0, 1e9)}
         check_rates(self.config, subgoal_steps=(1, 1e9), representation=(1, 1e6), **bounds)
-        if spec is None:  # built without data, to look at
-            return
         models["target_value"] = copy.deepcopy(models["value"]).requires_grad_(False)
 
     @staticmethod
-    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
-        """The data with goals and subgoals."""
-        return goal_transitions(
-            data,
-            "hiql",
+    def data(config: Any) -> Goals:
+        """Transitions with goals and subgoals."""
+        return Goals(
             actor=GoalSampling(config.actor_goals, config.actor_geometric),
             value=GoalSampling(config.value_goals, config.value_geometric),
             discount=config.discount,
@@ -112,8 +106,8 @@ class HIQL:
         )
 
     @staticmethod
-    def sees(model: str, spec: dict[str, Any], config: Any) -> dict[str, Any]:
-        """Values and the low-level policy see phi as their goal; the other two give it in the place of an action."""
+    def model_spec(model: str, spec: dict[str, Any], config: Any) -> dict[str, Any]:
+        """Value functions and low-level policy have phi as their goal; the other two models output it as an action."""
         phi = {"shape": (config.representation,), "dtype": "float32"}
         return spec | ({GOAL: phi} if model in ("policy", "value") else {"action": phi})
 
@@ -122,7 +116,7 @@ class HIQL:
         return to_length(self.models["representation"]({STATE: state, GOAL: goal}))
 
     def value_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_V, which trains phi, too."""
+        """J_V, which also trains phi."""
         goal, state, then = data["value_goal"], data[STATE], data[f"next.{STATE}"]
         phi = self.phi(state, goal)
         v = self.models["value"]({STATE: state, GOAL: phi})  # [2, B]
@@ -143,7 +137,7 @@ class HIQL:
         return later - now
 
     def actor_losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_low + J_high; neither moves the values or phi."""
+        """J_low + J_high, without gradient for the value functions and phi."""
         state, low, high = data[STATE], self.models["policy"], self.models["high"]
         advantage = self.advantage(state, data[f"next.{STATE}"], data["subgoal"])
         weight = advantage_weight(advantage, self.config.low_alpha)
@@ -160,7 +154,7 @@ class HIQL:
         return low_loss + high_loss, metrics
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of all losses, whose gradients do not meet, and what is logged."""
+        """The sum of all losses, which train different networks, and the metrics."""
         value_loss, metrics = self.value_loss(data)
         actor_losses, more = self.actor_losses(data)
         return value_loss + actor_losses, metrics | more
@@ -172,17 +166,17 @@ class HIQL:
         return metrics
 
     def policy(self) -> nn.Module:
-        """What acts: the low-level policy towards the subgoal of the high-level one."""
+        """The low-level policy with the subgoal of the high-level one."""
         return Hierarchy(self.models["high"], self.models["policy"])
 
 
 def to_length(x: Tensor) -> Tensor:
-    """Rows `[B, D]` of length sqrt(D)."""
+    """Scale the rows of `[B, D]` to length sqrt(D)."""
     return functional.normalize(x, dim=1) * x.shape[1] ** 0.5
 
 
 class Hierarchy(nn.Module):
-    """State and goal -> action `[B, Da]`, cut to [-1, 1]."""
+    """State and goal -> action `[B, Da]`, clipped to [-1, 1]."""
 
     def __init__(self, high: nn.Module, low: nn.Module) -> None:
         super().__init__()

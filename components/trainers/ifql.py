@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Promises, Window
 from ..models.checks import check_chunks
 from ..optimizers import update
 from ..value_learning import (
     OFFLINE_RL,
     WIDE,
-    bootstrapped,
     check_actions,
     check_rates,
     check_transitions,
@@ -37,6 +37,7 @@ from ..value_learning import (
 )
 from .flow import FlowSampler
 from .fql import velocities
+from .iql import IQL
 
 
 class IFQL:
@@ -46,7 +47,7 @@ class IFQL:
     defaults: dict[str, Any] = OFFLINE_RL | {
         **networks("critic", "value", **WIDE),
     }
-    cycle = 1
+    promises = Promises(repeats_after=1)
 
     @dataclass(frozen=True)
     class Config:
@@ -55,7 +56,7 @@ class IFQL:
         expectile: float = 0.9
         """Expectile tau of the value function; nearer to 1 is nearer to the best action of the data."""
         candidates: int = 32
-        """Actions N of which the best acts."""
+        """Candidate actions N, of which the best is executed."""
         discount: float = 0.99
         """Discount factor gamma per environment step."""
         n_step: int = 1
@@ -70,7 +71,7 @@ class IFQL:
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         self.models: Any = models
@@ -78,17 +79,15 @@ class IFQL:
         bounds = {"expectile": (0, 1), "candidates": (1, 1e4), "flow_steps": (1, 1e4), "n_step": (1, 1e9)}
         check_rates(self.config, **bounds)
         check_chunks(models, loss, "denoises")
-        if spec is None:  # built without data, to look at
-            return
         check_transitions(spec, "ifql")
         check_actions(spec, "ifql")
         self.action_shape = tuple(spec["action"]["shape"])
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
-    def window(config: Any) -> dict[str, Any]:
+    def data(config: Any) -> Window:
         """Single transitions, or n steps."""
-        return {"discount": config.discount, "n_step": config.n_step}
+        return Window(discount=config.discount, n_step=config.n_step)
 
     def value_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_V."""
@@ -98,17 +97,10 @@ class IFQL:
         loss = expectile_loss(q - v, self.config.expectile)
         return loss, {"value_loss": loss.detach()} | summary("v", v) | summary("advantage", q - v)
 
-    def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_Q."""
-        with torch.no_grad():
-            following = self.models["value"](data, prefix="next.").squeeze(0)  # [B]
-            y = bootstrapped(data, following, self.config.discount)
-        q = self.models["critic"](data, data["action"])  # [E, B]
-        loss = len(q) * self.loss(q, y.expand_as(q))  # the sum over critics
-        return loss, {"critic_loss": loss.detach()} | summary("q", q)
+    critic_loss: Any = IQL.critic_loss  # J_Q
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the three losses, whose gradients do not meet, and what is logged."""
+        """The sum of the three losses, which train different networks, and the metrics."""
         value_loss, metrics = self.value_loss(data)
         critic_loss, more = self.critic_loss(data)
         flow_loss = self.loss(*velocities(self.models["policy"], data))
@@ -122,21 +114,21 @@ class IFQL:
         return metrics
 
     def policy(self) -> nn.Module:
-        """What acts: the best of several actions."""
+        """The best of several actions."""
         networks = (self.models["policy"], self.models["critic"])
         return BestOfN(*networks, self.action_shape, self.config.candidates, self.config.flow_steps)
 
 
 class BestOfN(nn.Module):
-    """Observations and noise -> of N actions or chunks of a flow, cut to [-1, 1], the one that the critics value most.
+    """Observations and noise -> the best by the critics of N actions or chunks of a flow, clipped to [-1, 1].
 
     Args:
         flow: The velocity field.
         critic: Ensemble of Q-functions.
         shape: Of one action or chunk.
-        candidates: N.
-        flow_steps: Euler steps.
-        aggregate: Of the critics' values, "min" or "mean".
+        candidates: Number N of actions or chunks.
+        flow_steps: Euler steps of the flow.
+        aggregate: Aggregation of the critics' values, "min" or "mean".
     """
 
     def __init__(

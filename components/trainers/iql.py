@@ -6,12 +6,12 @@ Equation numbers are the paper's; Q'_i are the critics' targets, L_tau is the ex
     J_Q  = sum_i E (r + gamma (1 - terminated) V(s') - Q_i(s, a))^2              eq. 6
     J_pi = -E exp(beta (min_i Q'_i(s, a) - V(s))) log pi(a|s)                    eq. 7
 
-All three use the weights from before the step, so that one backward pass serves them. The weight in J_pi is cut at 100.
+All three use the weights before the step, so that one backward pass serves them. The weight in J_pi is clipped at 100.
 
-Deviations: the policy's learning rate is constant, where the paper lets it fall by a cosine (--optimizer.schedule
-cosine does so for all models); layers begin as torch's, as in CORL, not orthogonal. The paper divides the rewards of
-locomotion tasks so that the returns of the data span 1000: --normalise reward=return_range; and subtracts 1 from those
-of AntMaze: --dataset.reward-shift -1.
+Deviations: the policy's learning rate is constant, where the paper has a cosine schedule (--optimizer.schedule cosine,
+for all models); layers are initialised by torch's defaults, as in CORL, not orthogonally. The paper divides the rewards
+of locomotion tasks so that the returns of the data span 1000: --normalise reward=return_range; it subtracts 1 from
+those of AntMaze: --dataset.reward-shift -1.
 """
 
 import copy
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Promises, Window
 from ..optimizers import update
 from ..value_learning import (
     OFFLINE_RL,
@@ -45,7 +46,7 @@ class IQL:
     defaults: dict[str, Any] = OFFLINE_RL | {
         "model.std": "learned",
     }
-    cycle = 1
+    promises = Promises(repeats_after=1)
 
     @dataclass(frozen=True)
     class Config:
@@ -67,25 +68,23 @@ class IQL:
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         self.models: Any = models
         self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
         check_rates(self.config, expectile=(0, 1), temperature=(0, 1e9), n_step=(1, 1e9))
-        if spec is None:  # built without data, to look at
-            return
         check_transitions(spec, "iql")
         check_actions(spec, "iql")
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
-    def window(config: Any) -> dict[str, Any]:
+    def data(config: Any) -> Window:
         """Single transitions, or n steps."""
-        return {"discount": config.discount, "n_step": config.n_step}
+        return Window(discount=config.discount, n_step=config.n_step)
 
     def value_loss(self, data: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """J_V, the advantage `[B]` of the data's actions, and what is logged."""
+        """J_V, the advantage `[B]` of the data's actions, and the metrics."""
         with torch.no_grad():
             q = self.models["target_critic"](data, data["action"]).amin(0)  # [B]
         v = self.models["value"](data).squeeze(0)  # [B]
@@ -109,7 +108,7 @@ class IQL:
         return loss, {"actor_loss": loss.detach()} | summary("advantage", advantage) | summary("weight", weight)
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of the three losses, whose gradients do not meet, and what is logged."""
+        """The sum of the three losses, which train different networks, and the metrics."""
         value_loss, advantage, metrics = self.value_loss(data)
         critic_loss, more = self.critic_loss(data)
         actor_loss, most = self.actor_loss(data, advantage)
@@ -122,5 +121,5 @@ class IQL:
         return metrics
 
     def explorer(self) -> nn.Module:
-        """What acts while data is collected: a draw from the policy."""
+        """The collecting policy, which samples from the policy."""
         return Explorer(self.models["policy"])

@@ -9,13 +9,13 @@ acted, A_t the advantage, V' the value before the update, R_t = A_t + V'(s_t):
     J_V     = 1/2 E max((V - R_t)^2, (V' + clip(V - V', -eps, eps) - R_t)^2)
     J       = J_pi + c_1 J_V - c_2 E entropy                                                     eq. 9
 
-An episode that is cut (truncated, or where the rollout ends) bootstraps from the value of the state that followed, one
-that terminates does not. Advantages are normalised over the minibatch of all processes. The clipped J_V, these
+An episode that is cut (truncated, or where the rollout ends) bootstraps from the value of the next state, one that
+terminates does not. Advantages are normalised over the minibatch of all processes. The clipped J_V, these
 networks, their weights and the numbers below are those of the authors' code and of CleanRL, not in the paper.
 
-Deviations from CleanRL: truncated episodes bootstrap; the gradients of policy and value function are clipped apart from
-each other; eight environments make 256 steps each, where there one makes 2048; observations are normalised by what came
-before the rollout, not within it.
+Deviations from CleanRL: truncated episodes bootstrap; the gradients of policy and value function are clipped
+separately; a rollout is 256 steps of eight environments, not 2048 of one; observations are normalised by the statistics
+from before the rollout.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Promises, Rollouts
 from ..data.returns import generalised_advantage
 from ..errors import UserError
 from ..models.encoder import EncodedPolicy, encoder_of
@@ -47,10 +48,10 @@ class PPO:
         "grad-clip": 0.5,
         "steps": 1_000_000,
         "batch-size": 64,
-        "num-envs": 8,
-        "learning-starts": 0,
-        "normalise-observations": True,
-        "normalise-rewards": True,
+        "online.num-envs": 8,
+        "online.learning-starts": 0,
+        "online.normalise-observations": True,
+        "online.normalise-rewards": True,
         "eval-every": 50_000,
         "save-every": 100_000,
         **networks("", "value", hidden_dims=(64, 64), activation="tanh", init="orthogonal"),
@@ -73,22 +74,22 @@ class PPO:
         clip: float = 0.2
         """Largest change eps of the probability ratio that is rewarded, and of the value."""
         clip_value: bool = True
-        """Clip the value function's change, too."""
+        """Also clip the change of the value function."""
         value_weight: float = 0.5
         """Weight c_1 of the value function's loss."""
         entropy_weight: float = 0.0
         """Weight c_2 of the policy's entropy."""
         normalise_advantage: bool = True
-        """Give the advantages of each minibatch mean 0 and deviation 1."""
+        """Normalise the advantages of each minibatch to mean 0 and deviation 1."""
         target_kl: float | None = None
-        """Divergence from the policy that acted at which the rollout is learnt from no more; None for no limit."""
+        """Divergence from the policy that acted, above which the rest of a rollout is skipped; None for no limit."""
 
     def __init__(
         self,
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         self.models: Any = models
@@ -99,29 +100,23 @@ class PPO:
         if any(getattr(models[name], "members", 1) != 1 for name in models):
             raise UserError("ppo has one value function; set --model.value.members 1")
         if self.config.target_kl is None:
-            self.cycle = 1  # otherwise a divergence is looked at
-        if spec is not None:
-            check_transitions(spec, "ppo")
+            self.promises = Promises(repeats_after=1)  # otherwise each step reads a divergence
+        check_transitions(spec, "ppo")
 
     @staticmethod
-    def rollout(config: Any) -> dict[str, int]:
-        """What it learns from: so many steps of each environment, in so many passes. Raises UserError: none."""
+    def data(config: Any) -> Rollouts:
+        """Rollouts of these steps, with these passes. Raises UserError: a number below 1."""
         check_rates(config, rollout=(1, 1e9), epochs=(1, 1e9))
-        return {"steps": config.rollout, "epochs": config.epochs}
-
-    @staticmethod
-    def prepare(data: dict[str, Any], config: Any) -> dict[str, Any]:
-        """Raises UserError: it does not learn from a dataset."""
-        raise UserError("ppo learns from rollouts of its own policy; run it by online_trainer.py")
+        return Rollouts(config.rollout, config.epochs)
 
     @torch.no_grad()
     def estimate(self, rollout: dict[str, Tensor]) -> dict[str, Tensor]:
         """`rollout` `[T, N, ...]` with `log_prob`, `value`, `advantage`, `return` `[T, N]` of the policy that acted."""
         shape = rollout["reward"].shape
         flat = {key: value.flatten(0, 1) for key, value in rollout.items()}
-        seen = self.encoder(flat)
-        log_prob, _ = self.models["policy"].evaluate(seen, flat["action"])
-        value = self.models["value"](seen).view(shape)
+        encoded = self.encoder(flat)
+        log_prob, _ = self.models["policy"].evaluate(encoded, flat["action"])
+        value = self.models["value"](encoded).view(shape)
         following = self.models["value"](self.encoder(successors(flat))).view(shape)
         delta = rollout["reward"] + self.config.discount * (1 - rollout["terminated"].float()) * following - value
         decay = self.config.discount * self.config.gae_lambda
@@ -132,9 +127,9 @@ class PPO:
         return rollout | estimated | {"return": advantage + value}
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J of a minibatch, and what is logged."""
-        seen, clip = self.encoder(data), self.config.clip
-        log_prob, entropy = self.models["policy"].evaluate(seen, data["action"])  # [B], [B]
+        """J of a minibatch, and the metrics."""
+        encoded, clip = self.encoder(data), self.config.clip
+        log_prob, entropy = self.models["policy"].evaluate(encoded, data["action"])  # [B], [B]
         advantage = data["advantage"]
         if self.config.normalise_advantage:
             mean, deviation = global_moments(advantage)
@@ -142,7 +137,7 @@ class PPO:
         log_ratio = log_prob - data["log_prob"]
         ratio = log_ratio.exp()
         policy_loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
-        value, before = self.models["value"](seen).squeeze(0), data["value"]
+        value, before = self.models["value"](encoded).squeeze(0), data["value"]
         error = (value - data["return"]).square()
         if self.config.clip_value:
             clipped = before + (value - before).clamp(-clip, clip)
@@ -165,16 +160,16 @@ class PPO:
         return metrics
 
     def policy(self) -> nn.Module:
-        """What acts when it is evaluated: the mean, or the most likely action."""
+        """The evaluated policy: the mean, or the most likely action."""
         return EncodedPolicy(self.encoder, self.models["policy"])
 
     def explorer(self) -> nn.Module:
-        """What acts while data is collected: a draw from the policy."""
+        """The collecting policy, which samples from the policy."""
         return Draw(self.encoder, self.models["policy"])
 
 
 class Draw(nn.Module):
-    """Draws actions `[B, Da]`, which are not cut, or `[B]`, with the noise that the batch brings."""
+    """Samples actions, `[B, Da]` unclipped or `[B]` discrete, with the noise in the batch."""
 
     def __init__(self, encoder: nn.Module, policy: nn.Module) -> None:
         super().__init__()

@@ -1,21 +1,21 @@
 """Q-chunking: reinforcement learning over chunks of actions (Li, Zhou & Levine, 2025, arXiv:2507.07969).
 
-A chunk of h actions is executed as a whole, so the critic may sum the h rewards of the data without any bias of an
-n-step return. A is the chunk a_t ... a_{t+h-1}, primes mark targets and what follows it, z is noise from N(0, 1).
+A chunk of h actions is executed as a whole, so the critic may sum the h rewards of the data without the bias of an
+n-step return. A is the chunk a_t ... a_{t+h-1}, primes mark targets and the chunk after it, z is noise from N(0, 1).
 Equation numbers are the paper's, of QC and of QC-FQL:
 
     y      = sum_{i < h} gamma^i r_{t+i} + gamma^h (1 - terminated) mean_i Q'_i(s_{t+h}, A')
     J_Q    = sum_i E (Q_i(s_t, A) - y)^2                                             eq. 11, 15
     J_flow = E |v(x_t, t, s) - (A - z)|^2
 
-With --trainer.method fql (QC-FQL), A' and what acts come from a one-step policy with FQL's losses, J_pi = alpha
-J_distill - E mean_i Q_i(s, pi(s, z)) (eq. 13); with best_of_n (QC), from N chunks of the flow, the best by the critics'
-mean.
+With --trainer.method fql (QC-FQL), A' and the executed chunks come from a one-step policy with FQL's losses, J_pi =
+alpha J_distill - E mean_i Q_i(s, pi(s, z)) (eq. 13); with best_of_n (QC), they are the best of N chunks of the flow by
+the critics' mean.
 
-An episode that ends inside a chunk: a terminated step cuts the sum, and nothing is bootstrapped. Where truncation or
-the end of the data cuts it, the critic does not learn from it, as in the authors' code; nor does the flow from padding.
-Deviation: the authors' code leaves out a chunk with a terminated step where the data ends there, and sums on, over what
-was recorded after the success, where it does not (OGBench).
+When an episode ends inside a chunk, a terminated step ends the sum, without bootstrapping. If truncation or the end of
+the data cuts the chunk, the critic does not learn from it, as in the authors' code; nor does the flow from padding.
+Deviation: the authors' code leaves out a chunk with a terminated step if the data ends there, and otherwise (OGBench)
+also sums the rewards that were recorded after the success.
 """
 
 import copy
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Promises, Window
 from ..losses import zero_padding
 from ..models.checks import check_chunks
 from ..optimizers import update
@@ -56,20 +57,20 @@ class QC:
         "model.time": False,
         **networks("critic", **WIDE),
     }
-    cycle = 1
+    promises = Promises(repeats_after=1)
 
     @dataclass(frozen=True)
     class Config:
         """Q-chunking; the paper's values (it trains for 1M steps)."""
 
         method: Literal["fql", "best_of_n"] = "fql"
-        """How chunks are chosen: by a one-step policy, or as the best of several of the flow."""
+        """Choice of chunks: by a one-step policy, or as the best of several chunks of the flow."""
         chunk: int = 5
         """Actions h of a chunk."""
         alpha: float = 100.0
         """Weight of the distillation against the Q-function, for the method fql; 100 to 10000 by task in the paper."""
         candidates: int = 32
-        """Chunks N of which the best acts, for the method best_of_n."""
+        """Candidate chunks N, of which the best is executed, for the method best_of_n."""
         discount: float = 0.99
         """Discount factor gamma per environment step."""
         target_rate: float = 0.005
@@ -82,7 +83,7 @@ class QC:
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         self.models: Any = models
@@ -90,8 +91,6 @@ class QC:
         bounds = {"chunk": (2, 1e4), "alpha": (0, 1e9), "candidates": (1, 1e4), "flow_steps": (1, 1e4)}
         check_rates(self.config, **bounds)
         check_chunks(models, loss, "denoises")
-        if spec is None:  # built without data, to look at
-            return
         check_transitions(spec, "qc", more=["complete"])
         check_actions(spec, "qc")
         shape = tuple(spec["action"]["shape"])
@@ -103,9 +102,9 @@ class QC:
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
-    def window(config: Any) -> dict[str, Any]:
-        """Chunks of actions, and what follows them."""
-        return {"discount": config.discount, "chunk": config.chunk}
+    def data(config: Any) -> Window:
+        """Chunks of actions, and their successors."""
+        return Window(discount=config.discount, chunk=config.chunk)
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q, over the chunks whose return is known."""
@@ -127,7 +126,7 @@ class QC:
         return self.best({**observation, "noise": noise})
 
     def actor_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_flow, and J_pi of the method fql; the critics get no gradient, nor does the flow through J_pi."""
+        """J_flow, and J_pi of the method fql, without gradient for the critics, nor from J_pi for the flow."""
         flow_loss = self.loss(*zero_padding(*velocities(self.models["flow"], data), data["action_is_pad"]))
         if self.config.method == "best_of_n":
             return flow_loss, {"flow_loss": flow_loss.detach()}
@@ -139,7 +138,7 @@ class QC:
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of all losses, whose gradients do not meet, and what is logged."""
+        """The sum of all losses, which train different networks, and the metrics."""
         critic_loss, metrics = self.critic_loss(data)
         actor_loss, more = self.actor_loss(data)
         return critic_loss + actor_loss, metrics | more
@@ -151,7 +150,7 @@ class QC:
         return metrics
 
     def policy(self) -> nn.Module:
-        """What acts: the one-step policy, or the best of several chunks."""
+        """The one-step policy, or the best of several chunks."""
         if self.config.method == "best_of_n":
             return self.best
         return OneStep(self.models["policy"], self.flow.noise_shape)

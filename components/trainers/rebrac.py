@@ -9,9 +9,10 @@ numbers are the paper's; primes mark targets and successors, a^ is the data's ne
     J_pi = E [beta_1 |pi(s) - a|^2 - lambda min_i Q_i(s, pi(s))]                        eq. 3
     lambda = 1 / mean |min_i Q_i(s, pi(s))|
 
-Policy and targets move with every second step of the critics. The penalties sum over the action's dimensions.
+Policy and targets are updated at every second step of the critics. The penalties sum over the action's dimensions.
 
-Deviation: biases and the critics' last layer begin as torch's, where the authors' begin at 0.1 and by 0.003.
+Deviation: biases and the critics' last layer are initialised by torch's defaults; in the authors' code biases start at
+0.1 and that layer is uniform within 0.003.
 """
 
 import copy
@@ -22,23 +23,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..optimizers import delay, update
+from ..contracts import Promises, Window
+from ..optimizers import delay
 from ..parallel import global_mean
 from ..value_learning import (
     OFFLINE_RL,
+    Counting,
     GaussianNoise,
     bootstrapped,
     check_actions,
     check_rates,
     check_transitions,
     data_summary,
-    follow,
     frozen,
     summary,
 )
+from .td3 import TD3
 
 
-class ReBRAC:
+class ReBRAC(Counting):
     """ReBRAC on single transitions."""
 
     needs = {"policy": "actor", "critic": "q_ensemble"}
@@ -50,7 +53,6 @@ class ReBRAC:
         "model.critic.layer-norm": True,
         "batch-size": 1024,
     }
-    compiles = ("critic_loss", "actor_loss")
 
     @dataclass(frozen=True)
     class Config:
@@ -69,25 +71,23 @@ class ReBRAC:
         noise_clip: float = 0.5
         """Largest size of that noise."""
         policy_every: int = 2
-        """Steps of the critics for each step of policy and targets."""
+        """Steps of the critics per step of policy and targets."""
         exploration_noise: float = 0.1
-        """Deviation of the noise on the actions that collect data, online."""
+        """Deviation of the noise on the collecting policy's actions, online."""
 
     def __init__(
         self,
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         self.models: Any = models
-        self.optimizers, self.loss, self.config, self.updates = optimizers, loss, config or self.Config(), 0
-        self.cycle = self.config.policy_every
+        self.optimizers, self.loss, self.config = optimizers, loss, config or self.Config()
+        self.promises = Promises(self.config.policy_every, compiles=("critic_loss", "actor_loss"))
         bounds = {"actor_penalty": (0, 1e9), "critic_penalty": (0, 1e9), "policy_every": (1, 1e9)}
         check_rates(self.config, policy_noise=(0, 1e9), noise_clip=(0, 1e9), exploration_noise=(0, 1e9), **bounds)
-        if spec is None:  # built without data, to look at
-            return
         check_transitions(spec, "rebrac", more=["next.action"])
         check_actions(spec, "rebrac")
         delay(optimizers, "policy", self.config.policy_every)
@@ -95,9 +95,9 @@ class ReBRAC:
             models[f"target_{name}"] = copy.deepcopy(models[name]).requires_grad_(False)
 
     @staticmethod
-    def window(config: Any) -> dict[str, Any]:
-        """Single transitions that know the next action."""
-        return {"discount": config.discount, "next_action": True}
+    def data(config: Any) -> Window:
+        """Single transitions with the next action."""
+        return Window(discount=config.discount, next_action=True)
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q."""
@@ -115,7 +115,7 @@ class ReBRAC:
         return loss, metrics | summary("q", q) | data_summary(data)
 
     def actor_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_pi; the critics get no gradient."""
+        """J_pi, without gradient for the critics."""
         action = self.models["policy"](data)  # [B, Da]
         q = frozen(self.models["critic"], data, action).amin(0)  # [B]
         lambda_ = 1 / global_mean(q.abs()).clamp(min=1e-8)
@@ -129,24 +129,8 @@ class ReBRAC:
         actor_loss, more = self.actor_loss(data)
         return critic_loss + actor_loss, metrics | more
 
-    def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
-        loss, metrics = self.critic_loss(data)
-        update(self.optimizers, loss, "critic")
-        self.updates += 1
-        if self.updates % self.config.policy_every == 0:
-            loss, more = self.actor_loss(data)
-            update(self.optimizers, loss, "policy")
-            for name in ("policy", "critic"):
-                follow(self.models[f"target_{name}"], self.models[name], self.config.target_rate)
-            metrics |= more
-        return metrics
+    train_step: Any = TD3.train_step
 
     def explorer(self) -> nn.Module:
-        """What acts while data is collected: the policy with noise."""
+        """The collecting policy: the policy with noise."""
         return GaussianNoise(self.models["policy"], self.config.exploration_noise)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]

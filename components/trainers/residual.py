@@ -1,24 +1,23 @@
 """A residual policy on top of a frozen imitation policy (Johannink et al., 2019; Silver et al., 2018).
 
 The frozen policy pi_0, from a run folder, is a part of the environment here (`experience/frozen_base.py`): the state s
-holds its action a_0, and what is executed is clip(a_0 + scale a), a being drawn from the residual policy pi(. | s).
-Policy and critics learn by soft actor-critic (`sac.py`) with LayerNorm in the critics and several updates of them for
-each of the policy (as in Yuan et al., 2024, "Policy Decorator", arXiv:2412.13630, and Ball et al., 2023).
+contains its action a_0, and clip(a_0 + scale a) is executed, where a is drawn from the residual policy pi(. | s).
+Policy and critics learn by soft actor-critic (`sac.py`) with LayerNorm in the critics and several updates of them per
+update of the policy (as in Yuan et al., 2024, "Policy Decorator", arXiv:2412.13630, and Ball et al., 2023).
 
     J_pi = E (alpha log pi(a|s) - min_i Q_i(s, a)) / mean |min_i Q_i| + w mean a^2
 
-A small correction changes the values by less than the critics err, so four things keep the policy from following their
-errors: it starts as the frozen policy, since its last layer begins small; the critics learn for a while before it does;
-it takes the least of many critics, whose horizon is short (discount 0.95); and the weight w of the correction falls
-from step to step, so that the policy leaves what the critics know no faster than they come to know it. What is
-evaluated is an average of its weights (`--ema-decay`). The frozen weights are copied into the run, and compared when it
-ends.
+A small correction changes the values by less than the critics' errors. Four measures keep the policy from exploiting
+these errors: its last layer is initialised with small weights, so that it starts as the frozen policy; the critics are
+trained for a while before it; it maximises the minimum of many critics with a short horizon (discount 0.95); and the
+weight w of the correction's penalty falls during training, so that the policy leaves the critics' data gradually. The
+evaluated policy has averaged weights (`--ema-decay`). The run copies the frozen weights, and compares them at its end.
 
-Deviations from Policy Decorator: the critics value (s, a), not s and the sum of both actions; the falling weight w
-stands in the place of a schedule by which corrections are executed with a growing probability.
+Deviations from Policy Decorator: the critics evaluate (s, a), not s and the sum of both actions; the falling weight w
+replaces a schedule that executes corrections with a growing probability.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,11 +36,10 @@ class Residual(RLPD):
     """A residual policy on top of a frozen one, by soft actor-critic."""
 
     name = "residual"
-    needs_data = False
     defaults: dict[str, Any] = ONLINE_RL | {
         "steps": 100_000,
-        "learning-starts": 2000,
-        "normalise-observations": True,
+        "online.learning-starts": 2000,
+        "online.normalise-observations": True,
         "ema-decay": 0.999,
         "eval-every": 10_000,
         **networks("", final_scale=0.01),
@@ -54,11 +52,11 @@ class Residual(RLPD):
         """A residual policy on top of a frozen one."""
 
         penalty: float = 0.1
-        """Weight of the squared correction, at first, against the values, which are divided by their mean size."""
+        """Initial weight of the squared correction against the values, which are divided by their mean size."""
         penalty_end: float = 0.04
-        """That weight in the end; with the default scale, what TD3+BC gives to the distance from its data."""
+        """Final weight; with the default scale, that of TD3+BC for the distance from its data."""
         penalty_updates: int = 20_000
-        """Updates of the critics over which it falls, by the same factor each."""
+        """Updates of the critics over which the weight falls, by a constant factor per update."""
         base: str = ""
         """Run folder of the policy that is corrected."""
         scale: float = 0.3
@@ -68,9 +66,9 @@ class Residual(RLPD):
         n_step: int = 3
         """Rewards that are summed before bootstrapping."""
         policy_every: int = 2
-        """Updates of the critics for each of policy and temperature."""
+        """Updates of the critics per update of policy and temperature."""
         policy_starts: int = 5000
-        """Updates of the critics before the first of policy and temperature."""
+        """Updates of the critics before the first update of policy and temperature."""
         backup_entropy: bool = False
         """Add the entropy to the targets."""
 
@@ -79,11 +77,11 @@ class Residual(RLPD):
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         super().__init__(models, optimizers, loss, spec, config)
-        del self.cycle  # the weight of the correction changes in Python
+        self.promises = replace(self.promises, repeats_after=None)  # the weight of the correction changes in Python
         device = next((p.device for p in models.parameters()), torch.device("cpu"))
         self.weight = torch.tensor(self.config.penalty, device=device)
         bounds = {"penalty": (1e-9, 1e9), "penalty_end": (1e-9, 1e9), "penalty_updates": (1, 1e9)}
@@ -103,6 +101,7 @@ class Residual(RLPD):
         return actor_loss + temperature_loss, {name: value.detach() for name, value in metrics.items()}
 
     together = SAC.together
+    data = staticmethod(SAC.data)  # a dataset is optional
 
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
         first, last = self.config.penalty, self.config.penalty_end
@@ -111,5 +110,5 @@ class Residual(RLPD):
 
     @staticmethod
     def base(config: Any) -> tuple[str, float]:
-        """The policy that is corrected, and by how much at most."""
+        """The run folder of the policy that is corrected, and the scale of the correction."""
         return config.base, config.scale

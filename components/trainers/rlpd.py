@@ -1,57 +1,56 @@
 """Reinforcement learning with prior data (Ball et al., 2023, arXiv:2302.02948, algorithm 1).
 
 Soft actor-critic (`sac.py`) with half of each batch from a dataset, many critics with LayerNorm, and many updates of
-them for each step of the environment. Z is a random subset of the E critics, drawn anew for each update:
+the critics per environment step. Z is a random subset of the E critics, drawn at each update:
 
     y    = r + gamma (1 - terminated) (min_{i in Z} Q'_i(s', a') - alpha log pi(a'|s'))
     J_Q  = sum_i E 1/2 (Q_i(s, a) - y)^2
     J_pi = E alpha log pi(a|s) - mean_i Q_i(s, a)
 
-Policy and temperature move after every so many updates of the critics: once for each step of the environment.
+Policy and temperature are updated every `policy_every` updates of the critics, by default once per environment step.
 
 Deviations: LayerNorm comes after the nonlinearity, where the authors' comes before it. As in their code the target
-entropy is half of minus the width of the action.
+entropy is minus half the width of the action.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Promises, Window
 from ..data.augmentation import random_shift
 from ..models.encoder import detached, encoded
 from ..optimizers import delay, update
-from ..value_learning import ONLINE_RL, bootstrapped, check_rates, data_summary, follow, networks
+from ..value_learning import ONLINE_RL, Counting, bootstrapped, check_rates, data_summary, follow, networks
 from .sac import SAC
 
 
-class RLPD(SAC):
+class RLPD(Counting, SAC):
     """Reinforcement learning with prior data, on single transitions or n-step returns."""
 
     name = "rlpd"
-    needs_data = True
     defaults: dict[str, Any] = ONLINE_RL | {
         "steps": 250_000,
-        "learning-starts": 5000,
-        "updates-per-step": 20,
+        "online.learning-starts": 5000,
+        "online.updates-per-step": 20,
         "dataset.ratio": 0.5,
         "dataset.validation": 0.0,
         **networks("critic", members=10, layer_norm=True),
     }
-    compiles = ("critic_loss", "actor_losses")
 
     @dataclass(frozen=True)
     class Config(SAC.Config):
         """Reinforcement learning with prior data; the authors' values."""
 
         subset: int = 2
-        """Critics Z of which the least value is the target; 1 or 2 by task in the paper."""
+        """Number of critics in Z, whose minimum is the target; 1 or 2 by task in the paper."""
         policy_every: int = 20
-        """Updates of the critics for each of policy and temperature; the updates per step of the environment."""
+        """Updates of the critics per update of policy and temperature; as many as --updates-per-step by default."""
         policy_starts: int = 0
-        """Updates of the critics before the first of policy and temperature."""
+        """Updates of the critics before the first update of policy and temperature."""
         backup_entropy: bool = True
         """Add the entropy to the targets; off for sparse rewards in the paper."""
 
@@ -60,17 +59,22 @@ class RLPD(SAC):
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         super().__init__(models, optimizers, loss, spec, config)
-        self.updates, self.cycle = 0, self.config.policy_every
-        members = getattr(models["critic"], "members", 1) if "critic" in models else 1e9
+        self.promises = Promises(self.config.policy_every, compiles=("critic_loss", "actor_losses"))
+        members = getattr(models["critic"], "members", 1)
         check_rates(self.config, subset=(1, members), policy_every=(1, 1e9), policy_starts=(0, 1e9))
-        if spec is not None and self.config.target_entropy is None:
+        if self.config.target_entropy is None:
             self.target_entropy = self.target_entropy / 2
         for name in ("policy", "temperature"):
             delay(optimizers, name, self.config.policy_every)
+
+    @staticmethod
+    def data(config: Any) -> Window:
+        """As soft actor-critic, with a required dataset."""
+        return replace(SAC.data(config), needs_dataset=True)
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q."""
@@ -112,9 +116,3 @@ class RLPD(SAC):
             update(self.optimizers, loss, "policy", "temperature")
             metrics |= more
         return metrics
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]

@@ -7,7 +7,7 @@ Equation numbers are the paper's. a' and a are drawn from the policy pi, Q_i are
     J_pi    = E alpha log pi(a|s) - min_i Q_i(s, a)                                           eq. 7, 9
     J_alpha = E -alpha (log pi(a|s) + H)        H: the target entropy                         eq. 18
 
-From pictures the encoder learns by J_Q alone, as in DrQ-v2 (Yarats et al., 2022), whose random shift they get.
+With pictures, only J_Q trains the encoder, and the pictures are shifted at random, as in DrQ-v2 (Yarats et al., 2022).
 
 Deviation: the three gradients are taken at the same weights, before any of them steps (the paper's algorithm 1 steps
 one after the other), so that one backward pass serves all.
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Promises, Window
 from ..data.augmentation import random_shift
 from ..models.encoder import EncodedPolicy, detached, encoded, encoder_of
 from ..optimizers import update
@@ -46,11 +47,11 @@ class SAC:
         "loss": "mse",
         "optimizer": "adam",
         "optimizer.lr": 1e-3,
-        "normalise": ("action=scale", "observation=none"),
+        "offline.normalise": ("action=scale", "observation=none"),
         "steps": 10_000,
         "batch-size": 256,
     }
-    cycle = 1
+    promises = Promises(repeats_after=1)
 
     @dataclass(frozen=True)
     class Config:
@@ -63,7 +64,7 @@ class SAC:
         target_rate: float = 0.005
         """Fraction of the critics mixed into their targets after each update (tau)."""
         target_entropy: float | None = None
-        """Entropy H that the temperature steers to; None takes minus the width of the action."""
+        """Target H of the policy's entropy; None for minus the width of the action."""
         shift: int = 4
         """Largest random shift of pictures in pixels."""
 
@@ -72,7 +73,7 @@ class SAC:
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         self.models: Any = models
@@ -80,8 +81,6 @@ class SAC:
         self.optimizers, self.loss = optimizers, loss
         check_rates(self.config, n_step=(1, 1e9), shift=(0, 1e3))
         self.encoder = encoder_of(models)
-        if spec is None:  # built without data, to look at
-            return
         check_transitions(spec, self.name)
         check_actions(spec, self.name)
         entropy = self.config.target_entropy
@@ -89,12 +88,12 @@ class SAC:
         models["target_critic"] = copy.deepcopy(models["critic"]).requires_grad_(False)
 
     @staticmethod
-    def window(config: Any) -> dict[str, Any]:
+    def data(config: Any) -> Window:
         """Single transitions, or n steps."""
-        return {"discount": config.discount, "n_step": config.n_step}
+        return Window(discount=config.discount, n_step=config.n_step)
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_Q, with the targets that need no gradient."""
+        """J_Q, whose targets have no gradient."""
         with torch.no_grad():
             action, log_prob = self.models["policy"].sample(data, prefix="next.")  # [B, Da], [B]
             following = self.models["target_critic"](data, action, prefix="next.").amin(0)  # [B]
@@ -106,7 +105,7 @@ class SAC:
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()} | data_summary(data)
 
     def actor_losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_pi + J_alpha, at actions drawn now; neither moves the critics, nor J_pi the temperature."""
+        """J_pi + J_alpha at new actions, without gradient for the critics, nor from J_pi for the temperature."""
         action, log_prob = self.models["policy"].sample(data)  # [B, Da], [B]
         q = self.together(frozen(self.models["critic"], data, action))  # [B]
         alpha = self.models["temperature"]()
@@ -117,11 +116,11 @@ class SAC:
         return actor_loss + temperature_loss, metrics
 
     def together(self, q: Tensor) -> Tensor:
-        """What the policy takes for the value of its action, of those of the critics `[E, B]`."""
+        """The value `[B]` that the policy maximises, from those of the critics `[E, B]`."""
         return q.amin(0)
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum of all losses, whose gradients do not meet, and what is logged."""
+        """The sum of all losses, which train different networks, and the metrics."""
         data = encoded(self.encoder, random_shift(data, self.config.shift))
         critic_loss, metrics = self.critic_loss(data)
         actor_losses, more = self.actor_losses(detached(data))
@@ -134,9 +133,9 @@ class SAC:
         return metrics
 
     def policy(self) -> nn.Module:
-        """What acts when it is evaluated: the action of the mean."""
+        """The evaluated policy, which returns the mean action."""
         return EncodedPolicy(self.encoder, self.models["policy"])
 
     def explorer(self) -> nn.Module:
-        """What acts while data is collected: a draw from the policy."""
+        """The collecting policy, which samples from the policy."""
         return Explorer(self.models["policy"], self.encoder)

@@ -7,7 +7,7 @@ Equation numbers are the paper's; primes mark targets and successors:
     J_Q  = sum_i E (Q_i(s, a) - y)^2
     J_pi = -E Q_1(s, pi(s))
 
-Policy and targets move with every second step of the critics. While it collects, it acts by pi(s) + N(0, 0.1).
+Policy and targets are updated at every second step of the critics. The collecting policy is pi(s) + N(0, 0.1).
 
 Deviations, as in CleanRL: layers and learning rates are 256 wide and 3e-4, where the paper has 400, 300 and 1e-3;
 actions are random for 25 000 steps, where the paper takes 10 000 for some environments and 1000 for the others.
@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Promises, Window
 from ..optimizers import delay, update
 from ..value_learning import (
     ONLINE_RL,
+    Counting,
     GaussianNoise,
     bootstrapped,
     check_actions,
@@ -36,13 +38,12 @@ from ..value_learning import (
 )
 
 
-class TD3:
+class TD3(Counting):
     """Twin delayed deterministic policy gradient on single transitions or n-step returns."""
 
     name = "td3"
     needs = {"policy": "actor", "critic": "q_ensemble"}
-    defaults: dict[str, Any] = ONLINE_RL | {"learning-starts": 25_000}
-    compiles: tuple[str, ...] = ("critic_loss", "actor_loss")
+    defaults: dict[str, Any] = ONLINE_RL | {"online.learning-starts": 25_000}
 
     @dataclass(frozen=True)
     class Config:
@@ -59,26 +60,24 @@ class TD3:
         noise_clip: float = 0.5
         """Largest size of that noise."""
         policy_every: int = 2
-        """Steps of the critics for each step of policy and targets."""
+        """Steps of the critics per step of policy and targets."""
         exploration_noise: float = 0.1
-        """Deviation of the noise on the actions that collect data."""
+        """Deviation of the noise on the collecting policy's actions."""
 
     def __init__(
         self,
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         self.models: Any = models
         self.config: Any = config or self.Config()
-        self.optimizers, self.loss, self.updates = optimizers, loss, 0
-        self.cycle = self.config.policy_every
+        self.optimizers, self.loss = optimizers, loss
+        self.promises = Promises(self.config.policy_every, compiles=("critic_loss", "actor_loss"))
         bounds = {"policy_noise": (0, 1e9), "noise_clip": (0, 1e9), "policy_every": (1, 1e9)}
         check_rates(self.config, n_step=(1, 1e9), exploration_noise=(0, 1e9), **bounds)
-        if spec is None:  # built without data, to look at
-            return
         check_transitions(spec, self.name)
         check_actions(spec, self.name)
         delay(optimizers, "policy", self.config.policy_every)
@@ -86,9 +85,9 @@ class TD3:
             models[f"target_{name}"] = copy.deepcopy(models[name]).requires_grad_(False)
 
     @staticmethod
-    def window(config: Any) -> dict[str, Any]:
+    def data(config: Any) -> Window:
         """Single transitions, or n steps."""
-        return {"discount": config.discount, "n_step": config.n_step}
+        return Window(discount=config.discount, n_step=config.n_step)
 
     def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_Q."""
@@ -103,7 +102,7 @@ class TD3:
         return loss, {"critic_loss": loss.detach()} | summary("q", q) | data_summary(data)
 
     def actor_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_pi; the critic gets no gradient."""
+        """J_pi, without gradient for the critic."""
         loss = -frozen(self.models["critic"], data, self.models["policy"](data), first=1).mean()
         return loss, {"actor_loss": loss.detach()}
 
@@ -126,11 +125,5 @@ class TD3:
         return metrics
 
     def explorer(self) -> nn.Module:
-        """What acts while data is collected: the policy with noise."""
+        """The collecting policy: the policy with noise."""
         return GaussianNoise(self.models["policy"], self.config.exploration_noise)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]

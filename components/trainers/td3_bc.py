@@ -27,7 +27,7 @@ class TD3BC(TD3):
     """TD3+BC on single transitions or n-step returns."""
 
     name = "td3_bc"
-    defaults: dict[str, Any] = OFFLINE_RL | {"normalise": ("action=scale",)}
+    defaults: dict[str, Any] = OFFLINE_RL | {"offline.normalise": ("action=scale",)}
 
     @dataclass(frozen=True)
     class Config(TD3.Config):
@@ -41,14 +41,14 @@ class TD3BC(TD3):
         models: nn.ModuleDict,
         optimizers: dict[str, Optimizer],
         loss: nn.Module,
-        spec: dict[str, Any] | None = None,
+        spec: dict[str, Any],
         config: Any = None,
     ) -> None:
         super().__init__(models, optimizers, loss, spec, config)
         check_rates(self.config, alpha=(0, 1e9))
 
     def actor_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_pi; the critic gets no gradient."""
+        """J_pi, without gradient for the critic."""
         action = self.models["policy"](data)  # [B, Da]
         q = frozen(self.models["critic"], data, action, first=1)  # [1, B]
         lambda_ = self.config.alpha / global_mean(q.abs()).clamp(min=1e-8)

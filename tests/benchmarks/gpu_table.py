@@ -26,9 +26,7 @@ def speed(row: Row) -> list[str]:
     unit = row["unit"]
     if row.get("peer") is None:
         return [row["name"], f"{number(row['ours_per_s'])} {unit}/s", "", "", "", "", f"no peer: {row['why']}"]
-    goal = "" if row["goal"] is None else f"{row['goal']:g}x: " + ("reached" if row["reached"] else "missed")
-    if row.get("beyond"):
-        goal += f"; {row['beyond']:g}x: " + ("reached" if row["ratio"] >= row["beyond"] else "missed")
+    goal = "; ".join(f"{row[key]:g}x" for key in ("goal", "beyond") if row.get(key) is not None)
     spread = f"{row['ratio']:.2f}x [{row['ratio_min']:.2f}, {row['ratio_max']:.2f}]"
     ours, rate = row["name"].partition(" / ")[0], f"{number(row['ours_per_s'])} {unit}/s"
     return [ours, rate, row["peer"], number(row["peer_per_s"]), spread, goal, row["why"]]

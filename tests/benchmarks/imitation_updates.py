@@ -32,7 +32,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 from measuring import Figure, compare, describe_machine, measure  # noqa: E402
 from peers import OBS, diffusion_policy, lerobot_act  # noqa: E402
 
-from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, ema  # noqa: E402
+from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, optimizers  # noqa: E402
 from components.optimizers import AdamW  # noqa: E402
 from components.speed.compile import compile_losses  # noqa: E402
 
@@ -70,7 +70,7 @@ def our_trainer(name: str, spec: dict[str, Any], compiled: bool = False) -> Any:
         optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(models.parameters(), 10.0) and None)
     else:
         trainer = cls(models, {"policy": optimizer}, loss, spec=spec, config=cls.Config(prediction="epsilon"))
-        ema.averages(models, {"policy": optimizer}, 0.9999)
+        optimizers.averages(models, {"policy": optimizer}, 0.9999)
     if compiled:
         compile_losses(trainer, torch.device("cpu"))
     return trainer

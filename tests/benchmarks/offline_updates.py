@@ -42,13 +42,13 @@ from measuring import SWITCHES, Figure, compare, describe_machine, measure  # no
 from peers import Peer, Step  # noqa: E402
 
 from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY  # noqa: E402
+from components.contracts import construct, options_of  # noqa: E402
 from components.data import features  # noqa: E402
 from components.data.batches import Batches  # noqa: E402
 from components.data.normalisation import Normaliser  # noqa: E402
 from components.datasets.episodes import build_episodes  # noqa: E402
 from components.datasets.transitions import prepared  # noqa: E402
 from components.optimizers import Adam  # noqa: E402
-from components.run.command_line import options_of  # noqa: E402
 from components.speed.compile import compile_losses  # noqa: E402
 
 SIZES = {"CORL": (17, 6), "JAX": (28, 5)}  # of observation and action
@@ -107,8 +107,9 @@ def our_trainer(name: str, task: Task, spec: dict[str, Any], compiled: bool) -> 
     factories = {model: MODEL_BUILDER_REGISTRY[cls.needs[model]](**options) for model, options in task.models.items()}
     models = nn.ModuleDict({model: factory.build(spec) for model, factory in factories.items()})
     optimizers = {model: Adam(lr=3e-4).build(module.parameters()) for model, module in models.items()}
-    more = {"spec": spec, "config": cls.Config()} if hasattr(cls, "Config") else {}
-    trainer = cls(models, optimizers, LOSS_BUILDER_REGISTRY["mse"]().build(), **more)
+    trainer = construct(
+        cls, models, optimizers, LOSS_BUILDER_REGISTRY["mse"]().build(), spec, options_of(cls), torch.device("cpu")
+    )
     if compiled:
         compile_losses(trainer, torch.device("cpu"))
     return trainer

@@ -144,8 +144,7 @@ def diffusion_policy(
     With `flow`, which its code does not have, the plan is its U-Net in 10 steps of Euler's method.
     """
     sys.path.insert(0, str(checkout.resolve()))
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    from diffusers import DDIMScheduler, DDPMScheduler
 
     zarr: Any = types.ModuleType("zarr")
     zarr.Array = zarr.Group = type("Array", (), {})  # it asks whether its data is one
@@ -157,28 +156,8 @@ def diffusion_policy(
         )
     torch.manual_seed(0)
     schedule = {"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon"}
-    sizes = {"horizon": 16, "obs_dim": OBS[1], "action_dim": 2, "n_action_steps": 8, "n_obs_steps": OBS[0]}
-    sizes |= {"num_inference_steps": 10}
     noise = DDPMScheduler(**schedule, clip_sample=True, variance_type="fixed_small")
-    if network == "unet":
-        unet = importlib.import_module("diffusion_policy.model.diffusion.conditional_unet1d")
-        model = unet.ConditionalUnet1D(
-            input_dim=2,
-            global_cond_dim=OBS[0] * OBS[1],
-            diffusion_step_embed_dim=256,
-            down_dims=[64, 128] if toy else [256, 512, 1024],
-            kernel_size=5,
-            n_groups=8,
-            cond_predict_scale=True,
-        )
-        policy = policies.DiffusionUnetLowdimPolicy(model, noise, **sizes, obs_as_global_cond=True)
-    else:
-        transformer = importlib.import_module("diffusion_policy.model.diffusion.transformer_for_diffusion")
-        width, layers = (128, 3) if toy else (256, 8)
-        dims: dict[str, Any] = {"input_dim": 2, "output_dim": 2, "horizon": 16, "n_obs_steps": OBS[0]}
-        dims |= {"cond_dim": OBS[1], "n_layer": layers, "n_head": 4, "n_emb": width, "causal_attn": True}
-        model = transformer.TransformerForDiffusion(**dims, p_drop_emb=0.0, p_drop_attn=0.3, obs_as_cond=True)
-        policy = policies.DiffusionTransformerLowdimPolicy(model, noise, **sizes, obs_as_cond=True)
+    policy = diffusion_policy_network(network, policies, noise, toy)
     data = {"obs": torch.randn(batch, 16, OBS[1]), "action": torch.randn(batch, 16, 2)}
     normalizer = normalizers.LinearNormalizer()
     normalizer.fit(data)
@@ -212,15 +191,39 @@ def diffusion_policy(
                 x = x + 0.1 * policy.model(x, 10 * i, global_cond=seen)
             return normalizer["action"].unnormalize(x)
 
+        @torch.no_grad()
         def chunk() -> Any:
             policy.eval()
             policy.noise_scheduler = DDIMScheduler(**schedule, clip_sample=True)
-            with torch.no_grad():
-                return policy.predict_action({"obs": observation[STATE]})["action_pred"]
+            return policy.predict_action({"obs": observation[STATE]})["action_pred"]
 
         return euler if flow else chunk
 
     return Imitator(step, plan, learned([policy]))
+
+
+def diffusion_policy_network(network: str, policies: Any, noise: Any, toy: bool) -> Any:
+    """diffusion_policy's policy for Push-T from states, on its U-Net or its transformer."""
+    sizes = {"horizon": 16, "obs_dim": OBS[1], "action_dim": 2, "n_action_steps": 8, "n_obs_steps": OBS[0]}
+    sizes |= {"num_inference_steps": 10}
+    if network == "unet":
+        unet = importlib.import_module("diffusion_policy.model.diffusion.conditional_unet1d")
+        model = unet.ConditionalUnet1D(
+            input_dim=2,
+            global_cond_dim=OBS[0] * OBS[1],
+            diffusion_step_embed_dim=256,
+            down_dims=[64, 128] if toy else [256, 512, 1024],
+            kernel_size=5,
+            n_groups=8,
+            cond_predict_scale=True,
+        )
+        return policies.DiffusionUnetLowdimPolicy(model, noise, **sizes, obs_as_global_cond=True)
+    transformer = importlib.import_module("diffusion_policy.model.diffusion.transformer_for_diffusion")
+    width, layers = (128, 3) if toy else (256, 8)
+    dims: dict[str, Any] = {"input_dim": 2, "output_dim": 2, "horizon": 16, "n_obs_steps": OBS[0]}
+    dims |= {"cond_dim": OBS[1], "n_layer": layers, "n_head": 4, "n_emb": width, "causal_attn": True}
+    model = transformer.TransformerForDiffusion(**dims, p_drop_emb=0.0, p_drop_attn=0.3, obs_as_cond=True)
+    return policies.DiffusionTransformerLowdimPolicy(model, noise, **sizes, obs_as_cond=True)
 
 
 def lerobot_act(

@@ -37,7 +37,7 @@ def pictures(rows: int, toy: bool) -> dict[str, torch.Tensor]:
 
 
 def our_plan(name: str, device: str, toy: bool) -> Peer:
-    """One chunk for one observation by our policy, built from the registries as the README's fork does."""
+    """One chunk for one observation by our policy, built from the registries as `tests/examples/plain.py` does."""
     from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY
 
     cls: Any = TRAINER_REGISTRY[name]

@@ -1,10 +1,11 @@
-"""The dataset that a command is about: `PATH`, or `--dataset NAME` with its options."""
+"""What the commands `inspect` and `convert` share: their dataset is a `PATH`, or `--dataset NAME` with its options."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from typing import Annotated, Any
 
-from ..errors import UserError, nearest
+from ..contracts import instantiate, options_of
+from ..errors import UserError, nearest, one_line
 from ..run import command_line as cli
 from .recognise import recognise
 
@@ -22,9 +23,9 @@ def parse(options: type, argv: Sequence[str], positional: int, wants: dict[str, 
 
     Args:
         options: Dataclass of the command's own options, all with defaults.
-        positional: Number of words before the first option, of which the first is the dataset's path; without a path
-            there is one word less.
-        wants: Options of the dataset that differ from its defaults here, where it has them.
+        positional: Number of words before the first option. The first is the dataset's path; without a path there is
+            one word less.
+        wants: Defaults of the command for the dataset's options; options that the dataset lacks are left out.
 
     Returns:
         The command's options, the words before them, and the dataset's factory.
@@ -47,7 +48,7 @@ def parse(options: type, argv: Sequence[str], positional: int, wants: dict[str, 
     component = cli.pick(DATASET_BUILDER_REGISTRY, "dataset", name)
     known = {field.name for field in fields(component)} if is_dataclass(component) else set()
     values = {key: value for key, value in wants.items() if key in known}
-    if "image_size" in known:  # it draws its pictures, and only those that are asked for
+    if "image_size" in known:  # such a dataset renders its pictures, and only those of the cameras that are named
         values.pop("cameras", None)
     if len(words) == positional:
         if "path" not in known:
@@ -64,13 +65,13 @@ def parse(options: type, argv: Sequence[str], positional: int, wants: dict[str, 
         kw_only=True,
     )
     both.__doc__ = options.__doc__
-    default = both(dataset=name, plugins=names.plugins, dataset_options=cli.options_of(component, values))
+    default = both(dataset=name, plugins=names.plugins, dataset_options=options_of(component, values))
     parsed = cli.parse(both, argv, default)
-    return parsed, words, cli.instantiate(component, parsed.dataset_options)
+    return parsed, words, instantiate(component, parsed.dataset_options)
 
 
-def built(factory: Any) -> dict[str, Any]:
-    """What a factory builds, called as the scripts call it."""
+def built_by(factory: Any) -> dict[str, Any]:
+    """Build a dataset with the arguments that the scripts pass."""
     launch = {"local_rank": 0, "dist_enabled": False, "save_dir": ""}
-    with cli.one_line("dataset"):
+    with one_line("dataset"):
         return factory.build(opt_params=launch, params=vars(factory) if is_dataclass(factory) else {})

@@ -1,4 +1,4 @@
-"""What OGBench's environments lack: the goal in the observation, and episodes that their seed alone fixes."""
+"""Wrappers of OGBench's environments: the goal in the observation, and episodes that depend on their seed alone."""
 
 import warnings
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-# Some environments make their spaces anew, with this warning, whenever they are asked for them.
+# Some environments create their spaces at every access, with this warning.
 warnings.filterwarnings("ignore", message=".*precision lowered by casting", category=UserWarning)
 
 
 class GoalInObservation(gym.Wrapper):
-    """Observations {"observation": `[Ds]`, "goal": `[Ds]`}; seed s plays the task 1 + s % 5, unless one is given."""
+    """Observations {"observation": `[Ds]`, "goal": `[Ds]`}; seed s plays task 1 + s % 5 unless `task` is set."""
 
     def __init__(self, env: gym.Env, task: int) -> None:
         super().__init__(env)
@@ -29,17 +29,17 @@ class GoalInObservation(gym.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
-        told = {"success": info["success"]}
-        return {"observation": observation, "goal": self.goal}, float(reward), terminated, truncated, told
+        info = {"success": info["success"]}
+        return {"observation": observation, "goal": self.goal}, float(reward), terminated, truncated, info
 
 
 class SeededEverywhere(gym.Wrapper):
-    """Gives an environment that draws from numpy's global generator a state of that generator for itself."""
+    """Keeps a separate state of numpy's global generator for an environment that draws from it."""
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
         self.own = np.random.RandomState(0).get_state()
-        self.metadata = env.metadata | {"render_modes": ["rgb_array"], "render_fps": 20}  # some declare none
+        self.metadata = env.metadata | {"render_modes": ["rgb_array"], "render_fps": 20}  # which some do not declare
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
@@ -51,6 +51,7 @@ class SeededEverywhere(gym.Wrapper):
         return observation, reward, terminated, truncated, {"success": info["success"]}
 
     def _with_own(self, call: Any) -> Any:
+        """Call with the environment's state of the generator; afterwards the global state is restored."""
         others = np.random.get_state()
         np.random.set_state(self.own)
         try:

@@ -1,38 +1,32 @@
-"""A policy in a folder that loads alone: weights, statistics, and which components to build it from."""
+"""A policy in a self-contained folder: weights, statistics, and the components from which to build it."""
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from ..data.features import build_models, seen_by
+from ..contracts import construct, has_policy, instantiate, model_spec_of, options_of
+from ..data.features import build_models
 from ..data.normalisation import Normaliser
 from ..errors import UserError
-from ..run.command_line import instantiate, options_of
+from .correction import CorrectedPolicy, Middle, fingerprint
 from .policy import Inference, Policy
 
 FORMAT = 1
 
 
-def save_policy(
-    folder: Path,
-    policy: Policy,
-    trainer: tuple[str, Any],
-    models: dict[str, tuple[str, Any]],
-    loss: tuple[str, Any],
-    plugins: Sequence[str],
-) -> None:
-    """Write `model.safetensors` and `policy.json`, replacing the folder at once.
+def save_policy(folder: Path, policy: Policy, args: Any) -> None:
+    """Write `model.safetensors` and `policy.json` to a new folder, which then replaces `folder`.
 
     Args:
-        trainer, models, loss: (registry name, options) of the components from which the acting module is built again.
-        plugins: Modules that register some of them.
+        args: Names and options of the components from which the policy's module is built again, and the plugins that
+            register some of them.
     """
     from safetensors.torch import save_file
 
@@ -43,11 +37,11 @@ def save_policy(
 
     description = {
         "format": FORMAT,
-        "trainer": entry(*trainer),
-        "models": {name: entry(*model) for name, model in models.items()},
-        "loss": entry(*loss),
-        "plugins": list(plugins),
-        "own_policy": callable(getattr(TRAINER_REGISTRY[trainer[0]], "policy", None)),
+        "trainer": entry(args.trainer, args.trainer_options),
+        "models": {name: entry(*model) for name, model in args.models.items()},
+        "loss": entry(args.loss, args.loss_options),
+        "plugins": list(args.plugins),
+        "own_policy": has_policy(TRAINER_REGISTRY[args.trainer]),
         "spec": policy.spec,
         "normalisation": policy.normaliser.modes,
         "inference": asdict(policy.settings),
@@ -72,19 +66,17 @@ def load_policy(folder: str | Path, **settings: Any) -> Any:
     """Load a policy from a run folder, or from its `policy/` folder alone.
 
         policy = load_policy("runs/x"); policy.reset(); action = policy.act({"observation.state": array})
-        policy = load_policy("runs/x", action_steps=4, sampling_steps=20)  # otherwise as it acted in its run
+        policy = load_policy("runs/x", action_steps=4, sampling_steps=20)  # other settings as in its run
 
     Args:
-        settings: Fields of `Inference`, in the place of those that it was saved with.
+        settings: Fields of `Inference` that replace the saved ones.
 
     Raises:
-        UserError: no policy there, a plugin to import first, weights that do not fit, a statistic that is missing or
-            has the wrong width, or settings that do not fit; each by name.
+        UserError: no policy there, a plugin to import first, weights that do not match, a statistic that is missing or
+            has the wrong width, or invalid settings; each by name.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-
-    from ..experience import frozen_base as residual
 
     path, description = describe(folder)
     try:
@@ -102,11 +94,11 @@ def load_policy(folder: str | Path, **settings: Any) -> Any:
     known = saved_settings(folder)
     complete = {key: modes.get(key, "none") for key in spec}
     policy = Policy(module.eval(), Normaliser(spec, complete), spec, known)
-    return residual.with_base(path.parent, policy).configure(**settings)
+    return with_base(path.parent, policy).configure(**settings)
 
 
 def describe(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The file `policy.json` of a run or policy folder, and what it says. Raises UserError: none there, or damaged."""
+    """Path and contents of the `policy.json` of a run or policy folder. Raises UserError: none there, or damaged."""
     folder = Path(folder)
     path = (folder / "policy" if (folder / "policy" / "policy.json").exists() else folder) / "policy.json"
     if not path.exists():
@@ -118,7 +110,7 @@ def describe(folder: str | Path) -> tuple[Path, dict[str, Any]]:
 
 
 def saved_settings(folder: str | Path) -> Inference:
-    """How the policy of a run acts unless it is told otherwise. Raises UserError: no policy there, or damaged."""
+    """The inference settings that a policy was saved with. Raises UserError: no policy there, or damaged."""
     path, description = describe(folder)
     try:
         return Inference(**description["inference"])
@@ -127,7 +119,7 @@ def saved_settings(folder: str | Path) -> Inference:
 
 
 def normalisation_of(run: str, spec: dict[str, Any]) -> dict[str, str]:
-    """How a run normalised the keys of `spec`, which gets its statistics; {} for no run.
+    """Normalisation modes of a run for the keys of `spec`, into which its statistics are copied; {} for no run.
 
     Raises:
         UserError: no policy there, or keys of other shapes.
@@ -147,7 +139,7 @@ def normalisation_of(run: str, spec: dict[str, Any]) -> dict[str, str]:
 
 
 def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path) -> nn.Module:
-    """Build the acting module as the script did: one model, or the trainer's own `policy()`."""
+    """Build the policy's module as the script did: one model, or the trainer's `policy()`."""
     from .. import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY
 
     def component(registry: dict[str, type], entry: dict[str, Any]) -> tuple[type, Any]:
@@ -165,29 +157,32 @@ def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path)
     config = None
     if description["own_policy"] or description["trainer"]["name"] in TRAINER_REGISTRY:
         cls, config = component(TRAINER_REGISTRY, description["trainer"])
-    build_one: Any = lambda name, seen: factories[name].build(seen)  # noqa: E731
-    models = build_models(list(factories), build_one, spec, seen_by(cls, config))
+    build_one: Any = lambda name, spec: factories[name].build(spec)  # noqa: E731
+    models = build_models(list(factories), build_one, spec, model_spec_of(cls, config))
     if not description["own_policy"]:
         return models["policy"]
     loss = instantiate(*component(LOSS_BUILDER_REGISTRY, description["loss"])).build()
-    extras = trainer_extras(cls, config, spec, torch.device("cpu"))
-    return cls(models=models, optimizers=idle_optimizers(models), loss=loss, **extras).policy()
+    return construct(cls, models, idle_optimizers(models), loss, spec, config, torch.device("cpu")).policy()
 
 
 def idle_optimizers(models: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
-    """Optimizers that never step, for a trainer that is built only to act."""
+    """Optimizers that never step, for a trainer that is built only for its policy."""
     named = ((name, [p for p in model.parameters() if p.requires_grad]) for name, model in models.items())
     return {name: torch.optim.SGD(params, lr=0.0) for name, params in named if params}
 
 
-def trainer_extras(cls: type, config: Any, spec: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Those of `device`, `norm_stats`, `spec` and `config` that a trainer's constructor asks for."""
-    import inspect
-
-    norm_stats = {key: feature["stats"] for key, feature in spec.items() if "stats" in feature}
-    extras = {"device": device, "norm_stats": norm_stats, "spec": spec, "config": config}
-    parameters = inspect.signature(cls).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return extras
-    names = {p.name for p in parameters}
-    return {name: value for name, value in extras.items() if name in names}
+def with_base(folder: Path, correction: Policy) -> Any:
+    """The policy of a folder, with the frozen policy that it corrects, if any. Raises UserError: a damaged folder."""
+    path = folder / "residual.json"
+    if not path.exists():
+        return correction
+    try:
+        how = json.loads(path.read_text())
+        low, high = (np.array(how[name], dtype=np.float32) for name in ("low", "high"))
+        bounds, sha256 = Middle(low, high, float(how["scale"])), how["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    base = load_policy(folder / "base")
+    if fingerprint(folder / "base") != sha256:
+        raise UserError(f"{folder / 'base'}: not the weights of the policy that was corrected")
+    return CorrectedPolicy(base, correction, bounds)

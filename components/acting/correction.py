@@ -1,0 +1,83 @@
+"""A frozen policy and the residual policy that corrects it, combined into one."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .policy import Policy
+
+BASE_ACTION = "observation.base_action"  # the frozen policy's action in [-1, 1], which the residual policy observes
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a saved policy's weights."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+class Middle:
+    """Converts between corrections in [-1, 1] and actions of an environment.
+
+    Args:
+        low, high: Bounds of the actions, `[Da]`.
+        scale: Largest correction, as a fraction of half the range.
+    """
+
+    def __init__(self, low: np.ndarray, high: np.ndarray, scale: float) -> None:
+        self.low, self.high, self.scale = low, high, scale
+        self.middle, self.half = (high + low) / 2, (high - low) / 2
+
+    def corrected(self, base: np.ndarray, correction: np.ndarray) -> np.ndarray:
+        """The sum `[..., Da]` of a base action and a scaled correction, clipped to the bounds."""
+        return np.clip(base + self.scale * self.half * correction, self.low, self.high).astype(np.float32)
+
+    def correction(self, base: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """The correction `[..., Da]` from a base action to `action`, within [-1, 1]; 0 where the bounds suffice."""
+        cut = np.clip((action - base) / (self.scale * self.half), -1, 1)
+        bounded = ((action >= self.high) & (base >= self.high)) | ((action <= self.low) & (base <= self.low))
+        return np.where(bounded, 0, cut).astype(np.float32)
+
+    def normalised(self, base: np.ndarray) -> np.ndarray:
+        """A base action `[..., Da]` in [-1, 1], as it is observed."""
+        return (np.clip((base - self.middle) / self.half, -1, 1)).astype(np.float32)
+
+
+class CorrectedPolicy:
+    """A frozen policy and the residual policy that corrects it, with the interface of `Policy`.
+
+    Args:
+        frozen: The frozen policy, to which the inference settings apply.
+        correction: The residual policy.
+        bounds: Of the environment's actions, with the scale of the correction.
+    """
+
+    def __init__(self, frozen: Policy, correction: Policy, bounds: Middle) -> None:
+        self.frozen, self.correction, self.bounds = frozen, correction, bounds
+        self.spec, self.obs_steps, self.observation_keys = frozen.spec, frozen.obs_steps, frozen.observation_keys
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["frozen"], name)
+
+    def configure(self, **settings: Any) -> "CorrectedPolicy":
+        """As `Policy.configure`, for the frozen policy."""
+        self.frozen.configure(**settings)
+        self.correction.reset()
+        return self
+
+    def reset(self, seeds: Any = None) -> None:
+        """As `Policy.reset`."""
+        self.frozen.reset(seeds)
+        self.correction.reset(seeds)
+
+    def restart(self, rows: torch.Tensor) -> None:
+        """As `Policy.restart`."""
+        self.frozen.restart(rows)
+        self.correction.restart(rows)
+
+    def act(self, observation: dict[str, Any], rows: torch.Tensor | None = None) -> np.ndarray:
+        """As `Policy.act`."""
+        base = self.frozen.act(observation, rows)
+        extended = observation | {BASE_ACTION: self.bounds.normalised(base)}
+        return self.bounds.corrected(base, self.correction.act(extended, rows))
