@@ -276,8 +276,6 @@ def build_learner(args: Args, accelerator: Accelerator, run: Run, spec: dict[str
     with one_line(f"trainer {args.trainer!r}"):
         trainer = contracts.construct(cls, models, optimizers, loss, spec, args.trainer_options, device)
         contracts.check(trainer, protocols.Trainer)
-        if args.grad_accumulation > 1 and not contracts.accumulates(trainer):
-            raise UserError("--grad-accumulation above 1 needs a trainer that declares accumulates = True; use 1")
         # Here averages of the weights join, all that the trainer has added moves to the device, and every process takes
         # rank 0's weights and buffers, whatever it had drawn itself.
         how = (args.ema_decay, args.grad_accumulation, args.freeze)

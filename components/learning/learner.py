@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import contracts, optimizers, parallel
+from ..errors import UserError
 from .gradients import Finite, Gradients, accumulate
 from .held_out import loss_by_source
 from .metrics import Metrics
@@ -19,7 +20,7 @@ class Learner:
     Args:
         trainer: Built from these models, optimizers and loss.
         models: By name; the averages of `--ema-decay` are added, and all move to `device`.
-        optimizers: One for each trained model.
+        opts: One optimizer for each trained model.
         ema_decay: Largest decay of averaged weights; 0 for none.
         micro_steps: Calls of `train_step` per update.
         frozen: Names of models that stay in evaluation mode, so that their buffers do not change either.
@@ -39,6 +40,8 @@ class Learner:
         micro_steps: int = 1,
         frozen: Iterable[str] = (),
     ) -> None:
+        if micro_steps > 1 and not contracts.accumulates(trainer):
+            raise UserError("--grad-accumulation above 1 needs a trainer that declares accumulates = True; use 1")
         self.trainer, self.optimizers, self.loss, self.device = trainer, opts, loss, device
         self.micro_steps, self.frozen = micro_steps, list(frozen)
         averages = optimizers.averages(models, opts, ema_decay)
@@ -95,14 +98,14 @@ class Learner:
     def update(self, batch: dict[str, Any]) -> None:
         """Call `train_step` on a batch and keep its metrics."""
         self.call(batch)
-        self.called(batch)
+        self.count(batch)
 
     def call(self, batch: dict[str, Any]) -> None:
         """Call `train_step` with the keywords that it asks for, without counting the call."""
         place = self.where | {"iterations": self.updates}
         self.metrics.add(self.trainer.train_step(batch, **{name: place[name] for name in self.keywords}), "train/")
 
-    def called(self, batch: dict[str, Any]) -> None:
+    def count(self, batch: dict[str, Any]) -> None:
         """Count a call of `train_step`; every `micro_steps`-th completes an update."""
         self.calls += 1
         self.updates += self.calls % self.micro_steps == 0

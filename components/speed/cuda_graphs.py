@@ -71,7 +71,7 @@ class Captured:
             torch.cuda.current_stream().wait_stream(self.stream)
         else:
             self.replay(turn, recording, batch)
-        self.learner.called(batch)
+        self.learner.count(batch)
 
     def replay(self, turn: int, recording: Recording | None, batch: dict[str, Any]) -> None:
         """Replay the recording of this call on a batch; make the recording first if there is none."""
