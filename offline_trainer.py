@@ -145,6 +145,7 @@ class Args(Arguments):
     track_group: str = ""
     """Group there."""
     # The options of the components that are chosen: the second pass over the command line fills them in.
+
     trainer_options: Annotated[Any, tyro.conf.arg(name="trainer")]
     dataset_options: Annotated[Any, tyro.conf.arg(name="dataset")]
     model_options: Annotated[Any, tyro.conf.arg(name="model")]
