@@ -496,7 +496,9 @@ class Checkpoints:
         name, learner = self.args.trainer, self.learner
         if manifest["format"] != FORMAT or manifest["trainer"] != name:
             found = f"format {manifest['format']}, trainer {manifest['trainer']!r}"
-            raise UserError(f"{folder}: {found}; expected format {FORMAT}, trainer {name!r}")
+            raise UserError(
+                f"{folder}: {found}; expected format {FORMAT}, trainer {name!r}; --init-from takes its weights"
+            )
         there = {key.removeprefix("model-"): s for key, s in manifest["shapes"].items() if key.startswith("model-")}
         odd = [f"model {n}: absent there" for n in learner.models if n not in there]
         odd += [f"model {n}: absent here" for n in there if n not in learner.models]
