@@ -150,3 +150,13 @@ def test_a_rehearsal_runs_all_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all("no checkout" in row["why"] for row in rows if "tests" not in row)
     assert [row["tests"] for row in rows if "tests" in row]
     assert all(row["operations"] > 0 for row in rows if "host_ms" in row)
+
+
+@pytest.mark.slow
+def test_offline_updates_measure_our_trainers(tmp_path: Path) -> None:
+    """As the scripts build them, two updates each."""
+    options = ("--rounds", 1, "--updates", 2, "--only", "td3_bc", "iql", "rebrac")
+    done = command(sys.executable, BENCHMARKS / "offline_updates.py", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("td3_bc", "iql", "rebrac"):
+        assert f"{name}, medium" in done.stdout

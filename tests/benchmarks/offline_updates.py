@@ -121,7 +121,7 @@ def our_steps(name: str, task: Task, compiled: bool) -> tuple[dict[str, Step], i
     data = random_data(*SIZES[task.peer])
     data = prepared(data, cls, "benchmark", options_of(cls))
     spec = features.describe(data["dataset"][0], data["norm_stats"])
-    normaliser = Normaliser(spec, dict(mode.split("=") for mode in cls.defaults.get("normalise", ())))
+    normaliser = Normaliser(spec, dict(mode.split("=") for mode in cls.defaults.get("offline.normalise", ())))
     spec = normaliser.with_ranges(spec)
     stream = Batches(data["dataset"], BATCH, seed=0).stream(0)
 
