@@ -305,7 +305,7 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
     normaliser = Normaliser(spec, modes).to(device)  # of the batches here, and saved with the policy
     spec = normaliser.with_ranges(spec)
 
-    # Batches are a function of (seed, step), whatever the number of processes; so a resumed run sees the same ones.
+    # Batches are a function of (seed, step), whatever the number of processes; so a resumed run gets the same ones.
     dataset, parts = data["dataset"], world * args.grad_accumulation
     batch_size, note = fit_batch(args.batch_size, len(dataset), parts, args.given("batch-size"))
     batches = Batches(dataset, batch_size, args.seed, rank, world, args.grad_accumulation, args.workers, device)
