@@ -83,8 +83,8 @@ def main(argv: list[str]) -> int:
         make = instantiate(component, args.env_options).build
         envs = Environments(make, min(args.eval_envs, args.eval_episodes), args.eval_seed, args.env_timeout)
         seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
-        evaluator = Evaluator(policy, envs, {"name": name, **asdict(args.env_options)}, seeds)
-        evaluator.options = args.env_options
+        env = {"name": name, **asdict(args.env_options)}
+        evaluator = Evaluator(policy, envs, env, seeds, options=args.env_options)
     step = run_record.read_status(run)["step"]
     result, problem = evaluator.evaluate(step)
     if result is None:

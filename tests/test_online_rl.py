@@ -239,8 +239,7 @@ class Drawn(toy.Savable):
 def test_a_residual_policy_is_filmed_after_its_run(online: Script, frozen: Path, tmp_path: Path) -> None:
     run = online(*RESIDUAL, "--trainer.base", frozen, "--env", "savable", "--steps", 30)
     envs = Environments(Drawn().build, 2, 0, 10.0)
-    evaluator = Evaluator(load_policy(run), envs, {"name": "drawn"}, range(3))
-    evaluator.options = Drawn()
+    evaluator = Evaluator(load_policy(run), envs, {"name": "drawn"}, range(3), options=Drawn())
     assert evaluator.evaluate(30)[1] == evaluator.film(tmp_path / "film.mp4") == ""
     assert (tmp_path / "film.mp4").stat().st_size > 0
 

@@ -181,6 +181,7 @@ class Evaluator:
         seeds: Of the episodes of all processes.
         rank, world: Rank of this process, and number of processes.
         tick: Called at each step; an exception from it ends the evaluation.
+        options: Of the environment, from which `film` makes one that renders.
 
     Raises:
         UserError: the environment's actions or observations do not match the data.
@@ -195,11 +196,12 @@ class Evaluator:
         rank: int = 0,
         world: int = 1,
         tick: Callable[[], None] = lambda: None,
+        options: Any = None,
     ) -> None:
         check_env(environments, policy.spec)
         self.policy, self.environments, self.env, self.seeds = policy, environments, env, seeds
         self.rank, self.world, self.tick, self.failed = rank, world, tick, False
-        self.options: Any = None  # of the environment, from which one that renders is made
+        self.options = options
         self.reference: tuple[float, float] | None = None  # returns that are normalised to 0 and 100
 
     @classmethod
@@ -229,9 +231,7 @@ class Evaluator:
             slots = min(args.eval_envs, -(-len(seeds) // world))
             environments = run.closing(Environments(make, slots, args.eval_seed, args.env_timeout))
             record = {"name": name, **asdict(options)}
-            evaluator = cls(policy, environments, record, seeds, run.rank, world, run.tick)
-            evaluator.options = options
-            return evaluator
+            return cls(policy, environments, record, seeds, run.rank, world, run.tick, options)
 
     def evaluate(self, step: int) -> tuple[dict[str, Any] | None, str]:
         """Run the episodes; returns (the line for `eval.jsonl`, "") or, on all processes, (None, reason of a failure).

@@ -153,10 +153,13 @@ class Collector:
         Raises:
             RuntimeError: more faults than the limit.
         """
-        while insist:
-            transitions, episodes = self.step(action)
-            if transitions is not None:
-                return transitions, episodes
+        transitions, episodes = self._step(action)
+        while insist and transitions is None:
+            transitions, episodes = self._step(action)
+        return transitions, episodes
+
+    def _step(self, action: np.ndarray) -> tuple[dict[str, Tensor] | None, list[dict[str, float]]]:
+        """`step` once, whatever comes of it."""
         envs = self.environments
         before, resetting = self.observation, self.resetting
         space = envs.single_action_space

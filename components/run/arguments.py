@@ -100,8 +100,8 @@ def parse(options: Any, argv: list[str], registries: dict[str, dict[str, type]])
         names = cli.parse_names(names_only, argv)
     cli.import_plugins(names.plugins)
     trainer = cli.pick(registries["trainer"], "trainer", names.trainer or options.trainer)
-    default = _Defaults(options, registries, names, trainer).complete()
-    args = cli.parse(options, argv, default, quiet=os.environ.get("RANK", "0") != "0")
+    defaults = _Defaults(options, registries, names, trainer)
+    args = cli.parse(options, argv, defaults.complete(), quiet=os.environ.get("RANK", "0") != "0")
     check_bounds(args)
     if args.debug:
         always = {name: rule.debug for name, rule in rules_of(options).items() if rule.always}
@@ -110,9 +110,8 @@ def parse(options: Any, argv: list[str], registries: dict[str, dict[str, type]])
         may_change = {name for name, rule in rules_of(options).items() if rule.resume}
         _refuse_changes(resumed, stored["args"], asdict(args), may_change)
         args.resume = resumed
-    args.argv, args.stored, args.defaults = argv, stored, trainer_defaults(options, trainer)
-    entries = needed_models(registries["model"], trainer, args.model)
-    args.models = {name: (entry, getattr(args.model_options, name)) for name, entry in entries.items()}
+    args.argv, args.stored, args.defaults = argv, stored, defaults.of_trainer
+    args.models = {name: (entry, getattr(args.model_options, name)) for name, entry in defaults.needs.items()}
     return args
 
 
@@ -135,23 +134,20 @@ def trainer_defaults(options: Any, trainer: type) -> dict[str, Any]:
     return found
 
 
-def needed_models(registry: dict[str, type], trainer: type, asked: Any) -> dict[str, str]:
-    """Model name -> registry name: those that the trainer needs, the policy first; `--model` replaces some of them."""
-    needs = contracts.needs_of(trainer)
-    return needs | cli.chosen_models(registry, needs, asked)
-
-
 class _Defaults:
     """The defaults of the second pass: the script's, then the trainer's, then those of `--debug`."""
 
     def __init__(self, options: Any, registries: dict[str, dict[str, type]], names: Any, trainer: type) -> None:
         self.options, self.registries, self.names, self.trainer = options, registries, names, trainer
         names.trainer = names.trainer or options.trainer
-        self.values = {option: getattr(options, option) for option in registries} | trainer_defaults(options, trainer)
+        self.of_trainer = trainer_defaults(options, trainer)
+        self.values = {option: getattr(options, option) for option in registries} | self.of_trainer
         if names.debug:
             rules = rules_of(options).items()
             self.values |= {name: rule.debug for name, rule in rules if rule.debug is not None and not rule.always}
-        self.needs = needed_models(registries["model"], trainer, names.model)
+        # Model name -> registry name, as the trainer needs them, the policy first; `--model` replaces some.
+        needs = contracts.needs_of(trainer)
+        self.needs = needs | cli.chosen_models(registries["model"], needs, names.model)
 
     def complete(self) -> Any:
         """An instance of the script's `Args` with the chosen components and all defaults."""

@@ -475,17 +475,16 @@ class Checkpoints:
         Raises:
             UserError: all checkpoints are damaged, do not fit, or are beyond `--steps`.
         """
-        run, args, step = self.run, self.args, 0
+        run, steps = self.run, self.args.steps
         if found := parallel.on_first(run.rank, lambda: latest(self.root)):
-            run.step = step = found[1]["step"]
-            states = self.load(*found)
-            for name, state in states.items():
+            run.step = found[1]["step"]
+            for name, state in self.load(*found).items():
                 self.parts[name].load_state_dict(state)
             self._load_ranks(*found)
-        if step > args.steps:
-            raise UserError(f"--steps {args.steps} is below step {step}, which {run.path} has reached")
-        run.rewind(step)
-        run.say(f"resumed at step {step}{kept_length(self.learner.optimizers, args.steps)}")
+        if run.step > steps:
+            raise UserError(f"--steps {steps} is below step {run.step}, which {run.path} has reached")
+        run.rewind(run.step)
+        run.say(f"resumed at step {run.step}{kept_length(self.learner.optimizers, steps)}")
 
     def load(self, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         """Load the learner's state; returns the state of the parts.
@@ -525,7 +524,8 @@ class Checkpoints:
     def _load_ranks(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Load the state of this process, or of all former ones, and its random generators."""
         rank, before = self.run.rank, manifest["world_size"]
-        if before == parallel.world_size():
+        same = before == parallel.world_size()
+        if same:
             states = [_rank_state(folder, rank)]
             set_random_state(states[0]["random"])
         else:
@@ -533,7 +533,7 @@ class Checkpoints:
             seed_all(derive_seed(self.args.seed, rank, manifest["step"]))
             states = [_rank_state(folder, r) for r in range(before)]
         for name, part in self.parts.items():
-            if before == parallel.world_size() and hasattr(part, "load_rank_state"):
+            if same and hasattr(part, "load_rank_state"):
                 part.load_rank_state(states[0][name])
             elif hasattr(part, "load_rank_states"):
                 part.load_rank_states([state[name] for state in states])
