@@ -26,10 +26,10 @@ import protocols
 from components import REGISTRIES, UserError, contracts, parallel
 from components.acting.evaluation import Evaluator, choose_env
 from components.acting.policy import Inference, acting_policy
+from components.contracts import Place
 from components.data.augmentation import Augmentation
 from components.data.batches import Batches, fit_batch, to_device
 from components.data.features import build_models, describe_data
-from components.data.normalisation import Normaliser
 from components.data.random_state import derive_seed
 from components.datasets.transitions import prepared
 from components.errors import one_line
@@ -41,6 +41,7 @@ from components.run.arguments import Arguments, Rule, parse
 from components.run.checkpoint import Checkpoints, initialise
 from components.run.clock import Clock
 from components.run.command_line import choose, choose_some, pairs
+from components.run.overlooked import check_launch, no_effect
 from components.run.process import run_script
 from components.run.record import Run
 from components.speed import matmul
@@ -75,9 +76,9 @@ class Args(Arguments):
     """Run folder to resume; every option comes from it."""
     debug: bool = False
     """Everything small and in one process, autograd's anomaly detection on, shapes and norms printed."""
-    init_from: str = ""
+    init_from: Annotated[str, Place()] = ""
     """Run folder whose weights all models start from."""
-    load: tuple[str, ...] = ()
+    load: Annotated[tuple[str, ...], Place("[^=]*=(.+)")] = ()
     """Models that start from another run's weights, as NAME=RUN."""
     freeze: tuple[str, ...] = ()
     """Models that keep their weights."""
@@ -165,6 +166,7 @@ def start_accelerator(args: Args) -> Accelerator:
     """Start the group of processes, and refuse the launches in which gradients would not be right."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UserError("DeepSpeed and FSDP launches are not supported; launch with --multi_gpu, or with one process")
+    check_launch(args.grad_accumulation)
     # A resumed run computes as it began. fp16 needs a loss scaler, and accelerate's belongs to a single optimizer.
     wanted = args.mixed_precision or args.stored.get("mixed_precision")
     precision = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -254,7 +256,8 @@ def build_dataset(args: Args, accelerator: Accelerator, run: Run) -> dict[str, A
     launch = {"local_rank": local_rank, "dist_enabled": several, "save_dir": str(run.path)}
     factory = (args.dataset, args.dataset_options)
     make = partial(build, "dataset", *factory, opt_params=launch, params=asdict(args.dataset_options))
-    return parallel.in_turns(accelerator.is_local_main_process, make)
+    # A resumed run refuses other data than it began with.
+    return run.inherited.same_data(parallel.in_turns(accelerator.is_local_main_process, make))
 
 
 def build_learner(args: Args, accelerator: Accelerator, run: Run, spec: dict[str, Any], updates: int) -> Learner:
@@ -262,13 +265,14 @@ def build_learner(args: Args, accelerator: Accelerator, run: Run, spec: dict[str
     cls, device = REGISTRIES["trainer"][args.trainer], accelerator.device
     build_model = lambda name, spec: build("model", *args.models[name], spec)  # noqa: E731
     # An encoder is built first, the others for its output; a trainer may have some of them built for another spec.
-    models = build_models(list(args.models), build_model, spec, contracts.model_spec_of(cls, args.trainer_options))
+    with run.inherited.weights_follow():
+        models = build_models(list(args.models), build_model, spec, contracts.model_spec_of(cls, args.trainer_options))
     loss = build("loss", args.loss, args.loss_options).to(device)
     if any(parameter.requires_grad for parameter in loss.parameters()):
         models["loss"] = loss  # it is trained, so it has an optimizer and a place in checkpoints
     # Weights of other runs come before the optimizers, which leave out what is frozen, and before the trainer, which
-    # copies its target networks.
-    initialise(models.to(device), args.init_from, args.load, args.freeze)
+    # copies its target networks. A resumed run has them in its folder.
+    initialise(models.to(device), args, run.inherited)
     factory = with_length(args.optimizer_options, updates)  # of its learning-rate schedule
     optimizers = {
         name: build("optimizer", args.optimizer, for_model(factory, name, models), parameters)
@@ -279,7 +283,7 @@ def build_learner(args: Args, accelerator: Accelerator, run: Run, spec: dict[str
         contracts.check(trainer, protocols.Trainer)
         # Here averages of the weights join, all that the trainer has added moves to the device, and every process takes
         # rank 0's weights and buffers, whatever it had drawn itself.
-        how = (args.ema_decay, args.grad_accumulation, args.freeze)
+        how = (args.ema_decay, args.grad_accumulation, args.freeze, updates)
         learner = Learner(trainer, models, optimizers, loss, device, *how)
     for name in optimizers:
         StepHook(accelerator, learner, name, args.grad_clip)
@@ -302,7 +306,7 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
         data = prepared(data, cls, args.trainer, args.trainer_options)
     spec = args.augment.cropped(describe_data(data, f"dataset {args.dataset!r}"))
     modes = pairs("--normalise", (*args.defaults.get("normalise", ()), *args.normalise))
-    normaliser = Normaliser(spec, modes).to(device)  # of the batches here, and saved with the policy
+    normaliser = run.inherited.normaliser(spec, modes).to(device)  # of the batches here, and saved with the policy
     spec = normaliser.with_ranges(spec)
 
     # Batches are a function of (seed, step), whatever the number of processes; so a resumed run gets the same ones.
@@ -328,6 +332,7 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
         checkpoints.restore()
     size = f"{len(dataset)} samples, batch {batch_size}{note}, {args.steps} steps"
     run.begin(args, evaluator.env if evaluator else None, accelerator.mixed_precision, size)
+    run.say(*no_effect(args, learner, batches))
 
     # The loop. It learns at its end: what is due before the first step, or after the last one, is done where it always
     # is, and a resumed run does what its predecessor did not come to do.

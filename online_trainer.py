@@ -31,7 +31,7 @@ import protocols
 from components import REGISTRIES, UserError, contracts, parallel
 from components.acting.evaluation import Evaluator, choose_env
 from components.acting.policy import Inference, Policy, acting_policy
-from components.acting.policy_folder import normalisation_of
+from components.contracts import Place
 from components.data.batches import fit_batch, fit_envs
 from components.data.features import build_models
 from components.data.normalisation import RunningStatistics
@@ -50,6 +50,7 @@ from components.run.arguments import Arguments, Rule, parse
 from components.run.checkpoint import Checkpoints, initialise
 from components.run.clock import Clock
 from components.run.command_line import choose, choose_some
+from components.run.overlooked import check_launch, no_effect
 from components.run.process import run_script
 from components.run.record import Run
 from components.speed import matmul
@@ -86,9 +87,9 @@ class Args(Arguments):
     """Run folder to resume; every option comes from it."""
     debug: bool = False
     """Everything small and in one process, autograd's anomaly detection on, shapes and norms printed."""
-    init_from: str = ""
+    init_from: Annotated[str, Place()] = ""
     """Run folder whose weights all models start from."""
-    load: tuple[str, ...] = ()
+    load: Annotated[tuple[str, ...], Place("[^=]*=(.+)")] = ()
     """Models that start from another run's weights, as NAME=RUN."""
     freeze: tuple[str, ...] = ()
     """Models that keep their weights."""
@@ -161,7 +162,7 @@ class Args(Arguments):
     """Minutes after which a checkpoint is due anyway; 0 for never."""
     keep_last: Annotated[int, Rule(1, resume=True)] = 2
     """Checkpoints to keep, besides the best."""
-    save_dataset: Annotated[str, Rule(resume=True)] = ""
+    save_dataset: Annotated[str, Rule(resume=True), Place(made=True)] = ""
     """Folder of a dataset to write when the run has finished; empty for none."""
     save_format: Annotated[Literal["minari", "lerobot"], Rule(resume=True)] = "minari"
     """Format of that dataset."""
@@ -198,6 +199,7 @@ def start_accelerator(args: Args) -> Accelerator:
     """Start the group of processes, and refuse the launches in which gradients would not be right."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UserError("DeepSpeed and FSDP launches are not supported; launch with --multi_gpu, or with one process")
+    check_launch(args.grad_accumulation)
     # A resumed run computes as it began. fp16 needs a loss scaler, and accelerate's belongs to a single optimizer.
     wanted = args.mixed_precision or args.stored.get("mixed_precision")
     precision = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -287,7 +289,8 @@ def build_dataset(args: Args, accelerator: Accelerator, run: Run) -> dict[str, A
     launch = {"local_rank": local_rank, "dist_enabled": several, "save_dir": str(run.path)}
     factory = (args.dataset, args.dataset_options)
     make = partial(build, "dataset", *factory, opt_params=launch, params=asdict(args.dataset_options))
-    return parallel.in_turns(accelerator.is_local_main_process, make)
+    # A resumed run refuses other data than it began with.
+    return run.inherited.same_data(parallel.in_turns(accelerator.is_local_main_process, make))
 
 
 def build_learner(args: Args, accelerator: Accelerator, run: Run, spec: dict[str, Any], updates: int) -> Learner:
@@ -295,13 +298,14 @@ def build_learner(args: Args, accelerator: Accelerator, run: Run, spec: dict[str
     cls, device = REGISTRIES["trainer"][args.trainer], accelerator.device
     build_model = lambda name, spec: build("model", *args.models[name], spec)  # noqa: E731
     # An encoder is built first, the others for its output; a trainer may have some of them built for another spec.
-    models = build_models(list(args.models), build_model, spec, contracts.model_spec_of(cls, args.trainer_options))
+    with run.inherited.weights_follow():
+        models = build_models(list(args.models), build_model, spec, contracts.model_spec_of(cls, args.trainer_options))
     loss = build("loss", args.loss, args.loss_options).to(device)
     if any(parameter.requires_grad for parameter in loss.parameters()):
         models["loss"] = loss  # it is trained, so it has an optimizer and a place in checkpoints
     # Weights of other runs come before the optimizers, which leave out what is frozen, and before the trainer, which
-    # copies its target networks.
-    initialise(models.to(device), args.init_from, args.load, args.freeze)
+    # copies its target networks. A resumed run has them in its folder.
+    initialise(models.to(device), args, run.inherited)
     factory = with_length(args.optimizer_options, updates)  # of its learning-rate schedule
     optimizers = {
         name: build("optimizer", args.optimizer, for_model(factory, name, models), parameters)
@@ -312,7 +316,7 @@ def build_learner(args: Args, accelerator: Accelerator, run: Run, spec: dict[str
         contracts.check(trainer, protocols.Trainer)
         # Here averages of the weights join, all that the trainer has added moves to the device, and every process takes
         # rank 0's weights and buffers, whatever it had drawn itself.
-        how = (args.ema_decay, args.grad_accumulation, args.freeze)
+        how = (args.ema_decay, args.grad_accumulation, args.freeze, updates)
         learner = Learner(trainer, models, optimizers, loss, device, *how)
     for name in optimizers:
         StepHook(accelerator, learner, name, args.grad_clip)
@@ -352,7 +356,7 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
 
     # Normalisation: as in the run that this one begins from, or by what the environments have returned so far.
     scaling = (args.normalise_observations, args.normalise_rewards, window.discount)
-    modes = normalisation_of(args.init_from, spec)  # whose statistics join `spec`
+    modes = run.inherited.normalisation(args.init_from, spec)  # whose statistics join `spec`
     statistics = RunningStatistics(spec, *scaling, environments.num_envs)
     normaliser = statistics.normaliser_of(spec, modes).to(device)
     described = normaliser.with_ranges(windowed(spec, window))  # what the models are built for
@@ -370,7 +374,7 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
     # since evaluations come between the explorer's steps.
     policy = acting_policy(learner, normaliser, described, args, needed=True, base=base)
     explorer = Policy(contracts.exploring_module(learner.trainer, policy.module), normaliser, described)
-    rewards = plan.reward_scale(args, args.init_from or (base.origin if base else ""))
+    rewards = plan.rewards_of(args, run.inherited, base)
     first = rank * environments.num_envs
     collector = Collector(environments, args.seed, first, args.env_restarts, run.report, rewards)
     evaluator = Evaluator.of(args, run, policy, env, partial(build, "env"), world)
@@ -385,7 +389,7 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
         checkpoints.restore()
     size = f"{num_envs} environments{note}{more}, batch {args.batch_size}, {args.steps} steps"
     run.begin(args, {"name": env[0], **asdict(env[1])}, accelerator.mixed_precision, size)
-    run.say(memory.describe(args.steps // num_envs, world), plan.describe_rewards(rewards))
+    run.say(memory.describe(args.steps // num_envs, world), plan.describe_rewards(rewards), *no_effect(args, learner))
     collector.begin(run.step, memory, statistics, explorer)
     random_until = 0 if args.init_from else memory.learning_starts  # weights from elsewhere explore from the start
 

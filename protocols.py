@@ -46,6 +46,9 @@ objects that are named here:
                                         optimizer per call                        --grad-accumulation is 1
     promises: Promises                  --compile, for CUDA graphs, and the       losses alone are compiled
                                         methods to compile
+    spans: {option: unit}               the scripts, which say that a schedule    none
+                                        of so many "updates" or "environment
+                                        steps" is longer than the run
     updates: int                        CUDA graphs, to keep the trainer's        not counted
                                         count of its calls
 
@@ -178,7 +181,8 @@ class DatasetFactory(Protocol):
         """A dataset may offer `get_batch(indices [B], seed) -> dict of batched tensors`, which resident data should.
 
         A dataset that decodes sets `resident = False` and is read by worker processes; one whose items have a `task`
-        lists the texts in `tasks`. Further attributes are in `components/data/batches.py`.
+        lists the texts in `tasks`. A resumed run compares what `fingerprint()` returns, such as a version; without it
+        the number of items, the statistics and a few items. Further attributes are in `components/data/batches.py`.
         """
         ...
 
@@ -201,6 +205,9 @@ class OptimizerFactory(Protocol):
 class ModelFactory(Protocol):
     """Makes one network from `spec`: {key: {"shape": of one item, "dtype": str, "stats": its statistics, if any}}.
 
+    An option that names a file of initial weights is annotated by `contracts.Place`, and `build` opens the file only
+    where `contracts.reads_weights()`: a saved policy and a resumed run do without it.
+
     The policy maps a batch of observations (the dict, or the bare `observation.state` tensor) to `action`. An encoder
     maps a batch to a batch and describes it in `spec`; a denoiser (`denoises = True`) has `condition(observation)` and
     maps (noisy action, time in [0, 1], that condition) to a tensor of the action's shape.
@@ -211,6 +218,9 @@ class ModelFactory(Protocol):
 
 class VectorEnv(Protocol):
     """The part of `gymnasium.vector.VectorEnv` that the scripts use; all autoreset modes are supported.
+
+    `metadata["autoreset_mode"]` says which. Without it, `final_obs` of the first `info` that ends an episode means
+    SAME_STEP. Rewards and flags are `[N]`; a reset under DISABLED takes `options={"reset_mask": [N] bool}`.
 
     It may offer `state_dict()` and `load_state_dict()` (tensors and JSON values: everything, also what its wrappers
     keep); then a resumed online run continues in the middle of its episodes. In `tracked` it may name numbers of its

@@ -5,8 +5,8 @@ TRAINER_REGISTRY["my_trainer"] = MyTrainer          # or, refusing a name that i
 
 The map, each line standing on those above it:
 
-    errors, parallel     what a user can mend, in one line; what processes must agree on
-    data/                features of a dataset, batches by (seed, step), normalisation, augmentation, random states
+    errors, parallel, records    what a user can mend, in one line; what processes agree on; what a record may hold
+    data/                features and fingerprint of a dataset, batches by (seed, step), normalisation, augmentation
     losses, optimizers, value_learning, contracts      what several algorithms share; what a trainer may offer
     models/              networks, one file each
     trainers/            algorithms, one file each
@@ -15,7 +15,7 @@ The map, each line standing on those above it:
     acting/              a policy in the environment's units: chunks, evaluation, saving, loading
     learning/            what is trained as one object: gradients, metrics, held-out loss
     speed/               --compile, CUDA graphs, matrix products
-    run/                 arguments, run folder, checkpoints, clock, tracking, curves, how a process ends
+    run/                 arguments, run folder, what it began from, checkpoints, clock, curves, how a process ends
     datasets/            formats, one file each; transitions, goals, mixtures; inspect and convert
     experience/          collection, replay, rollouts, a frozen policy underneath, recording
     evaluate, export, report                           commands: python -m components.<name>
@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 from . import losses, optimizers
 from .acting.policy_folder import load_policy
+from .datasets.aloha import AlohaDataset
 from .datasets.d4rl import D4RLDataset
 from .datasets.gymnasium import GymnasiumRollouts
 from .datasets.lerobot import LeRobotDataset
@@ -108,6 +109,7 @@ TRAINER_REGISTRY: dict[str, type] = {
 }
 
 DATASET_BUILDER_REGISTRY: dict[str, type] = {
+    "aloha": AlohaDataset,
     "d4rl": D4RLDataset,
     "gymnasium": GymnasiumRollouts,
     "lerobot": LeRobotDataset,

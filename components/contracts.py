@@ -9,7 +9,8 @@ on the class: an attribute of an instance, such as a network in `self.policy`, i
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -173,6 +174,12 @@ def promises_of(trainer: Any) -> Promises:
     return getattr(trainer, "promises", Promises())
 
 
+def spans_of(cls: type, config: Any) -> dict[str, tuple[int, str]]:
+    """Option of a trainer that is a length -> (its value, its unit: "environment steps" or "updates"): `spans`."""
+    spans = getattr(cls, "spans", {})
+    return {option: (int(getattr(config, option)), unit) for option, unit in spans.items() if hasattr(config, option)}
+
+
 def updates_of(trainer: Any) -> int | None:
     """The calls of `train_step` that a trainer counts in `updates`; None without that."""
     return getattr(trainer, "updates", None)
@@ -277,6 +284,57 @@ def options_of(component: type, values: dict[str, Any] | None = None) -> Any:
 def instantiate(component: type, options: Any) -> Any:
     """The factory object: the options themselves when the factory is a dataclass, else a plain instance."""
     return options if is_dataclass(component) else component()
+
+
+# ---- files that options name ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Annotates an option that names a file or folder, as in `path: Annotated[str, Place()] = ""`.
+
+    A run records where it is, so that it can be resumed from another working directory.
+    """
+
+    pattern: str = "(.+)"
+    """Of a word; its group is the path."""
+    made: bool = False
+    """Whether the run makes it; otherwise a word that names nothing stays as it is."""
+    moves: bool = False
+    """Whether a resumed run may find it elsewhere: its content is compared."""
+
+
+def places_of(options: Any) -> dict[str, Place]:
+    """Field -> `Place`, for the options of a component that name a file or folder."""
+    try:
+        hints = typing.get_type_hints(type(options), include_extras=True)
+    except (NameError, TypeError):  # annotations of a plugin that cannot be evaluated here
+        return {}
+    beside = ((name, entry) for name, hint in hints.items() for entry in getattr(hint, "__metadata__", ()))
+    return {name: entry for name, entry in beside if isinstance(entry, Place) and hasattr(options, name)}
+
+
+_follow = False  # inside `weights_follow`
+
+
+@contextmanager
+def weights_follow(follow: bool = True) -> Iterator[None]:
+    """A context in which models are built for weights that are loaded afterwards, from a run or a policy's folder.
+
+    So a model factory that reads initial weights from a file leaves that out where `reads_weights()` is False: the file
+    need not be there any more.
+    """
+    global _follow
+    _follow, before = follow, _follow
+    try:
+        yield
+    finally:
+        _follow = before
+
+
+def reads_weights() -> bool:
+    """Whether a model factory has to read the file of initial weights that its options name."""
+    return not _follow
 
 
 # ---- checks against a protocol -------------------------------------------------------------------------------------

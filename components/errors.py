@@ -7,9 +7,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+MANY, SHOWN = 2000, 100  # names among which near ones are looked for, and names that are listed
+
+
+def plain(text: str) -> str:
+    """A text in one line: control characters, such as those that steer a terminal, are written as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else repr(c)[1:-1] for c in text)
+
 
 class UserError(ValueError):
-    """Invalid input; the message names the cause, what was expected and the remedy."""
+    """Invalid input; the message names the cause, what was expected and the remedy, in one line."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(plain(str(message)))
 
     reported = False  # whether a process other than the first has printed it
 
@@ -18,11 +30,16 @@ class StoppedError(Exception):
     """A stop was requested during long work, such as an evaluation, whose partial result is dropped."""
 
 
+class SignalledExit(SystemExit):
+    """A signal ended the process before its run had begun; a SystemExit of an environment is a fault instead."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "nearest: a, b" for a misspelt name, or "known: ..." with all names when none is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+    near = difflib.get_close_matches(name[:100], known[:MANY], n=3, cutoff=0.5)
+    shown = known[:SHOWN] + [f"and {len(known) - SHOWN} more"] * (len(known) > SHOWN)
+    return f"nearest: {', '.join(near)}" if near else f"known: {', '.join(shown)}"
 
 
 def require(module: str, install: str) -> Any:

@@ -15,14 +15,14 @@ import tyro
 from . import ENV_BUILDER_REGISTRY, load_policy
 from .acting.evaluation import Evaluator, headline
 from .acting.policy import Inference
-from .acting.policy_folder import saved_settings
+from .acting.policy_folder import recorded_options, saved_settings
 from .contracts import instantiate, options_of
 from .envs.vector import Environments
 from .errors import UserError, one_line
-from .run import process
+from .run import logs, process
 from .run import record as run_record
 from .run.arguments import Rule, check_bounds
-from .run.command_line import import_plugins, parse, parse_names, pick
+from .run.command_line import check_reach, import_for, parse, parse_names, pick
 
 
 @dataclass(kw_only=True)
@@ -43,7 +43,7 @@ class Args(Names):
     env: str = ""
     """Environment; by default that of the run."""
     plugins: tuple[str, ...] = ()
-    """Modules to import first, besides those of the run."""
+    """Modules to import first; those of the run must be named again, since a run folder may be a stranger's."""
     eval_episodes: Annotated[int, Rule(1)] = 50
     """Number of episodes."""
     eval_envs: Annotated[int, Rule(1)] = 10
@@ -68,16 +68,17 @@ def main(argv: list[str]) -> int:
         raise UserError("which run? python -m components.evaluate RUN [--eval-episodes N]")
     run = Path(names.run)
     record = run_record.read_args(run)
-    import_plugins([*dict.fromkeys([*record["args"]["plugins"], *names.plugins])])
+    import_for(run, record["args"]["plugins"], names.plugins)
     known = record["env"] or {"name": "none"}
     name = names.env or known["name"]
     if name == "none":
         raise UserError(f"{run} has no environment; name one with --env")
     options = {key: value for key, value in known.items() if key != "name"} if name == known["name"] else {}
     component = pick(ENV_BUILDER_REGISTRY, "env", name)
-    default = Args(run=str(run), env=name, env_options=options_of(component, options), policy=saved_settings(run))
-    args = parse(Args, argv, default)
+    recorded = recorded_options(component, options, f"{run / 'args.json'}: env")
+    args = parse(Args, argv, Args(run=str(run), env=name, env_options=recorded, policy=saved_settings(run)))
     check_bounds(args)
+    check_reach(run, "env", args.env_options, argv, names.plugins)
     policy = load_policy(run, **vars(args.policy))
     with one_line(f"env {name!r}"):
         make = instantiate(component, args.env_options).build
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> int:
     result, problem = evaluator.evaluate(step)
     if result is None:
         raise RuntimeError(f"the evaluation failed: {problem}")
-    run_record.append_line(run / "eval.jsonl", result)
+    logs.append_line(run / "eval.jsonl", result | {logs.LATER: "components.evaluate"})
     print(f"step {step}: {headline(result)}")
     if args.video:
         film = run / "videos" / f"step-{step:09d}-seed-{args.eval_seed}.mp4"

@@ -32,7 +32,7 @@ from .acting.policy_folder import describe, saved_settings
 from .errors import UserError
 from .run import process
 from .run import record as run_record
-from .run.command_line import import_plugins, parse, parse_names
+from .run.command_line import import_for, parse, parse_names
 
 TOLERANCE = 1e-5  # largest difference from the eager policy, relative to the largest action
 
@@ -52,7 +52,7 @@ class Args(Names):
     run: Annotated[str, tyro.conf.Positional] = ""
     """Run folder, or its policy folder."""
     plugins: tuple[str, ...] = ()
-    """Modules to import first, besides those of the run."""
+    """Modules to import first; those of the run must be named again, since a run folder may be a stranger's."""
     out: str = ""
     """File to write; by default policy.pt2 beside policy.json."""
     policy: Inference = Inference()
@@ -140,7 +140,7 @@ def main(argv: list[str]) -> int:
         parse(Args, argv, Args())
         raise UserError("which run? python -m components.export RUN")
     saved, recorded = describe(names.run)
-    import_plugins([*dict.fromkeys([*recorded.get("plugins", ()), *names.plugins])])
+    import_for(saved.parent, recorded["plugins"], names.plugins)
     args = parse(Args, argv, Args(run=names.run, policy=saved_settings(names.run)))
     policy = load_policy(args.run, **vars(args.policy))
     path = Path(args.out) if args.out else saved.with_name("policy.pt2")

@@ -53,17 +53,19 @@ def carry_schedule(optimizer: torch.optim.Optimizer, schedule: str, length: int 
     for group in optimizer.param_groups:
         group.update(initial_lr=group["lr"], schedule=schedule, schedule_steps=length, updates=0)
 
+    def rate_at(group: dict[str, Any], update: int) -> float:
+        return group["initial_lr"] * learning_rate_factor(schedule, update, group["schedule_steps"], warmup)
+
     def advance() -> None:
         for group in optimizer.param_groups:
-            factor = learning_rate_factor(schedule, group["updates"], group["schedule_steps"], warmup)
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"] = rate_at(group, group["updates"])
             group["updates"] += 1
 
     def set_learning_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not isinstance(optimizer.param_groups[0]["lr"], torch.Tensor):
             advance()
 
-    optimizer.advance = advance  # type: ignore[attr-defined]
+    optimizer.advance, optimizer.rate_at = advance, rate_at  # type: ignore[attr-defined]
     optimizer.register_step_pre_hook(set_learning_rates)
 
 
@@ -242,13 +244,30 @@ def delay(optimizers: dict[str, torch.optim.Optimizer], name: str, every: int) -
             group["schedule_steps"] = max(group["schedule_steps"] // every, 1)
 
 
-def kept_length(optimizers: dict[str, torch.optim.Optimizer], steps: int) -> str:
-    """A note if restored schedules are shorter than the run, so that their last value holds; else ""."""
-    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
-    lengths = [g["schedule_steps"] or steps for g in groups if g.get("schedule", "constant") != "constant"]
-    longest = max(lengths, default=steps)  # that of a delayed model is shorter
-    short = f"; the learning-rate schedule keeps its length of {longest} updates, its last value holds"
-    return short if longest < steps else ""
+def longest_schedule(optimizers: dict[str, Any]) -> tuple[int, float] | None:
+    """(updates, last learning rate) of the longest schedule; None without any. A delayed model's is shorter."""
+    scheduled = [
+        (group["schedule_steps"], optimizer.rate_at(group, group["schedule_steps"]))
+        for optimizer in optimizers.values()
+        for group in optimizer.param_groups
+        if hasattr(optimizer, "rate_at") and group.get("schedule", "constant") != "constant" and group["schedule_steps"]
+    ]
+    return max(scheduled, key=lambda one: one[0], default=None)
+
+
+def kept_length(optimizers: dict[str, torch.optim.Optimizer], updates: int) -> str:
+    """A note if restored schedules are shorter than the run, with the rate that holds and the remedy; else "".
+
+    Args:
+        updates: Of the whole run.
+    """
+    length, rate = longest_schedule(optimizers) or (updates, 0.0)
+    if length >= updates:
+        return ""
+    return (
+        f"; the learning-rate schedule keeps its length of {length} updates, its last value holds: {rate:.1e}; for a"
+        " new schedule start a new run with --init-from"
+    )
 
 
 def set_mode(optimizers: dict[str, torch.optim.Optimizer], training: bool) -> None:

@@ -1,6 +1,11 @@
 """Communication between processes by torch.distributed; without a process group, the identity."""
 
 import contextlib
+import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -97,6 +102,27 @@ def in_turns(first: bool, action: Callable[[], T]) -> T:
         if problems:
             raise UserError(problems[0])
     return result
+
+
+def end_with_parent(parent: int, from_main_thread: bool) -> None:
+    """End this worker process when its parent has ended, however that ended, and even if the worker hangs.
+
+    Args:
+        parent: Number of the process that started it.
+        from_main_thread: Whether the main thread of `parent` did so: Linux sends its signal when that thread ends, also
+            to a worker that hangs in C code, where the thread that watches elsewhere may not run.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if from_main_thread and sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    threading.Thread(target=watch, daemon=True).start()  # also for a parent that ended before
 
 
 def broadcast(modules: nn.Module, buffers_only: bool = False) -> None:

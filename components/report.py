@@ -15,11 +15,12 @@ from typing import Annotated, Any
 import tyro
 
 from .acting.evaluation import wilson_interval
-from .errors import UserError
+from .errors import UserError, plain
+from .records import ResultRow, read_record
 from .run import process
 from .run import record as run_record
 from .run.command_line import parse
-from .run.curves import diverging, draw_curves, read_lines
+from .run.curves import diverging, draw_curves, is_number, read_lines
 
 # Student's t for a two-sided 95 % interval, by degrees of freedom; 1.96 beyond.
 T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
@@ -104,8 +105,10 @@ def subject(record: dict[str, Any]) -> tuple[str, str]:
     config = record["args"]
     name, options = config["dataset"], config["dataset_options"]
     if "num_envs" in config:  # of the online script; a dataset may have named the environment
-        name, options = record["env"]["name"], record["env"]
-    return name, options.get("task") or options.get("id") or Path(options.get("path") or "").name
+        options = record["env"] or {"name": "none"}
+        name = options["name"]
+    named = next(filter(None, (options.get(key) for key in ("task", "id", "path"))), "")
+    return name, Path(str(named)).name if named == options.get("path") else str(named)
 
 
 def last_score(run: Path) -> tuple[str, float] | None:
@@ -114,7 +117,7 @@ def last_score(run: Path) -> tuple[str, float] | None:
     if not lines:
         return None
     metric = "success_rate" if lines[-1]["success_rate"] is not None else "return_mean"
-    return metric, lines[-1][metric]
+    return None if lines[-1][metric] is None else (metric, lines[-1][metric])
 
 
 def own_evaluations(run: Path) -> list[dict[str, Any]]:
@@ -150,7 +153,8 @@ def run_seconds(run: Path) -> float:
     """Seconds spent on loading data and in `train_step`, from the log."""
     seconds, before = 0.0, 0
     for line in read_lines(run / "metrics.jsonl"):
-        seconds += (line["data_s"] + line["step_s"]) * (line["step"] - before)
+        if is_number(line.get("data_s")) and is_number(line.get("step_s")):
+            seconds += (line["data_s"] + line["step_s"]) * (line["step"] - before)
         before = line["step"]
     return seconds
 
@@ -169,7 +173,7 @@ def with_interval(values: list[float], metric: str, episodes: int) -> str:
         deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
         half = (T95[n - 2] if n - 2 < len(T95) else 1.96) * deviation / math.sqrt(n)
         bounds.append((mean - half, mean + half))
-    if metric == "success_rate":
+    if metric == "success_rate" and episodes:
         low, high = wilson_interval(round(mean * n * episodes), n * episodes)
         bounds = [(max(0.0, min([low, *(b[0] for b in bounds)])), min(1.0, max([high, *(b[1] for b in bounds)])))]
     return f"{mean:.3g}" + "".join(f" [{low:.3g}, {high:.3g}]" for low, high in bounds)
@@ -177,8 +181,8 @@ def with_interval(values: list[float], metric: str, episodes: int) -> str:
 
 def results_table(path: Path) -> str:
     """The rows of a results file, one line for each suite, task and trainer. Raises UserError: a damaged file."""
+    rows = read_record(path, list[ResultRow], "python -m components.report RUNS --save FILE writes one")
     try:
-        rows = json.loads(path.read_text())
         groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for row in rows:
             groups.setdefault((row["suite"], row["task"], row["trainer"], str(row["steps"]), row["metric"]), []).append(
@@ -196,14 +200,15 @@ def results_table(path: Path) -> str:
             ]
             for key, members in groups.items()
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no results file ({type(error).__name__}: {error})") from error
     head = ["suite", "task", "trainer", "steps", "metric", "seeds", "mean [95 %]", "episodes", "train s"]
     return markdown([*head, *(FURTHER[name] for name in more)], table)
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns."""
+    """A Markdown table with aligned columns; control characters are written as escapes."""
+    rows = [[plain(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join(

@@ -38,7 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
     """The scripts install theirs; each test finds Python's own."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -139,7 +140,9 @@ def states(run: Path) -> dict[str, bytes]:
     folder, manifest = checkpoint.newest(run / "checkpoints")
     whole = [path for path in sorted(folder.iterdir()) if not path.name.startswith(("replay-", "manifest", "rank-"))]
     found = {path.name: path.read_bytes() for path in whole}
-    found["manifest"] = json.dumps({k: v for k, v in manifest.items() if k not in ("files", "sha256")}).encode()
+    found["manifest"] = json.dumps(
+        {k: v for k, v in manifest.items() if k not in ("files", "pieces", "sha256")}
+    ).encode()
     for rank in range(manifest["world_size"]):
         own = checkpoint.read_tree(folder / f"rank-{rank}.safetensors")
         if own.get("memory", {}).pop("parts", None):

@@ -23,7 +23,7 @@ from components.report import own_evaluations  # noqa: E402
 from making import ROOT  # noqa: E402
 
 TRAINERS = ("bc", "act", "diffusion", "flow")
-SEEDS = {"push-v3": 3, "pick-place-v3": 3, "peg-insert-side-v3": 1}
+SEEDS = {"push-v3": 3, "pick-place-v3": 3, "peg-insert-side-v3": 3}
 PUSHT = ["--steps", "6000", "--batch-size", "128", "--dataset.obs-steps", "2"]
 REPLANS = ["--policy.action-steps", "2"]  # of the chunks of diffusion and flow; bc is best with single actions
 ONCE = ("--eval-every", "0")  # evaluated at the end

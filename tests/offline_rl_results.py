@@ -46,7 +46,7 @@ NOISY = {
 }
 NOISE = ("--dataset.demos", "400", "--dataset.noise", "0.3", "--dataset.random", "0.5")
 NOISE += ("--dataset.max-episode-steps", "80")  # the expert needs some 60; half of the data is random, half noisy
-SEEDS = {"bc": 3, "iql": 3, "td3_bc": 3, "fql": 3, "rebrac": 1, "gcbc": 1, "gciql": 3, "hiql": 3}
+SEEDS = {"bc": 3, "iql": 3, "td3_bc": 3, "fql": 3, "rebrac": 3, "gcbc": 3, "gciql": 3, "hiql": 3}
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ HARD, PEG = "basketball-v3", "peg-insert-side-v3"
 # which it would explore, and goes no further.
 DEMOS, ATTEMPTS = "--dataset.demos 20", "--dataset.demos 50 --dataset.noise 0.3"
 OFFLINE = {
-    "bc": f"{HARD} {DEMOS} --dataset.action-steps 8",
+    "bc": f"{HARD} {DEMOS} --dataset.action-steps 8 --loss l1 --steps 3000",
     "iql": f"{PEG} {ATTEMPTS} --steps 5000 --optimizer.schedule cosine",
 }
 # What each begins from, and its options. IQL learns once it has 25 episodes or more of its own: from fewer, half of a

@@ -116,5 +116,5 @@ def test_report_needs_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of these folders holds a run"):
         report.main([str(tmp_path)])
     (tmp_path / "bad.json").write_text("[{}]")
-    with pytest.raises(UserError, match="no results file"):
+    with pytest.raises(UserError, match="bad.json: damaged or incomplete: no 0.suite; expected a text"):
         report.main(["--results", str(tmp_path / "bad.json")])

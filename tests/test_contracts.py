@@ -82,7 +82,7 @@ GROUPS = [p for p in GROUPS if p not in {*protocols.FACTORIES.values(), protocol
 TABLE = (protocols.__doc__ or "").partition("member of a trainer")[2].splitlines()
 ROWS = [line[4:40] for line in TABLE if line[4:5].strip()]
 MEMBERS = {word for row in ROWS for word in re.findall(r"^\w+|\w+(?=\()", row)}
-ATTRIBUTES = {"needs", "defaults", "debug_options", "Config", "accumulates", "promises", "updates"}
+ATTRIBUTES = {"needs", "defaults", "debug_options", "Config", "accumulates", "promises", "spans", "updates"}
 
 
 def members(protocol: type) -> set[str]:

@@ -54,6 +54,32 @@ def test_what_is_converted_is_read_back_equal(name: str, form: str, tmp_path: Pa
     assert not [path.name for path in tmp_path.iterdir() if path != dest]
 
 
+@pytest.mark.parametrize("form", ["lerobot", "minari"])
+def test_names_embeddings_and_stacks_survive(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A vector under a camera's name, a stack of more channels than its sides have pixels, names of dimensions."""
+    columns = {"observation.images.top.embedding": torch.rand(6, 5), "action": torch.rand(6, 2)}
+    columns["observation.images.top.left"] = torch.randint(0, 256, (6, 3, 8, 9), dtype=torch.uint8)
+    if form == "minari":
+        columns["observation.images.stack"] = torch.randint(0, 256, (6, 12, 8, 8), dtype=torch.uint8)
+    episodes = from_columns(dict(columns), torch.tensor([4, 6]), "x")
+    episodes.names = {"action": ["left", "right"]}
+    episodes.stored["not used"] = "x (text)"
+    dest = tmp_path / "copy"
+    if form == "minari":
+        with pytest.raises(UserError, match="'observation.images.stack' has 12 channels, and LeRobot's pictures"):
+            convert.write(episodes, dest, convert.Options(format="lerobot"))
+    convert.write(episodes, dest, convert.Options(format=form))  # type: ignore[arg-type]
+    built = build(dest, validation=0, cameras=("all",))
+    batch = everything(built)
+    assert all(torch.equal(batch[key], value) for key, value in columns.items())
+    assert built["dataset"].episodes.names == (episodes.names if form == "lerobot" else {})
+    assert inspect.main([str(dest), "--out", str(tmp_path / "page.png")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"observation\.images\.top\.embedding +5 +float32", out)
+    assert form == "minari" or re.search(r"\[1\] .* right\n", out)
+    assert inspect.summary(episodes, "")[-1] == "not used: x (text)"
+
+
 def test_minari_opens_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The official library, for each of its storages."""
     import minari

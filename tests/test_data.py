@@ -99,6 +99,21 @@ def test_statistics_are_those_of_the_training_episodes() -> None:
     assert built["norm_stats"] == {key: statistics(train[key]) for key in ("observation.state", "action")}
 
 
+def test_episodes_of_a_plugin_are_kept_as_those_of_files() -> None:
+    """Pictures of floats with the channels last, poses, and a number a step."""
+    pictures = torch.randint(0, 256, (5, 6, 7, 3), dtype=torch.uint8)
+    columns = {"observation.images.front": pictures / 255, "observation.pose": torch.rand(5, 4, 4)}
+    columns |= {"observation.height": torch.rand(5), "action": torch.rand(5, 1, 2)}
+    built = build_episodes(dict(columns), torch.tensor([3, 5]), "data", validation=0)
+    batch = everything(built)
+    assert torch.equal(batch["observation.images.front"], pictures.permute(0, 3, 1, 2))
+    for key, width in (("observation.pose", 16), ("observation.height", 1), ("action", 2)):
+        assert (
+            torch.equal(batch[key], columns[key].reshape(5, width)) and len(built["norm_stats"][key]["mean"]) == width
+        )
+    assert built["dataset"].episodes.names["observation.pose"][4:6] == ["pose.1.0", "pose.1.1"]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_inf_are_counted_and_located(bad: float) -> None:
     columns = {"observation.state": torch.randn(5, 2), "action": torch.randn(5, 1)}
@@ -215,8 +230,10 @@ def damage(root: Path, kind: str) -> None:
         (root / "meta" / "info.json").unlink()
     elif kind == "torn info":
         (root / "meta" / "info.json").write_text("{")
-    elif kind == "v2.0":
-        edit_info(root, codebase_version="v2.0")
+    elif kind == "v1.6":
+        edit_info(root, codebase_version="v1.6")
+    elif kind == "v1":
+        (root / "meta").rename(root / "meta_data")
     elif kind == "truncated":
         data.write_bytes(data.read_bytes()[:2000])
     elif kind == "missing":
@@ -249,14 +266,15 @@ def damage(root: Path, kind: str) -> None:
     [
         ("no info", "no meta/info.json in it"),
         ("torn info", r"info.json: damaged"),
-        ("v2.0", "version v2.0 at 80 fps; this reader knows v2.1 and v3.0"),
+        ("v1.6", "version v1.6; this reader knows .*; LeRobot's scripts convert it: convert_dataset_v1_to_v2.py"),
+        ("v1", "a LeRobotDataset v1, which is not read; LeRobot's scripts convert it"),
         ("truncated", r"file-000.parquet: truncated or damaged"),
         ("missing", r"file-000.parquet: missing"),
         ("no episodes", "no episodes"),
         ("outside", "points outside the dataset"),
         ("absolute", "points outside the dataset"),
         ("width", r"column 'action' has rows of width 4, but meta/info.json says 7"),
-        ("no action", "damaged or incomplete"),
+        ("no action", "no feature .action.; name it with --dataset.rename OLD=action; found: observation.state"),
         ("fewer rows", "100 rows, but the list of episodes promises 215"),
         ("nan", r"1 NaN or Inf values in 'observation.state', first in episode 1 at step 6"),
     ],

@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from components import UserError
+from components import DATASET_BUILDER_REGISTRY, UserError
 from components.data.normalisation import statistics
 from components.datasets.recognise import recognise
+from components.envs.observations import observation_batch
 from conftest import FIXTURES, build, everything, learned
 
 ENDS = [64, 127, 185, 215]
@@ -155,6 +156,272 @@ def test_cameras_are_offered_and_refused_by_name() -> None:
         build("lerobot_v30_video", cameras=("corner",))
     with pytest.raises(UserError, match="it has none"):
         build("d4rl/push.hdf5", cameras=("corner2",))
+
+
+# ---- shapes and names ----------------------------------------------------------------------------------------------
+
+
+POSES = np.arange(10 * 6, dtype=np.float32).reshape(10, 2, 3) / 7  # the states of ten steps, two episodes of five
+ACTIONS = np.arange(10 * 4, dtype=np.float32).reshape(10, 1, 4) / 3
+HEIGHTS = np.arange(10, dtype=np.float32)  # a number each step
+
+
+def lerobot_of(root: Path, features: dict[str, np.ndarray], **names: Any) -> Path:
+    """A LeRobotDataset v2.1 of two episodes, whose arrays `[10, ...]` are stored as nested lists; `names` of some."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (root / "meta").mkdir(parents=True)
+    (root / "data").mkdir()
+    info = {k: {"dtype": str(x.dtype), "shape": list(x.shape[1:]) or [1], "names": None} for k, x in features.items()}
+    info = {key: feature | {"names": names[key]} if key in names else feature for key, feature in info.items()}
+    for k in range(2):
+        part = slice(5 * k, 5 * k + 5)
+        table = {key: pa.array(values[part].tolist()) for key, values in features.items()}
+        table |= {"timestamp": pa.array(np.arange(5) / 10), "index": pa.array(np.arange(10)[part])}
+        pq.write_table(pa.table(table | {"episode_index": pa.array([k] * 5)}), root / f"data/{k}.parquet")
+    meta = {"codebase_version": "v2.1", "fps": 10, "features": info, "data_path": "data/{episode_index}.parquet"}
+    (root / "meta/info.json").write_text(json.dumps(meta))
+    lines = (json.dumps({"episode_index": k, "length": 5}) for k in range(2))
+    (root / "meta/episodes.jsonl").write_text("\n".join(lines))
+    (root / "meta/tasks.jsonl").write_text("")
+    return root
+
+
+def zarr_of(root: Path, **arrays: np.ndarray) -> Path:
+    """A replay buffer of two episodes of five steps."""
+    import zarr
+
+    group = zarr.open_group(str(root), mode="w", zarr_format=2)
+    for name, values in arrays.items():
+        group.create_array(f"data/{name}", data=values)
+    group.create_array("meta/episode_ends", data=np.array([5, 10]))
+    return root
+
+
+def pose_data(reader: str, folder: Path) -> tuple[Path, dict[str, Any], str]:
+    """POSES as the state and ACTIONS in a format: its path, options, and the name of the state in the file."""
+    ends = {"timeouts": np.arange(10) % 5 == 4}
+    if reader == "lerobot":
+        return lerobot_of(folder / "x", {"observation.state": POSES, "action": ACTIONS}), {}, "state"
+    if reader == "robomimic":
+        import h5py
+
+        with h5py.File(folder / "x.hdf5", "w") as file:
+            for k in range(2):
+                file[f"data/demo_{k}/obs/pose"] = POSES[5 * k : 5 * k + 5]
+                file[f"data/demo_{k}/actions"] = ACTIONS[5 * k : 5 * k + 5]
+        return folder / "x.hdf5", {}, "pose"
+    if reader == "d4rl":
+        return make_d4rl(folder / "x.hdf5", 10, observations=POSES, actions=ACTIONS, **ends), {}, "state"
+    if reader == "zarr":
+        return zarr_of(folder / "x", pose=POSES, action=ACTIONS), {"keys": ("pose",)}, "pose"
+    rows = np.array([0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9, 9])
+    last = np.isin(np.arange(12), (5, 11))
+    np.savez(folder / "x.npz", observations=POSES[rows], actions=ACTIONS[rows], terminals=last)
+    return folder / "x.npz", {}, "state"
+
+
+@pytest.mark.parametrize("reader", ["lerobot", "robomimic", "d4rl", "zarr", "ogbench"])
+def test_vectors_of_several_axes_are_flattened_with_names(reader: str, tmp_path: Path) -> None:
+    path, options, name = pose_data(reader, tmp_path)
+    built = build(path, validation=0, **options)
+    batch = everything(built)
+    assert np.array_equal(batch["observation.state"].numpy(), POSES.reshape(10, 6))
+    assert np.array_equal(batch["action"].numpy(), ACTIONS.reshape(10, 4))
+    names = built["dataset"].episodes.names["observation.state"]
+    assert names == [f"{name}.{i}.{j}" for i in range(2) for j in range(3)]
+
+
+def test_lerobot_names_shapes_and_pictures_of_any_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Scalars, an embedding under a camera's name, pictures as plain numbers, dots in a name, texts."""
+    pictures = np.random.default_rng(0).integers(0, 256, (10, 6, 8, 3)).astype(np.uint8)
+    features = {"observation.images.top.left": pictures, "observation.image": np.moveaxis(pictures, -1, 1) / 255}
+    features |= {"observation.images.top.embedding": ACTIONS[:, 0], "observation.height": HEIGHTS, "action": ACTIONS}
+    features |= {"language": np.array(["x"] * 10), "observation.note": np.array(["y"] * 10), "speed": HEIGHTS}
+    axes = {"observation.images.top.left": ["height", "width", "channels"]}
+    axes |= {"observation.image": ["channels", "height", "width"], "action": {"motors": ["x", "y", "z", "w"]}}
+    root = lerobot_of(tmp_path / "x", features, **axes)
+    with caplog.at_level("INFO", logger="components"):
+        built = build(root, validation=0, cameras=("all",))
+    batch = everything(built)
+    for camera in ("top.left", "image"):
+        assert np.array_equal(batch[f"observation.images.{camera}"].numpy(), np.moveaxis(pictures, -1, 1)), camera
+    assert np.array_equal(batch["observation.images.top.embedding"].numpy(), ACTIONS[:, 0])
+    assert np.array_equal(batch["observation.height"].numpy(), HEIGHTS[:, None])
+    assert built["dataset"].episodes.names == {"action": ["x", "y", "z", "w"]}
+    assert "observation.images.top.embedding" in built["norm_stats"]
+    told = [record.message for record in caplog.records if "not used" in record.message]
+    why = "language ([1], <U1), observation.note ([1], <U1), speed ([1], float32; see --dataset.rename)"
+    assert told == [f"{root}: not used: {why}"] and built["dataset"].episodes.stored["not used"] == why
+    same = build(root, validation=0, rename=("speed=observation.state", "observation.image=observation.images.front"))
+    assert np.array_equal(everything(same)["observation.state"].numpy(), HEIGHTS[:, None])
+    with pytest.raises(UserError, match=r"--dataset.cameras image: no such camera in .*front"):
+        build(root, rename=("observation.image=observation.images.front",), cameras=("image",))
+
+
+RENAMED = {
+    "lerobot": ({"state": POSES, "actions": ACTIONS}, ("state=observation.state", "actions=action")),
+    "zarr": ({"agent_pos": POSES, "act": ACTIONS}, ("agent_pos=state", "act=action")),
+    "d4rl": ({"obs": POSES, "act": ACTIONS}, ("obs=observation.state", "act=actions")),
+    "robomimic": ({"eef": POSES, "act": ACTIONS}, ("eef=robot0_eef_pos", "act=action")),
+}
+
+
+@pytest.mark.parametrize("reader", RENAMED)
+def test_features_of_other_names_are_found_and_can_be_renamed(reader: str, tmp_path: Path) -> None:
+    import h5py
+
+    arrays, rename = RENAMED[reader]
+    if reader == "lerobot":
+        path = lerobot_of(tmp_path / "x", arrays)
+    elif reader == "zarr":
+        path = zarr_of(tmp_path / "x", **arrays)
+    elif reader == "d4rl":
+        path = make_d4rl(tmp_path / "x.hdf5", 10, **arrays)
+        with h5py.File(path, "a") as file:
+            del file["observations"], file["actions"]
+    else:
+        path = make_robomimic(tmp_path / "x.hdf5", [10])
+        with h5py.File(path, "a") as file:
+            del file["data/demo_0/actions"], file["data/demo_0/obs/state"]
+            file["data/demo_0/act"], file["data/demo_0/obs/eef"] = ACTIONS, POSES
+    options: dict[str, Any] = {} if reader == "d4rl" else {"validation": 0}
+    reading = DATASET_BUILDER_REGISTRY[reader]
+    with pytest.raises(UserError, match=r"act|states") as error:
+        reading(path=str(path), **options).build()
+    assert reader == "robomimic" or ("--dataset.rename" in str(error.value) and "found" in str(error.value))
+    assert "\n" not in str(error.value)
+    batch = everything(reading(path=str(path), rename=rename, validation=0).build())
+    assert np.array_equal(batch["observation.state"].numpy(), POSES.reshape(10, 6))
+    assert np.array_equal(batch["action"].numpy(), ACTIONS.reshape(10, 4))
+    for bad, message in ((("nope=action",), "no feature 'nope' in .*; found: "), (("x",), "expected OLD=NEW")):
+        with pytest.raises(UserError, match=message):
+            reading(path=str(path), rename=bad).build()
+
+
+def test_two_features_of_one_name_are_refused(tmp_path: Path) -> None:
+    root = lerobot_of(tmp_path / "x", {"observation.state": POSES, "action": ACTIONS, "state": POSES})
+    with pytest.raises(UserError, match="'observation.state' and 'state' of .* would both be 'observation.state'"):
+        build(root, rename=("state=observation.state",))
+
+
+def test_zarr_floats_are_pictures_of_either_range_and_poses_are_none(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (10, 6, 8, 3))
+    arrays = {"dim": pictures / 255.0, "img": pictures.astype(np.float32), "pose": np.ones((10, 2, 4, 4), np.float32)}
+    path = zarr_of(tmp_path / "x", state=POSES, action=ACTIONS, **arrays)
+    built = build(path, validation=0, cameras=("all",))
+    batch = everything(built)
+    for camera in ("img", "dim"):
+        assert np.array_equal(batch[f"observation.images.{camera}"].numpy(), np.moveaxis(pictures, -1, 1)), camera
+    assert built["dataset"].episodes.stored["not used"] == "pose ([2, 4, 4], see --dataset.keys)"
+    assert everything(build(path, validation=0, keys=("pose",)))["observation.state"].shape == (10, 32)
+
+
+# ---- ALOHA ---------------------------------------------------------------------------------------------------------
+
+
+def make_aloha(folder: Path, lengths: tuple[int, ...], jpeg: bool = False, size: tuple[int, int] = (24, 32)) -> Path:
+    """Episodes as ALOHA records them; step i of an episode shows a bright square i pixels from the left."""
+    import io
+
+    import h5py
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for k, length in enumerate(lengths):
+        pictures = np.zeros((length, *size, 3), np.uint8)
+        for i in range(length):
+            pictures[i, :, i % size[1] : i % size[1] + 8] = (200, 40 * (k % 4), 40)
+        with h5py.File(folder / f"episode_{k}.hdf5", "w") as file:
+            file.attrs["sim"], file.attrs["compress"] = True, jpeg
+            steps = np.arange(length)[:, None] / 50 + k
+            file["action"] = np.sin(steps + np.arange(14)).astype(np.float32)
+            file["observations/qpos"] = np.sin(steps - 0.02 + np.arange(14))
+            file["observations/qvel"] = np.cos(steps + np.arange(14))
+            if not jpeg:
+                file.create_dataset("observations/images/top", data=pictures, compression="gzip", chunks=(1, *size, 3))
+                continue
+            encoded = []
+            for picture in pictures:
+                Image.fromarray(picture).save(buffer := io.BytesIO(), "JPEG", quality=95)
+                encoded.append(buffer.getvalue())
+            longest = max(map(len, encoded)) + 3
+            rows = np.array([np.frombuffer(data.ljust(longest, b"\0"), np.uint8) for data in encoded])
+            file["observations/images/top"], file["compress_len"] = rows, [[len(data) for data in encoded]]
+    return folder
+
+
+@pytest.mark.parametrize("jpeg", [False, True])
+def test_aloha_episodes_are_those_of_the_files(jpeg: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Twelve of them, whose names sort 0, 1, 10, 11, 2."""
+    import h5py
+
+    path, lengths = tmp_path / "x", (3, 4, 5, 3, 4, 5, 3, 4, 5, 3, 4, 5)
+    make_aloha(path, lengths, jpeg)
+    with caplog.at_level("INFO", logger="components"):
+        built = build(path, validation=0, cameras=("top",), keys=("qpos", "qvel"))
+    assert not [record for record in caplog.records if "not used" in record.message]
+    episodes, batch = built["dataset"].episodes, everything(built)
+    assert recognise(str(path)) == recognise(str(path / "episode_3.hdf5")) == "aloha"
+    assert episodes.lengths.tolist() == list(lengths) and episodes.stored["sim"] is True
+    row = sum(lengths[:10]) + 2  # step 2 of episode 10
+    with h5py.File(path / "episode_10.hdf5") as file:
+        state = np.concatenate([file["observations/qpos"][2], file["observations/qvel"][2]]).astype(np.float32)
+        assert np.array_equal(batch["observation.state"][row].numpy(), state)
+        assert np.array_equal(batch["action"][row].numpy(), file["action"][2])
+    pictures = batch["observation.images.top"]
+    assert pictures.shape == (48, 3, 24, 32) and pictures.dtype == torch.uint8
+    error = (pictures[row, :, 12].float() - torch.tensor([200.0, 80, 40])[:, None] * torch.eye(32)[2:10].sum(0)).abs()
+    assert error.mean() <= (12 if jpeg else 0)
+    stored = build(path, validation=0)["dataset"].episodes.stored
+    assert stored["not used"] == "qvel ([14], see --dataset.keys)"
+    cached = build(path, validation=0, cameras=("all",), cache="disk", cache_dir=str(tmp_path / "c"))
+    assert torch.equal(everything(cached)["observation.images.top"], pictures)
+
+
+def test_aloha_files_that_are_damaged_get_one_line(tmp_path: Path) -> None:
+    import h5py
+
+    def change(name: str, values: Any) -> Callable[[Any], None]:
+        def apply(file: Any) -> None:
+            del file[name]
+            if values is not None:
+                file[name] = values
+
+        return apply
+
+    top = "observations/images/top"
+    for number, (edit, message) in enumerate(
+        (
+            (change("action", None), "episode_1.hdf5: no action, which the first episode has"),
+            (change("action", np.zeros((4, 7))), r"action has rows of \(7,\), the first episode \(14,\)"),
+            (change("observations/qpos", np.zeros((9, 14))), "qpos has 9 rows, action 4"),
+            (change("observations/qpos", np.full((4, 14), np.nan)), "56 NaN or Inf values in 'observation.state'"),
+            (change("observations/qpos", h5py.ExternalLink("y.hdf5", "/x")), "is a link"),
+            (change(top, h5py.SoftLink("/action")), "is a link"),
+            (change(top, np.zeros((4, 9, 9, 3), np.uint8)), "a picture of shape"),
+            (change(top, np.zeros((4, 50), np.uint8)), "expected pictures as in"),
+            (change(top, np.zeros((4, 24, 32, 3))[:, :, :, 0] * 1j), "holds complex128|expected pictures"),
+            (change("observations", np.zeros(4)), "no group /observations"),
+        )
+    ):
+        path = make_aloha(tmp_path / str(number), (3, 4))
+        with h5py.File(path / "episode_1.hdf5", "a") as file:
+            edit(file)
+        with pytest.raises(UserError, match=message) as error:
+            everything(build(path, validation=0, cameras=("top",)))
+        assert "\n" not in str(error.value)
+    path = make_aloha(tmp_path / "jpeg", (3,), jpeg=True)
+    with h5py.File(path / "episode_0.hdf5", "a") as file:
+        file[top][1] = 7
+    with pytest.raises(UserError, match=f"episode_0.hdf5: {top}: a picture is truncated or damaged"):
+        everything(build(path, validation=0, cameras=("top",)))
+    (path / "episode_1.hdf5").symlink_to(tmp_path / "0" / "episode_0.hdf5")
+    with pytest.raises(UserError, match="points outside the dataset"):
+        build(path)
+    with pytest.raises(UserError, match="--dataset.keys effort: no such array of vectors in .*; known: qpos, qvel"):
+        build(tmp_path / "0", keys=("effort",))
 
 
 # ---- LeRobot -------------------------------------------------------------------------------------------------------
@@ -302,6 +569,38 @@ def test_minari_spaces_of_dicts_and_tuples(minari_folder: Path, storage: str) ->
     for key, factor in (("state", 1), ("more.0", 2), ("more.1.goal", 3)):
         assert torch.equal(batch[f"observation.{key}"], factor * rows), key
     assert batch["observation.more.1.count"].flatten().tolist() == [0, 1, 2, 4, 5]
+
+
+@pytest.mark.parametrize("storage", ["hdf5", "parquet"])
+def test_minari_spaces_say_what_is_a_picture_as_environments_do(minari_folder: Path, storage: str) -> None:
+    """Floats, grey ones, stacks and poses; convert and read again."""
+    import gymnasium as gym
+
+    box = gym.spaces.Box
+    space = {"pose": box(-9, 9, (2, 3), np.float32), "rgb": box(0, 1, (6, 8, 3), np.float32)}
+    space |= {"grey": box(0, 255, (6, 8), np.uint8), "stack": box(0, 255, (2, 3, 6, 8), np.uint8)}
+    space["pixels"] = gym.spaces.Dict({"top": box(0, 255, (6, 8, 3), np.uint8)})
+    whole: Any = gym.spaces.Dict(space)
+    whole.seed(0)
+    seen = [whole.sample() for _ in range(7)]
+    make_minari("t-v0", [3, 2], whole, lambda i: seen[i], data_format=storage)
+    built = build(minari_folder / "t-v0", validation=0, cameras=("all",), rename=("pose=state", "grey=line"))
+    batch, rows = everything(built), [0, 1, 2, 4, 5]
+    assert built["dataset"].episodes.names["observation.state"][4] == "state.1.1"
+    for i, row in enumerate(rows):
+        named = observation_batch({k: _batched(v) for k, v in seen[row].items()}, whole)
+        named["observation.state"] = named.pop("observation.pose")
+        named["observation.images.line"] = named.pop("observation.images.grey")
+        for key, value in named.items():  # videos of JPEGs differ a little
+            assert batch[key].shape[1:] == value.shape[1:] and batch[key].dtype == torch.from_numpy(value).dtype, key
+            if "top" not in key:
+                assert np.array_equal(batch[key][i].numpy(), value[0]), key
+    with pytest.raises(UserError, match="no feature 'nope' in .*; found: grey, pixels.top, pose"):
+        build(minari_folder / "t-v0", rename=("nope=state",))
+
+
+def _batched(value: Any) -> Any:
+    return {k: _batched(v) for k, v in value.items()} if isinstance(value, dict) else value[None]
 
 
 def test_minari_by_id_and_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,7 +756,20 @@ def test_bc_learns_from_human_recordings(script: Callable[..., Path], name: str)
     std = torch.where(std < 1e-6, 1.0, std)
     # The script's loss is the mean absolute error of normalised actions.
     of_mean = float(((held_out - mean) / std).abs().mean())
-    options = ["--dataset", "robomimic", "--dataset.path", where, "--steps", 150, "--eval-every", 25, "--save-every", 0]
+    options = [
+        "--loss",
+        "l1",
+        "--dataset",
+        "robomimic",
+        "--dataset.path",
+        where,
+        "--steps",
+        150,
+        "--eval-every",
+        25,
+        "--save-every",
+        0,
+    ]
     run = script("--trainer", "bc", *options)
     losses = [line["val/loss"] for line in learned(run) if "val/loss" in line]
     assert all(np.isfinite(losses)) and min(losses) < 0.9 * of_mean, (losses, of_mean)

@@ -20,6 +20,7 @@ from components import (
     TRAINER_REGISTRY,
     load_policy,
 )
+from components.contracts import weights_follow
 from components.data.features import build_models
 from components.errors import UserError
 from components.losses import sinkhorn, zero_padding
@@ -568,6 +569,9 @@ def test_imagenet_weights_by_torchvisions_names(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             MODEL_BUILDER_REGISTRY["resnet18"](weights=str(tmp_path / f"{name}.safetensors")).build(PICTURES)
+    with weights_follow():  # as a policy is loaded, elsewhere
+        again = MODEL_BUILDER_REGISTRY["resnet18"](weights="absent.safetensors").build(PICTURES).networks[0].backbone
+    assert again.state_dict().keys() == backbone.state_dict().keys()
 
 
 @pytest.mark.parametrize("trainer", ["bc", "act", "diffusion", "flow"])

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.launched
     ("name", "options"),
     [
         *((name, (*options, *toy.SGD, "--optimizer.lr", 0.01)) for name, options in toy.TRAINERS.items()),
-        ("clipped", ("--trainer", "bc", *toy.SGD, "--grad-clip", 0.3)),
+        ("clipped", ("--trainer", "bc", "--loss", "l1", *toy.SGD, "--grad-clip", 0.3)),
         ("accumulated", ("--trainer", "bc", *toy.SGD)),
         ("actor_critic", ("--trainer", "actor_critic")),
         ("pictures", (*toy.PICTURES, *toy.SGD[:-1], 10)),
@@ -130,8 +130,9 @@ def test_resume_on_another_number_of_processes(
 
 
 def test_a_crash_on_one_process_is_everybodys(pair: Path) -> None:
-    assert json.loads((pair / "crashed" / "status.json").read_text())["state"] == "finished"
-    assert not (pair / "crashed" / "eval.jsonl").exists()
+    status = json.loads((pair / "crashed" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 20) and "no evaluation succeeded" in status["reason"]
+    assert not (pair / "crashed" / "eval.jsonl").exists() and (pair / "crashed" / "policy").exists()
 
 
 def test_what_one_process_has_alone(pair: Path) -> None:

@@ -14,7 +14,7 @@ from components.data.normalisation import Normaliser, statistics
 from components.learning.metrics import Metrics
 from components.losses import Huber, zero_padding
 from components.optimizers import SGD, Adam, AdamW, learning_rate_factor
-from components.run.record import finite
+from components.run.logs import finite
 
 
 def spec(**stats: object) -> dict:
@@ -55,6 +55,37 @@ def test_a_constant_feature_gets_scale_1() -> None:
     assert normaliser({"observation.state": torch.tensor([[5.1, 1.0]])})["observation.state"][0, 0] == pytest.approx(
         0.1
     )
+
+
+def test_what_is_rarely_another_value_is_mapped_by_its_range() -> None:
+    """Its quantiles are equal: one in a hundred rows, whose 99 % quantile would be 0.4 by interpolation."""
+    stats = statistics(torch.tensor([[0.0, 5.0]] * 99 + [[40.0, 5.0]]))
+    assert stats["q01"] == stats["q99"] == [0.0, 5.0]
+    normalised = Normaliser(spec(**stats), {"observation.state": "quantile"})
+    found = normalised({"observation.state": torch.tensor([[0.0, 5.0], [40.0, 5.0]])})["observation.state"]
+    assert found.tolist() == [[-1.0, 0.0], [1.0, 0.0]]
+
+
+ROWS = torch.tensor([[-1.0, 0.0213, 1e5, 0.0], [-1.0, 0.0213, 1e5, 1.0]])
+
+
+@pytest.mark.parametrize("mode", ["mean_std", "min_max", "quantile", "none", "scale"])
+@pytest.mark.parametrize("names", [("mean", "std", "min", "max", "q01", "q99"), ("mean", "std"), ("min", "max")])
+def test_a_constant_of_the_actions_is_exact_in_every_mode(mode: str, names: tuple[str, ...]) -> None:
+    known = {name: value for name, value in statistics(ROWS).items() if name in names}
+    needed = {"mean_std": "std", "min_max": "max", "quantile": "q99"}.get(mode)
+    if needed and needed not in names:
+        mode = "none"
+    for stats in (known, {name: [value] * 3 for name, value in known.items()}):  # the latter for each step of a chunk
+        feature = {"shape": (3, 4), "dtype": "float32", "stats": stats | ({"scale": 2.0} if mode == "scale" else {})}
+        normaliser = Normaliser({"action": feature}, {"action": mode}).to(torch.device("cpu"))
+        shaken = torch.randn(5, 3, 4)
+        found = normaliser.undo("action", shaken)
+        assert torch.equal(found[..., :3], ROWS[0, :3].expand(5, 3, 3))
+        assert found[..., 3].unique().numel() == 15  # which is no constant
+        assert torch.equal(normaliser.exact("action", shaken[:, 0])[:, :3], ROWS[0, :3].expand(5, 3))  # one step
+        feature["bounds"] = {"min": [-1.0] * 4, "max": [-1.0, 1.0, 1.0, 1.0]}  # of an environment to learn in
+        assert Normaliser({"action": feature}, {"action": mode}).fixed["action"][0].tolist() == [True] + [False] * 3
 
 
 def test_statistics_may_be_per_time_step_of_a_chunk() -> None:

@@ -672,7 +672,7 @@ def test_help_is_quick_and_shows_true_defaults(tmp_path: Path) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert done.returncode == 0 and seconds < 5, f"{seconds} s"  # about 2.5 s on an idle machine
-    for text in ("--trainer {bc", "--optimizer.lr FLOAT", "(default: 0.001)", "--dataset.demos INT", "(default: l1)"):
+    for text in ("--trainer {bc", "--optimizer.lr FLOAT", "(default: 0.001)", "--dataset.demos INT", "(default: mse)"):
         assert text in done.stdout, text
     assert "--optimizer.schedule {constant,linear,cosine,onecycle}" in done.stdout
     assert "Schedule of the learning rate. (default: cosine)" in done.stdout

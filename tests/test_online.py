@@ -159,9 +159,9 @@ def test_resume_of_a_finished_run_goes_on_with_more_steps(online: Script, capsys
         ("raise", r"raised ArithmeticError in step: simulator exploded"),
         ("hang", r"did not come back from step within 1 s \(--env-timeout\)"),
         ("die", r"died in step"),
-        ("nan", r"returned a NaN or Inf in 'observation.state'"),
-        ("inf reward", r"returned a NaN or Inf in 'reward'"),
-        ("end nan", r"returned a NaN or Inf in 'observation.state'"),
+        ("nan", r"returned a NaN or Inf in 'observation.state' \(as float32\)"),
+        ("inf reward", r"returned a NaN or Inf in 'reward' \(as float32\)"),
+        ("end nan", r"returned a NaN or Inf in 'observation.state' \(as float32\)"),
     ],
 )
 def test_a_faulty_environment_is_named_and_replaced(
@@ -206,16 +206,20 @@ def test_one_that_cannot_be_made_again_is_a_fault_like_any(
 
 
 def test_an_evaluation_with_a_faulty_environment_fails_alone(
-    online: Script, capsys: pytest.CaptureFixture[str]
+    online: Script, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    """Training goes on to its end, where a run says so of which no evaluation succeeded."""
     options = ("--env", "faulty", "--env.kind", "hang", "--env.at", 15, "--env.index", 0, "--env-timeout", 1)
-    run = online(*options, "--eval-episodes", 3, "--eval-envs", 1, "--eval-every", 20, "--steps", 40, "--env.workers")
     told = (
         r"failed, training continues: process 0: RuntimeError: "
         r"environment 0 \(seed 1000001, step 4 of its episode\) did"
     )
+    with pytest.raises(RuntimeError, match=r"no evaluation succeeded \(.*: environment 0 \(seed 1000001, step 4"):
+        online(*options, "--eval-episodes", 3, "--eval-envs", 1, "--eval-every", 20, "--steps", 40, "--env.workers")
     assert len(re.findall(told, capsys.readouterr().out)) == 2
-    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed" and status["step"] == 40 and "no evaluation succeeded" in status["reason"]
+    assert load_policy(tmp_path / "run")
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

@@ -223,6 +223,27 @@ def test_a_residual_policy_begins_as_the_frozen_one_and_leaves_it_as_it_was(onli
         load_policy(run)
 
 
+def test_a_residual_run_resumes_in_the_middle_of_a_plan(online: Script, script: Script) -> None:
+    """The frozen policy's plan, history and noise are a part of the environments."""
+    chunks = ("--dataset.action-steps", 8, "--policy.action-steps", 3, "--model.channels", 16)
+    base = script("--trainer", "flow", *chunks, "--steps", 5, folder="drawing")
+    options = (*RESIDUAL, "--trainer.base", base, "--env", "savable", "--save-every", 14)
+    whole = online(*options, folder="whole")
+    interrupt_after(online, 12, *options)
+    run = online("--resume", whole.parent / "run")
+    assert states(run) == states(whole)
+    assert (run / "episodes.jsonl").read_text() == (whole / "episodes.jsonl").read_text()
+
+
+def test_an_episode_is_logged_once_also_if_its_line_is_later_than_the_checkpoint(online: Script) -> None:
+    options = (*toy.SAC, "--env", "savable", "--steps", 100, "--save-every", 44)
+    whole = online(*options, folder="whole")
+    interrupt_after(online, 36, *options)  # after the line of step 50, which has the episodes from before the save
+    assert read_lines(whole.parent / "run" / "episodes.jsonl")
+    run = online("--resume", whole.parent / "run")
+    assert (run / "episodes.jsonl").read_text() == (whole / "episodes.jsonl").read_text()
+
+
 @dataclass(frozen=True)
 class Drawn(toy.Savable):
     """Toys that can be seen."""
@@ -352,6 +373,14 @@ def test_demonstrations_beyond_a_corrections_reach_end_the_windows_before_them()
     batch = everything(relabelled(data, base))
     assert len(batch["action"]) == 7 and not batch["action"].any()
     assert torch.equal(batch[BASE_ACTION], columns["action"])
+
+
+def test_an_action_whose_bounds_are_equal_is_neither_corrected_nor_shown_as_nan() -> None:
+    both = Middle(np.float32([-1, 0.3]), np.float32([1, 0.3]), 0.5)
+    base, shown = np.float32([[0.5, 0.3], [0.0, 0.29999]]), np.float32([[0.75, 0.3], [-1.0, 0.3]])
+    assert np.allclose(both.normalised(base), [[0.5, 0], [0, 0]], atol=1e-4)
+    assert np.array_equal(both.correction(base, shown), np.float32([[0.5, 0], [-1, 0]]))
+    assert np.array_equal(both.corrected(base, np.ones((2, 2))), np.float32([[1, 0.3], [0.5, 0.3]]))
 
 
 # ---- environments in processes of their own, and wrapped -----------------------------------------------------------

@@ -6,16 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from components import UserError, load_policy
+from components import DATASET_BUILDER_REGISTRY, UserError, load_policy
 from components.data.augmentation import Augmentation, uniform
 from components.data.batches import Batches
+from components.data.items import as_kept
+from components.data.pictures import as_bytes, as_recorded, find_layout, layout_of
 from components.datasets import frames
 from components.datasets.lerobot import LeRobotDataset
+from components.envs.observations import observation_batch
+from components.envs.vector import Environments
+from components.experience.collection import Collector, describe_env
 from conftest import FIXTURES, build, difference, learned, states, weights
 
 Script = Callable[..., Path]
@@ -32,6 +38,254 @@ STORED = {
 def images(dataset: Any, rows: Tensor) -> Tensor:
     batch = dataset.get_batch(rows)
     return next(value for key, value in batch.items() if key.startswith("observation.images."))
+
+
+# ---- the rule ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "stored", "last"),
+    [
+        ((3, 48, 64), (3, 48, 64), False),
+        ((48, 64, 3), (3, 48, 64), True),
+        ((2, 8, 3), (3, 2, 8), True),  # height below the number of channels
+        ((48, 64), (1, 48, 64), False),
+        ((4, 84, 84), (4, 84, 84), False),  # four grey frames, or four channels
+        ((2, 84, 84), (2, 84, 84), False),
+        ((84, 84, 12), (12, 84, 84), True),
+        ((9, 32, 32), (9, 32, 32), False),
+        ((4, 3, 48, 64), (12, 48, 64), False),
+        ((4, 48, 64, 3), (12, 48, 64), True),
+        ((5, 84, 84, 1), (5, 84, 84), True),
+        ((3, 64, 3), None, False),  # both ends may be the channels
+        ((4, 3, 64, 3), None, False),
+        ((10, 64, 12), None, False),
+        ((64, 64, 64), None, False),
+        ((2, 2, 64, 64, 3), None, False),
+        ((0, 64, 3), None, False),
+        ((7,), None, False),
+    ],
+)
+def test_the_shape_of_a_picture_tells_its_layout_or_it_is_refused(shape: Any, stored: Any, last: bool) -> None:
+    layout = find_layout(shape)
+    assert (layout and (layout.stored, layout.last)) == (stored and (stored, last))
+    if layout is None:
+        with pytest.raises(UserError, match=r"x has shape .*a picture is uint8 0 to 255 or float 0 to 1"):
+            layout_of(shape, "x")
+        return
+    pictures = torch.randint(0, 256, (5, *shape), dtype=torch.uint8)
+    frames = pictures if len(shape) == 4 else pictures.view(5, 1, *shape)
+    frames = frames.movedim(-1, 2) if last else frames.reshape(5, frames.shape[1], -1, *stored[1:])
+    wanted = torch.cat(list(frames.unbind(1)), 1)  # frame after frame along the channels
+    for found in (layout(pictures), torch.from_numpy(layout(pictures.numpy()))):
+        assert torch.equal(found, wanted.reshape(5, *stored))
+
+
+def test_what_says_the_layout_is_believed() -> None:
+    assert find_layout((3, 64, 3), "CHW") == ((3, 64, 3), (3, 64, 3), False)
+    assert find_layout((3, 64, 3), "HWC") == ((3, 64, 3), (3, 3, 64), True)
+
+
+def test_floats_are_bytes_and_nothing_else_is_taken_for_a_picture() -> None:
+    every = torch.arange(256, dtype=torch.uint8)
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(as_bytes(every.to(dtype) / 255, "x"), every)
+    assert np.array_equal(as_bytes(every.numpy() / np.float32(255), "x"), every.numpy())
+    assert torch.equal(as_bytes(every.float(), "x", 255.0), every)
+    for bad in (torch.tensor([0.5, 1.01]), torch.tensor([-0.1]), torch.tensor([0.5, torch.nan]), every.float()):
+        with pytest.raises(UserError, match=r"x has values from .* expected 0 to 1: a picture is"):
+            as_bytes(bad, "x")
+    with pytest.raises(UserError, match="x holds int64: a picture is"):
+        as_bytes(every.long(), "x")
+
+
+U8, F32 = np.uint8, np.float32
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "dtype", "low", "high", "found", "stored"),
+    [
+        ("", (3, 8, 9), F32, 0, 1, "images.camera", (3, 8, 9)),
+        ("", (8, 9, 3), np.float64, 0, 1, "images.camera", (3, 8, 9)),
+        ("", (8, 9, 3), F32, 0, 255, "images.camera", (3, 8, 9)),
+        ("", (8, 9, 3), np.int32, 0, 255, "images.camera", (3, 8, 9)),
+        ("", (4, 8, 9, 3), F32, 0, 1, "images.camera", (12, 8, 9)),
+        ("", (4, 3, 8, 9), U8, 0, 255, "images.camera", (12, 8, 9)),
+        ("", (8, 9), U8, 0, 255, "images.camera", (1, 8, 9)),
+        ("", (8, 9, 3), F32, -1, 1, "state", (216,)),  # the bounds are no picture's
+        ("", (8, 8, 8), F32, 0, 1, "state", (512,)),  # no axis of channels
+        ("", (2, 3), F32, 0, 1, "state", (6,)),
+        ("", (12,), U8, 0, 255, "state", (12,)),
+        ("observation", (8, 9, 3), U8, 0, 255, "images.observation", (3, 8, 9)),
+        ("observation.image", (8, 9, 3), U8, 0, 255, "images.image", (3, 8, 9)),
+        ("observation.images.top.left", (8, 9, 3), F32, 0, 1, "images.top.left", (3, 8, 9)),
+        ("observation.images.top", (3, 8, 3), U8, 0, 255, "images.top", (3, 8, 3)),  # by the data's own name
+        ("observation.images.top.embedding", (5,), F32, 0, 1, "images.top.embedding", (5,)),
+        ("pixels", (8, 9), F32, 0, 1, "images.camera", (1, 8, 9)),
+    ],
+)
+def test_an_environments_space_says_what_is_a_picture(
+    key: str, shape: Any, dtype: Any, low: float, high: float, found: str, stored: Any
+) -> None:
+    box = gym.spaces.Box(low, high, shape, dtype)
+    box.seed(0)
+    batch, space = np.stack([box.sample(), box.sample()]), gym.spaces.Dict({key: box}) if key else box
+    (name, array), *more = observation_batch({key: batch} if key else batch, space).items()
+    assert name == f"observation.{found}" and not more and array.shape == (2, *stored)
+    assert array.dtype == (U8 if len(stored) > 1 else F32)
+    if len(stored) > 1:
+        layout = find_layout(shape) or layout_of(shape, "x", "CHW")
+        assert np.array_equal(array, layout(np.rint(batch.astype(np.float64) * (255 / high)).astype(U8)))
+
+
+def test_an_observation_that_would_be_lost_is_refused() -> None:
+    two = {"agent_pos": np.zeros((2, 3)), "observation": np.zeros((2, 4))}
+    with pytest.raises(UserError, match="two parts of the observation would both be 'observation.state'"):
+        observation_batch(two)
+    with pytest.raises(
+        UserError,
+        match=r"'observation.images.camera' has shape \[4, 64, 3\], which is no picture or may have two layouts",
+    ):
+        observation_batch({"pixels": np.zeros((2, 4, 64, 3), U8)})
+
+
+class FloatPictures(gym.Env):
+    """Step t shows t / 10, channels last; the third one is brighter than its space says."""
+
+    observation_space = gym.spaces.Box(0, 1, (8, 9, 3), F32)
+    action_space = gym.spaces.Box(-1, 1, (2,), F32)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+        self.t = 0
+        return self._seen(), {}
+
+    def _seen(self) -> np.ndarray:
+        return np.full((8, 9, 3), [0, self.t / 10, 1], F32) * (1 if self.t < 3 else 2)
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        return self._seen(), 0.0, False, False, {}
+
+
+def test_pictures_of_floats_are_collected_as_bytes_and_bad_ones_are_a_fault() -> None:
+    def make(n: int, seed: int) -> Any:
+        return gym.vector.SyncVectorEnv([FloatPictures] * n)
+
+    assert describe_env(make(2, 0))["observation.images.camera"] == {"shape": (3, 8, 9), "dtype": "uint8"}
+    said: list[str] = []
+    collector = Collector(Environments(make, 2, 0, 0.0), 0, 0, 1, said.append)
+    collector.start(0)
+    for t in range(2):
+        transitions, _ = collector.step(np.zeros((2, 2), F32))
+        assert transitions is not None
+        for key, shown in (("observation", t), ("next.observation", t + 1)):
+            pictures = transitions[f"{key}.images.camera"]
+            assert pictures.dtype == torch.uint8 and pictures[1, :, 4, 4].tolist() == [0, round(25.5 * shown), 255]
+    assert collector.step(np.zeros((2, 2), F32)) == (None, [])
+    assert "environment 0 (seed" in said[0] and "has values from 0 to 2, expected 0 to 1" in said[0]
+
+
+def items(dtype: Any, last: bool) -> list[dict[str, Any]]:
+    """Twenty pictures of random bytes with a state, a pose and an action, as a user's dataset may have them."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for _ in range(20):
+        picture = torch.randint(0, 256, (3, 12, 14), generator=generator, dtype=torch.uint8)
+        picture = picture if dtype == torch.uint8 else picture.to(dtype) / 255
+        seen = {"observation.images.front": picture.permute(1, 2, 0) if last else picture}
+        seen |= {"observation.state": torch.rand(3, generator=generator), "observation.grip": torch.rand(())}
+        made.append(seen | {"observation.pose": torch.eye(4), "action": torch.rand(2, generator=generator)})
+    return made
+
+
+class Own:
+    """A user's dataset of pictures."""
+
+    kind: Any = (torch.uint8, False)
+
+    def build(self, **kwargs: Any) -> dict[str, Any]:
+        torch.manual_seed(3)
+        return {
+            "dataset": items(*self.kind),
+            "norm_stats": {"observation.pose": {"mean": torch.zeros(4, 4), "std": 1.0}},
+        }
+
+
+def test_a_users_pictures_train_and_act_the_same_in_any_form_of_the_rule(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DATASET_BUILDER_REGISTRY, "own", Own)
+    options = ["--trainer", "bc", "--dataset", "own", "--model", "cnn", "--ema-decay", 0.9, "--augment.shift", 2]
+    options += ["--augment.brightness", 0.3, "--steps", 4, "--model.hidden-dims", 8, "--batch-size", 10]
+    runs = {}
+    for kind in ((torch.uint8, False), (torch.float64, True)):
+        monkeypatch.setattr(Own, "kind", kind)
+        runs[kind] = script(*options, folder=str(kind[1]))
+    plain, other = runs.values()
+    assert difference(weights(plain), weights(other)) == 0 and learned(plain) == learned(other)
+    policy, item = load_policy(other), items(torch.uint8, False)[0]
+    assert policy.spec["observation.images.front"]["dtype"] == "uint8"
+    assert policy.spec["observation.pose"]["shape"] == [16] and policy.spec["observation.grip"]["shape"] == [1]
+    seen = {key: value.numpy() for key, value in item.items() if key != "action"}
+    seen["observation.grip"], picture = seen["observation.grip"][None], seen["observation.images.front"]
+    actions = []
+    for form in (picture, picture / 255, np.moveaxis(picture, 0, -1), np.moveaxis(picture, 0, -1) / np.float32(255)):
+        for batched in (False, True):
+            policy.reset()
+            given = seen | {"observation.images.front": form}
+            action = policy.act({k: np.stack([v, v]) for k, v in given.items()} if batched else given)
+            actions.append(action[0] if batched else action)
+    assert all(np.allclose(action, actions[0], atol=1e-6) for action in actions) and actions[0].shape == (2,)
+    for bad, message in (
+        (picture.astype(float), r"'observation.images.front' has values from 0 to 255, expected 0 to 1: a picture is"),
+        (picture.astype(int), "'observation.images.front' holds int64: a picture is"),
+        (picture[:, :9], r"expects 'observation.images.front' of shape \(3, 12, 14\), found \(3, 9, 14\)"),
+        (np.full_like(picture, np.nan, F32), "'observation.images.front' has values from nan"),
+    ):
+        with pytest.raises(UserError, match=message):
+            policy.act(seen | {"observation.images.front": bad})
+
+
+def test_a_users_pictures_that_are_none_are_refused_by_key(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    for picture, message in (
+        (
+            torch.rand(3, 12, 3),
+            r"'observation.images.front' has shape \[3, 12, 3\], which is no picture or may have two layouts",
+        ),
+        (255 * torch.rand(3, 12, 12), "'observation.images.front' has values from .* expected 0 to 1"),
+    ):
+        made = [{"observation.images.front": picture, "action": torch.zeros(2)}] * 9
+        with pytest.raises(UserError, match=message):
+            as_kept({"dataset": made, "norm_stats": {}})["dataset"][0]
+    # LeRobot's own items, a history of two steps, and a stack, whose state has no such axis.
+    kept = [
+        as_kept({"dataset": [one], "norm_stats": {}})["dataset"][0]
+        for one in (
+            {"observation.image": torch.rand(3, 12, 12)},
+            {"observation.images.image": torch.rand(2, 12, 12, 3), "observation.state": torch.zeros(2, 5)},
+            {"observation.images.image": torch.rand(2, 12, 12, 3), "observation.state": torch.zeros(5)},
+        )
+    ]
+    assert [tuple(x["observation.images.image"].shape) for x in kept] == [(3, 12, 12), (2, 3, 12, 12), (6, 12, 12)]
+
+
+def test_frames_are_stacked_in_act_as_the_environment_gives_them() -> None:
+    stack = torch.randint(0, 256, (4, 8, 9, 3), dtype=torch.uint8)
+    stored = layout_of((4, 8, 9, 3), "x")(stack)
+    for given in (stack, stack.movedim(-1, 1), stored, stack.float() / 255):
+        for batched in (False, True):
+            found, was = as_recorded(given[None] if batched else given, (12, 8, 9), "x")
+            assert was == batched and torch.equal(found, stored[None])
+    grey = torch.randint(0, 256, (8, 9), dtype=torch.uint8)
+    assert torch.equal(as_recorded(grey, (1, 8, 9), "x")[0], grey[None, None])
+
+
+def test_bad_input_an_encoder_without_pictures(script: Script) -> None:
+    for words in (["--model", "cnn"], ["--model", "encoder=resnet18", "mlp"]):
+        with pytest.raises(
+            UserError, match=r"--model (cnn|encoder=resnet18) encodes pictures, and there are none; see"
+        ):
+            script("--trainer", "bc", *words, "--steps", 2)
 
 
 # ---- stores --------------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from torch import nn
 
 import toy
 from components import TRAINER_REGISTRY, UserError, export, load_policy
-from components.acting.policy import Inference, Policy
-from components.data.normalisation import Normaliser
+from components.acting.policy import Inference, Policy, vectors
+from components.data.normalisation import Normaliser, statistics
 from components.run.curves import read_lines
 from conftest import ROOT, command
 
@@ -72,6 +72,37 @@ def test_a_chunk_is_played_before_the_next_one_is_planned() -> None:
     assert [float(policy.act(observe(s))[0, 0]) for s in states] == [105.0, 110.0, 115.0, 110.0, 115.0]
     policy.reset()
     assert float(policy.act(observe(12.0))[0, 0]) == 105.0
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), "the observation 'observation.state' has NaN or Inf"),
+        (float("inf"), "the observation 'observation.state' has NaN or Inf"),
+        (1e300, "the observation 'observation.state' has values beyond the range of float32"),
+        ("north", "the observation 'observation.state' is no array of numbers"),
+    ],
+)
+def test_what_is_not_finite_is_not_acted_on(value: Any, message: str) -> None:
+    policy = Policy(Sum(), Normaliser(spec()), spec())
+    with pytest.raises(UserError, match=message) as error:
+        policy.act({"observation.state": [[12.0], [value]] if value != "north" else value})
+    assert "\n" not in str(error.value)
+    assert np.isfinite(policy.act({"observation.state": np.array([[12.0], [1e30]])})).all()
+
+
+def test_observations_of_several_axes_are_flattened() -> None:
+    for x, batched in (
+        (np.ones((2, 3)), False),
+        (np.ones((4, 2, 3)), True),
+        (np.ones(6), False),
+        (np.ones((4, 6)), True),
+    ):
+        frame, was = vectors(torch.as_tensor(x), (6,), "x")
+        assert was == batched and frame.shape == (4 if batched else 1, 6)
+    for x in (np.ones((2, 2)), np.ones(5), np.ones((3, 1, 5))):
+        with pytest.raises(UserError, match="expects 'x' of shape"):
+            vectors(torch.as_tensor(x), (6,), "x")
 
 
 def test_some_rows_begin_again_while_the_others_go_on() -> None:
@@ -202,7 +233,7 @@ def edit(run: Path, change: Callable[[dict], None]) -> None:
         ),
         (lambda d: d["models"]["policy"].update(name="other"), "'other' is not registered; import a plugin before"),
         (lambda d: d["models"]["policy"]["options"].update(hidden_dims=[8]), "weights 'net.* have shape"),
-        (lambda d: d.pop("spec"), "damaged or incomplete policy"),
+        (lambda d: d.pop("spec"), "damaged or incomplete: no spec; expected an object"),
     ],
 )
 def test_a_policy_that_was_changed_is_refused_by_name(run: Path, change: Callable[[dict], None], message: str) -> None:
@@ -310,6 +341,30 @@ class Samples(nn.Module):
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return batch["noise"] * 2**self.sampling_steps * (1 if self.sampler == "a" else -1)
+
+
+class Noisy(nn.Module):
+    """Chunks of noise."""
+
+    noise_shape = (4, 2)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return batch["noise"] + 0 * batch["observation.state"][:, :, None]
+
+
+def test_a_constant_action_is_exact_also_averaged_and_exported(tmp_path: Path) -> None:
+    """Flow matching, for example, would return it with what is left of its noise."""
+    known = plain_spec()
+    known["action"] |= {"shape": (4, 2), "stats": statistics(torch.tensor([[0.0213, 1.0], [0.0213, 3.0]]))}
+    policy = Policy(Noisy(), Normaliser(known), known)
+    for settings in ({}, {"action_steps": 1, "ensemble": 0.1}):
+        policy.configure(**settings)
+        actions = np.stack([policy.act(observe(1.0, 2.0)) for _ in range(8)])
+        assert (actions[..., 0] == np.float32(0.0213)).all() and len(np.unique(actions[..., 1])) == 16
+    export.export(policy, tmp_path / "policy.pt2")
+    batch = export.example(policy, 3)
+    action = torch.export.load(tmp_path / "policy.pt2").module()(batch)
+    assert (action[..., 0] == torch.tensor(0.0213)).all() and len(action[..., 1].unique()) == 12
 
 
 def test_steps_and_kind_of_sampling_are_settings() -> None:

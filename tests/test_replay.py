@@ -365,6 +365,66 @@ def test_an_episode_that_is_cut_after_it_was_saved_stays_cut() -> None:
     assert drawn(again) == drawn(made) and drawn(again)[0] == (1, 1, 0.5, False)
 
 
+@pytest.mark.parametrize("lost", [0, 1, 2, 3])
+def test_a_damaged_file_is_a_gap_that_no_window_crosses(lost: int) -> None:
+    """Files of three transitions each, of which one is left out, also when many or no process before had it."""
+    made, disk = buffer(n_step=3, to_go=True), {}
+    for t in range(12):
+        made.add(row(t, ended=t == 7))
+        if t % 3 == 2:
+            state = saved(made, disk)
+    there = [t for t in range(12) if t // 3 != lost]
+    disk = {name: None if i == lost else part for i, (name, part) in enumerate(disk.items())}
+    for form in (loaded(state, disk), {"ranks": [loaded(state, disk)]}):
+        again = buffer(n_step=3, to_go=True)
+        assert again.restore(form, 0) and again.left_out == 3 and len(again) == 9
+        again.cut()
+        found = drawn(again)
+        assert sorted(found) == there
+        for t in there:
+            last = next(s for s in range(t, t + 3) if s == t + 2 or s == 7 or s + 1 not in there)
+            assert found[t][1] == last + 1 and found[t][2] == 0.5 ** (last + 1 - t), t
+        ends = {t: next(s for s in range(t, 12) if s == 7 or s + 1 not in there) for t in there}
+        assert returns(again) == {t: 2.0**t * (ends[t] + 1 - t) for t in there}
+    again.add(row(12))
+    (name,) = again.new_parts(0).new
+    assert name not in made.state_dict()["parts"] and not again.parts  # all is written again
+    third = buffer(n_step=3, to_go=True)
+    third.restore(loaded(saved(again, disk := {}), disk), 0)
+    third.cut()
+    assert sorted(drawn(third)) == [*there, 12] and third.left_out == 0
+
+
+def test_a_gap_in_the_middle_of_an_episode_ends_with_that_episode() -> None:
+    made, disk = buffer(1, to_go=True), {}
+    for t in range(9):
+        made.add(row(t))
+        if t % 3 == 2:
+            state = saved(made, disk)
+    disk[next(iter(disk))] = None
+    again = buffer(1, to_go=True)
+    again.restore(loaded(state, disk), 0)
+    again.add(row(9, ended=True))  # the episode has four transitions here, and ten in truth
+    assert returns(again) == {t: 2.0**t * (10 - t) for t in range(3, 10)}
+
+
+def test_a_gap_takes_the_pictures_that_it_had_along() -> None:
+    made, disk = pictured(20), {}
+    for t in range(12):
+        made.add(frame(t, ended=t == 7))
+        if t % 3 == 2:
+            state = saved(made, disk)
+    disk[list(disk)[1]] = None
+    again = pictured(20)
+    assert again.restore(loaded(state, disk), 0)
+    check_frames(again, {0, 1, 2, 7, 8, 9, 10, 11})  # the first picture of 6 is the last one of 5
+    assert again.left_out == 4
+    again.add(frame(12))
+    third = pictured(20)
+    third.restore(loaded(saved(again, disk := {}), disk), 0)
+    check_frames(third, {0, 1, 2, 7, 8, 9, 10, 11, 12})
+
+
 STATE: dict[str, Any] = {"parts": [], "total": []}
 
 

@@ -1,6 +1,7 @@
 """Stopping on request, and runs that fail: what is saved, what is said, and who is left behind."""
 
 import functools
+import io
 import json
 import os
 import re
@@ -18,11 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from components import TRAINER_REGISTRY
+from components import TRAINER_REGISTRY, UserError
 from components.run import checkpoint, process
 from components.run.curves import read_lines
 from components.run.process import StopRequest
 from components.run.record import Run, lock
+from components.run.screen import Steadfast, steady
+from components.run.watch import Watch
 from conftest import ROOT, environ, learned, states, two_processes, weights
 
 Script = Callable[..., Path]
@@ -58,7 +61,7 @@ def signal_at(name: str, call: int, number: int) -> Iterator[None]:
         cls.train_step = whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_and_stops_at_the_next_step(script: Script, number: int) -> None:
     options = ("--trainer", "bc", "--steps", 40, "--model.dropout", 0.3, "--log-every", 7)
     whole = script(*options, folder="whole")
@@ -160,8 +163,122 @@ def test_one_request_sent_twice_is_one_request() -> None:
         time.sleep(0.001)
     stop.asked_at -= 10
     os.kill(os.getpid(), signal.SIGUSR1)  # the launcher's end is no second request, however late
+    os.kill(os.getpid(), signal.SIGHUP)  # nor is the terminal's, which launchers pass on
     time.sleep(0.001)
     assert stop.asked
+
+
+def test_what_nohup_ignores_is_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    StopRequest()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_the_last_recording_does_not_hold_up_the_stop(
+    online: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow")
+    data = ("--save-dataset", tmp_path / "data", "--save-format", "lerobot", "--save-episodes", 4)
+    ticks, tick = iter(range(10**9)), Run.tick
+
+    def stopping(run: Run) -> None:
+        if next(ticks) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        tick(run)
+
+    monkeypatch.setattr(Run, "tick", stopping)
+    run = online(*data, "--env", "savable")
+    assert status(run) == {"state": "preempted", "step": 60, "reason": "stopped by a signal"}
+    assert not (tmp_path / "data").exists() and not (run / "policy").exists()
+    online("--resume", run)
+    assert status(run)["state"] == "finished" and (tmp_path / "data").exists() and (run / "policy").exists()
+
+
+# ---- the screen ----------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_goes_away_ends_nothing() -> None:
+    reader, writer = os.pipe()
+    stream = Steadfast(os.fdopen(writer, "w", buffering=1))
+    print("read", file=stream, flush=True)
+    assert os.read(reader, 100) == b"read\n"
+    os.close(reader)
+    for _ in range(3):
+        print("nobody reads this", file=stream, flush=True)
+    os.write(writer, b"nor what a library writes by itself")
+    stream.close()
+    print("nor after the end", file=stream, flush=True)
+
+
+def test_a_character_that_the_screen_lacks_is_replaced() -> None:
+    shown = io.BytesIO()
+    stream = Steadfast(io.TextIOWrapper(shown, "ascii"))
+    print("runs/l\u00e4uft-\u65e5", "\udcc3", file=stream, flush=True)
+    assert shown.getvalue() == b"runs/l\\xe4uft-\\u65e5 \\udcc3\n"
+
+
+def test_a_screen_that_was_closed_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    steady()
+    print("nowhere", file=sys.stderr, flush=True)
+    assert not sys.stderr.isatty()
+
+
+# ---- who hangs, and who waits --------------------------------------------------------------------------------------
+
+
+def watched(folder: Path, rank: int, frame: Any, silent: float = 0.0) -> list[tuple[str, str, bool]]:
+    """What a process of two says, that has made no progress for so long, and whose main thread is at `frame`."""
+    said: list[tuple[str, str, bool]] = []
+    watch = Watch(folder, rank, 10.0, lambda *words: said.append(words))
+    watch.world, watch.beaten_at = 2, time.monotonic() - silent
+    watch.look(frame)
+    return said
+
+
+def waiting() -> Any:
+    """A frame below torch.distributed."""
+    names: dict[str, Any] = {}
+    source = os.path.join("torch", "distributed", "distributed_c10d.py")
+    exec(compile("import sys\ndef all_reduce(): return sys._getframe()", source, "exec"), names)
+    return names["all_reduce"]()
+
+
+def test_who_waits_names_the_process_that_did_not_come(tmp_path: Path) -> None:
+    here = sys._getframe()
+    assert not watched(tmp_path, 0, here, 9.0)
+    assert not watched(tmp_path, 0, waiting(), 12.0)  # whoever hangs speaks first
+    (reason, stack, alone) = watched(tmp_path, 0, here, 12.0)[0]
+    assert re.match(r"process 0 hangs at \S+test_stopping.py:\d+: no progress for 12 s", reason) and not alone
+    assert "test_who_waits" in stack
+    (reason, _, _) = watched(tmp_path, 0, waiting(), 14.0)[0]  # nothing is known of the other
+    assert reason.startswith("process 0 waits for the others at ") and "hangs" not in reason
+    watched(tmp_path, 1, here)
+    (reason, _, _) = watched(tmp_path, 0, waiting(), 14.0)[0]
+    assert re.match(r"process 1 did not come: it is at \S+test_stopping.py:\d+ \(process 0 waits", reason)
+    watched(tmp_path, 0, here)
+    os.utime(tmp_path / ".alive-rank0", (1, 1))  # the first one is stopped: the second speaks for it
+    (reason, _, alone) = watched(tmp_path, 1, waiting(), 14.0)[0]
+    assert "process 0 did not come: no sign of life for" in reason and alone
+    watched(tmp_path, 0, waiting())
+    assert watched(tmp_path, 1, waiting(), 14.0)[0][0].startswith("process 1 waits for the others")
+
+
+# ---- the disk ------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_is_named_when_a_run_is_resumed(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = script("--trainer", "bc", "--steps", 20, "--log-every", 5)
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + '{"step": 25}\n')
+    for file, remedy in ((".lock", "free space"), ("metrics.jsonl", "free space on its disk"), ("args.json", "free")):
+        with monkeypatch.context() as patch:
+            disk = Full(patch, re.escape(file))
+            patch.setattr(Path, "write_bytes", lambda path, data, disk=disk: disk.open(path, "w"))
+            with pytest.raises(UserError, match=f"{file} cannot be .*No space left on device.*{remedy}"):
+                script("--resume", run, "--steps", 30)
 
 
 def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path: Path) -> None:
@@ -178,6 +295,38 @@ def test_a_worker_that_outlives_its_run_does_not_hold_the_folder(tmp_path: Path)
         lock(tmp_path).close()
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+HANGS_IN_C = """
+import ctypes, os, sys, time
+import gymnasium as gym
+import toy
+from components.envs.workers import spread
+
+class Hung(toy.ToyEnv):
+    def step(self, action):
+        os.write(1, b"%d\\n" % os.getpid())
+        ctypes.PyDLL(None).sleep(1000)  # it keeps the interpreter's lock, so that no thread runs
+
+envs = spread(lambda n, seed: gym.vector.SyncVectorEnv([Hung] * n), 2, 0, 2)
+envs.reset(seed=0)
+envs.step(envs.action_space.sample())
+"""
+
+
+@pytest.mark.launched
+def test_a_worker_that_hangs_ends_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
+    words, path = (sys.executable, "-c", HANGS_IN_C), os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    trainer = subprocess.Popen(words, cwd=tmp_path, env=environ(PYTHONPATH=path), stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    workers = [int(trainer.stdout.readline()) for _ in range(2)]
+    assert all(map(alive, workers))
+    trainer.kill()
+    trainer.wait()
+    limit = time.monotonic() + 5
+    while any(map(alive, workers)) and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert not any(map(alive, workers))
 
 
 class Full:
@@ -427,19 +576,39 @@ class TestRealProcesses:
         assert f"error: process {rank} hangs at " in job.text()
         assert status(job.run)["state"] == "failed" and "--hang-timeout" in status(job.run)["reason"]
 
+    def test_a_process_that_is_stopped_is_named_by_the_other(self, tmp_path: Path) -> None:
+        options = ("--trainer.kind", "stop", "--trainer.rank", 0, "--hang-timeout", 4, "--run-dir", "run")
+        job = Job(*LAUNCH, *TWO, *TROUBLE, *options, cwd=tmp_path, cpu=True)
+        job.wait_for_line(4)
+        job._until(lambda: "error:" in job.text(), 25)
+        assert "error: process 0 did not come: no sign of life for " in job.text()
+        assert status(job.run)["state"] == "failed" and "process 0 did" in status(job.run)["reason"]
+        for pid in members(job.process.pid):
+            os.kill(pid, signal.SIGKILL)
+
+    def test_a_screen_that_goes_away_or_lacks_characters_ends_no_run(self, tmp_path: Path) -> None:
+        words = [str(word) for word in (sys.executable, *OFFLINE, "--trainer", "bc", "--steps", 60, "--log-every", 5)]
+        run = tmp_path / "l\u00e4uft-\u65e5"
+        job = subprocess.Popen(
+            [*words, "--run-dir", str(run)], env=environ(PYTHONIOENCODING="ascii"), stdout=-1, stderr=-1
+        )
+        assert job.stdout is not None and b"l\\xe4uft-\\u65e5" in job.stdout.readline()
+        job.stdout.close()
+        assert job.wait(60) == 0 and status(run)["state"] == "finished"
+
     def test_two_runs_in_one_folder(self, tmp_path: Path) -> None:
         job = Job(sys.executable, *TROUBLE, "--run-dir", "run", cwd=tmp_path)
         job.wait_for_line()
-        words = [str(word) for word in (sys.executable, OFFLINE[0], "--resume", "run")]
+        words = [str(word) for word in (sys.executable, *OFFLINE[:3], "--resume", "run")]
         second = subprocess.run(words, cwd=tmp_path, env=environ(), capture_output=True, text=True)
         in_use = f"error: run is in use by process {job.worker()}"
         assert second.returncode == 2 and second.stderr.count(in_use) == 1
-        pair = two_processes(OFFLINE[0], "--resume", "run", cwd=tmp_path)
+        pair = two_processes(*OFFLINE[:3], "--resume", "run", cwd=tmp_path)
         assert pair.returncode != 0 and pair.stderr.count("error:") == pair.stderr.count(in_use) == 1
         assert not list(job.run.glob("error-rank*.txt"))  # those would be the first run's
         job.process.kill()
         job.end(5)
-        again = Job(sys.executable, OFFLINE[0], "--resume", "run", "--steps", 60, cwd=tmp_path)
+        again = Job(sys.executable, *OFFLINE[:3], "--resume", "run", "--steps", 60, cwd=tmp_path)
         assert again.end(60) == 0  # the lock went with its process
 
     def test_a_disk_without_room_stops_the_run_and_costs_no_checkpoint(self, tmp_path: Path) -> None:
@@ -447,7 +616,7 @@ class TestRealProcesses:
         assert Job(sys.executable, *OFFLINE, *options, "--steps", 20, cwd=tmp_path).end(60) == 0
         before = weights(tmp_path / "run")
         small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # noqa: E731
-        job = Job(sys.executable, OFFLINE[0], "--resume", "run", "--steps", 100, cwd=tmp_path, preexec_fn=small)
+        job = Job(sys.executable, *OFFLINE[:3], "--resume", "run", "--steps", 100, cwd=tmp_path, preexec_fn=small)
         assert job.end(60) == 1
         for count, step in ((1, 30), (2, 40), (3, 50)):
             assert f"CHECKPOINT AT STEP {step} FAILED, {count} in a row, older ones are kept" in job.text()

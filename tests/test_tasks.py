@@ -111,7 +111,7 @@ def test_push_t_demonstrations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"action": None}, "no 'action'; expected a npz file of Push-T"),
+        ({"action": None}, "no 'action'; found: .*; expected a npz file of Push-T"),
         ({"episode_ends": np.array([6, 6, 10])}, "episode_ends must be whole numbers that grow"),
         ({"episode_ends": np.array([6, 9])}, r"'state' has shape \(10, 5\), expected \(9, 5\)"),
         ({"state": np.zeros((10, 4))}, r"'state' has shape \(10, 4\), expected \(10, 5\)"),

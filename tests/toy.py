@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+import signal
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -520,7 +521,7 @@ class Trouble(Minimal):
         seconds: float = 0.02
         """Seconds a call."""
         kind: str = "none"
-        """raise, hang, die, or none."""
+        """raise, hang, die, stop, or none."""
         rank: int = 1
         """On which process."""
         at: int = 40
@@ -539,7 +540,9 @@ class Trouble(Minimal):
                 case "hang":
                     time.sleep(1000)
                 case "die":
-                    os.kill(os.getpid(), 9)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
         return super().train_step(data)
 
 

@@ -26,8 +26,10 @@ class Middle:
     """
 
     def __init__(self, low: np.ndarray, high: np.ndarray, scale: float) -> None:
+        low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
         self.low, self.high, self.scale = low, high, scale
         self.middle, self.half = (high + low) / 2, (high - low) / 2
+        self.divisor = np.where(self.half > 0, self.half, 1)  # of an action that cannot vary
 
     def corrected(self, base: np.ndarray, correction: np.ndarray) -> np.ndarray:
         """The sum `[..., Da]` of a base action and a scaled correction, clipped to the bounds."""
@@ -35,13 +37,13 @@ class Middle:
 
     def correction(self, base: np.ndarray, action: np.ndarray) -> np.ndarray:
         """The correction `[..., Da]` from a base action to `action`, within [-1, 1]; 0 where the bounds suffice."""
-        cut = np.clip((action - base) / (self.scale * self.half), -1, 1)
+        cut = np.clip((action - base) / (self.scale * self.divisor), -1, 1)
         bounded = ((action >= self.high) & (base >= self.high)) | ((action <= self.low) & (base <= self.low))
-        return np.where(bounded, 0, cut).astype(np.float32)
+        return np.where(bounded | (self.half == 0), 0, cut).astype(np.float32)
 
     def normalised(self, base: np.ndarray) -> np.ndarray:
         """A base action `[..., Da]` in [-1, 1], as it is observed."""
-        return (np.clip((base - self.middle) / self.half, -1, 1)).astype(np.float32)
+        return ((np.clip(base, self.low, self.high) - self.middle) / self.divisor).astype(np.float32)
 
 
 class CorrectedPolicy:

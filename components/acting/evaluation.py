@@ -15,8 +15,9 @@ import numpy as np
 from .. import parallel
 from ..contracts import options_of
 from ..data.random_state import preserved
+from ..envs.autoreset import Stepper
 from ..envs.observations import info_value, observation_batch, success_of
-from ..envs.vector import Environments, FaultyEnvError, check_finite, executed
+from ..envs.vector import Environments, FaultyEnvError, action_width, executed
 from ..errors import StoppedError, UserError, one_line
 from .policy import Policy
 
@@ -65,17 +66,20 @@ def check_env(envs: Any, spec: dict[str, Any]) -> None:
     if "classes" in action:
         if getattr(space, "n", None) != action["classes"]:
             raise UserError(f"it has the action space {space}; the policy chooses among {action['classes']} actions")
-    elif getattr(space, "shape", None) is None or len(space.shape) != 1:
+    elif not hasattr(space, "low"):
         raise UserError(
             f"it has the action space {space}; the data's actions are vectors of width {action['shape'][-1]}"
         )
-    elif space.shape[0] != action["shape"][-1]:
-        widths = f"{space.shape[0]}, the dataset and the model have {action['shape'][-1]}"
+    elif action_width(space) != action["shape"][-1]:
+        widths = f"{action_width(space)}, the dataset and the model have {action['shape'][-1]}"
         raise UserError(f"it takes actions of width {widths}")
     observation, _ = envs.reset()
-    if isinstance(observation, tuple):
-        raise UserError(f"it has the observation space {envs.single_observation_space}; expected Box or Dict")
-    found = observation_batch(observation)
+    parts = (
+        {k: v for k, v in observation.items() if k != "pixels"} if isinstance(observation, dict) else {"": observation}
+    )
+    if any(isinstance(part, tuple | dict) for part in parts.values()):
+        raise UserError(f"it has the observation space {envs.single_observation_space}; expected Box or a Dict of Box")
+    found = observation_batch(observation, envs.single_observation_space)
     for key in (key for key in spec if key.startswith("observation.")):
         if key not in found:
             raise UserError(f"it returns {', '.join(found)}, the policy needs {key!r}")
@@ -108,22 +112,26 @@ def run_episodes(
         and the largest value of each number of `info` that the environment's `tracked` names.
     """
     episodes: list[dict[str, Any]] = []
-    steps = itertools.count()  # of the first slot
+    stepper, steps = Stepper(envs), itertools.count()  # of the first slot
     for start in range(0, len(seeds), envs.num_envs):
         played = _Round(list(seeds[start : start + envs.num_envs]), envs)
-        observation, _ = envs.reset(seed=played.padded)
+        observation, _ = stepper.reset(seed=played.padded)
         policy.reset(seeds=played.padded)
         while played.running.any():
             tick()
             if frames is not None and played.running[0] and next(steps) % every == 0:
                 frames.append(envs.render()[0])
-            action = executed(policy.act(observation_batch(observation)), envs.single_action_space)
+            for array in () if played.running.all() else observation.values():
+                if array.dtype == np.float32:
+                    array[~played.running] = np.nan_to_num(array[~played.running])
+            action = executed(policy.act(observation), envs.single_action_space)
             try:
-                observation, reward, terminated, truncated, info = envs.step(action)
-                check_finite(observation_batch(observation), reward, np.flatnonzero(played.running))
+                step = stepper.step(action)
+                step.check(played.running)
             except FaultyEnvError as fault:
                 raise RuntimeError(fault.describe(0, played.padded, played.lengths, action)) from fault
-            played.add(reward, info, np.asarray(terminated) | np.asarray(truncated))
+            played.add(step.reward, step.info, step.ended)
+            observation = step.observation
         episodes += played.results()
     return episodes
 
@@ -146,9 +154,9 @@ class _Round:
         self.at_end: list[bool | None] = [None] * slots
         self.tracked: list[dict[str, float]] = [{} for _ in range(slots)]
 
-    def add(self, reward: Any, info: dict[str, Any], ended: np.ndarray) -> None:
+    def add(self, reward: np.ndarray, info: dict[str, Any], ended: np.ndarray) -> None:
         """Count a step of the episodes that run, and end those of `ended` `[N]`."""
-        self.returns[self.running] += np.asarray(reward)[self.running]
+        self.returns[self.running] += reward[self.running]
         self.lengths[self.running] += 1
         for slot in map(int, np.flatnonzero(self.running)):
             success = success_of(info, slot)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import contracts
 from ..data.features import history_of
 from ..data.normalisation import Normaliser
+from ..data.pictures import as_recorded, is_picture, pictures_of
 from ..errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -125,25 +126,29 @@ class Policy:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
 
     def follow(self, transitions: dict[str, Any] | None) -> None:
-        """Start new episodes in the rows that ended with these transitions; None (after a fault): in all rows."""
+        """Start new episodes where the next observation is the first of one; None (after a fault): in all rows."""
         if transitions is None:
             self.reset()
         else:
-            self.restart(transitions["ended"].nonzero().flatten())
+            self.restart(transitions["begins"].nonzero().flatten())
 
     def cut(self) -> None:
         """Start new episodes in all rows."""
         self.reset()
 
     def rank_state(self) -> dict[str, Any]:
-        """The state of its episodes: histories and chunks, but not the generators of `reset`'s seeds."""
-        return {"age": self._age, "plan": self._plan, "history": self._history, "plans": self._plans}
+        """The state of its episodes: histories, chunks, and the generators of `reset`'s seeds."""
+        state = {"age": self._age, "plan": self._plan, "history": self._history, "plans": self._plans}
+        return state | {"generators": [generator.get_state() for generator in self._generators]}
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
         """Restore the state of `rank_state`."""
         self.reset()
         self._age, self._plan, self._plans = state["age"], state["plan"], state["plans"]
         self._history = {k: [frame.to(self._device) for frame in past] for k, past in state["history"].items()}
+        for saved in state.get("generators", ()):
+            self._generators.append(torch.Generator())
+            self._generators[-1].set_state(saved)
 
     def restart(self, rows: Tensor) -> None:
         """Start new episodes in the rows `[n]` of a batch; the other rows continue."""
@@ -160,11 +165,13 @@ class Policy:
 
         Args:
             observation: key -> array of one frame, or of N frames (the same N until `reset`); `task`, a text or N.
+                Pictures are uint8, or floats from 0 to 1, with the channels first or last.
             rows: `[n]`, the rows of the batch that act, whose frames these are; the other rows are unchanged.
             env_step: Environment steps of the run so far, for a module whose exploration depends on it.
 
         Raises:
-            UserError: an observation key is missing or has another width than the policy was trained with.
+            UserError: an observation key is missing, has another width than the policy was trained with, values that
+                are not finite, or pictures that do not follow the rule of `data.pictures`.
         """
         if env_step is not None:
             contracts.set_env_step(self.module, env_step)
@@ -247,7 +254,7 @@ class Policy:
         weights = (-self.settings.ensemble * place).masked_fill(~valid, -math.inf).softmax(0)
         kept = [bool(((self._age - ages < self.chunk) & (ages >= 0)).any()) for ages, _ in self._plans]
         self._plans = [plan for plan, alive in zip(self._plans, kept, strict=True) if alive]
-        return (weights[..., None] * torch.stack(actions)).sum(0)
+        return self.normaliser.exact("action", (weights[..., None] * torch.stack(actions)).sum(0))
 
     def _tasks(self, observation: dict[str, Any], rows: int) -> list[str]:
         """The text of each row's task."""
@@ -269,13 +276,13 @@ class Policy:
                 raise UserError(f"the policy needs the observation {key!r}; found: {found}")
             stored = self.spec[key].get("stored_shape", self.spec[key]["shape"])  # pictures may be cropped
             shape = tuple(stored)[self.obs_steps > 1 :]
-            frame = torch.as_tensor(np.asarray(observation[key]))
-            if tuple(frame.shape[-len(shape) :]) != shape or frame.ndim not in (len(shape), len(shape) + 1):
-                raise UserError(f"the policy expects {key!r} of shape {shape}, found {tuple(frame.shape)}")
-            batched = frame.ndim > len(shape)
-            frame = frame if frame.dtype == torch.uint8 else frame.float()
+            frame = numbers(observation[key], key)
+            if is_picture(key, self.spec[key]["dtype"]):
+                frame, batched = as_recorded(frame, shape, key)
+            else:
+                frame, batched = vectors(frame, shape, key)
             # The GPU is synchronised only once, when the action is copied back.
-            frames[key] = (frame if batched else frame[None]).to(self._device, non_blocking=True)
+            frames[key] = frame.to(self._device, non_blocking=True)
         return frames, batched
 
     @property
@@ -330,6 +337,52 @@ class Policy:
         return self.takes_tensor
 
 
+def numbers(value: Any, key: str) -> Tensor:
+    """An observation as a tensor. Raises UserError: it holds no numbers, or rows of several lengths."""
+    try:
+        return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the observation {key!r} is no array of numbers ({str(error)[:80]})") from error
+
+
+def vectors(frame: Tensor, shape: tuple[int, ...], key: str) -> tuple[Tensor, bool]:
+    """An observation as float32 `[N, *shape]`, and whether it came as a batch; one of several axes is flattened.
+
+    Raises:
+        UserError: another width, or values that are not finite in float32.
+    """
+    if tuple(frame.shape[-len(shape) :]) == shape and frame.ndim - len(shape) in (0, 1):
+        batched = frame.ndim > len(shape)
+    elif frame.ndim != 1 and frame.numel() == math.prod(shape):
+        batched = False
+    elif frame.ndim > 1 and len(frame) and frame[0].numel() == math.prod(shape):
+        batched = True
+    else:
+        raise UserError(f"the policy expects {key!r} of shape {shape}, found {tuple(frame.shape)}")
+    converted = frame.float().reshape(-1 if batched else 1, *shape)
+    if not converted.isfinite().all():
+        beyond = frame.isfinite().all() if frame.is_floating_point() else True
+        problem = "values beyond the range of float32" if beyond else "NaN or Inf"
+        raise UserError(f"the observation {key!r} has {problem}, which no policy can act on; check what it comes from")
+    return converted, batched
+
+
+def check_encoder(args: Any, spec: dict[str, Any]) -> None:
+    """Refuse an image encoder that the command line asks for, where there are no pictures. Raises UserError."""
+    from .. import MODEL_BUILDER_REGISTRY
+
+    if not args.given("model") or pictures_of(spec):
+        return
+    for word in args.model:
+        entry = word.rpartition("=")[2]
+        if getattr(MODEL_BUILDER_REGISTRY.get(entry), "role", "") == "encoder":
+            found = ", ".join(key for key in spec if key.startswith("observation."))
+            raise UserError(
+                f"--model {word} encodes pictures, and there are none; see --dataset.cameras, or leave it out;"
+                f" found: {found or 'no observations'}"
+            )
+
+
 def acting_policy(
     learner: Any, normaliser: Normaliser, spec: dict[str, Any], args: Any, needed: bool = False, base: Any = None
 ) -> Any:
@@ -342,8 +395,10 @@ def acting_policy(
         base: The frozen policy that it corrects, or None.
 
     Raises:
-        UserError: it fails on an observation, its actions have another shape than the data's, or invalid settings.
+        UserError: it fails on an observation, its actions have another shape than the data's, invalid settings, or an
+            encoder without pictures.
     """
+    check_encoder(args, spec)
     if "action" not in spec or not any(key.startswith("observation.") for key in spec):
         return None
     if (module := contracts.acting_module(learner.trainer, learner.models)) is None:

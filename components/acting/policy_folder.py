@@ -1,5 +1,6 @@
 """A policy in a self-contained folder: weights, statistics, and the components from which to build it."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,15 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ..contracts import construct, has_policy, instantiate, model_spec_of, options_of
+from ..contracts import construct, has_policy, instantiate, model_spec_of, options_of, weights_follow
 from ..data.features import build_models
 from ..data.normalisation import Normaliser
-from ..errors import UserError
+from ..errors import UserError, one_line
+from ..records import PolicyRecord, ResidualRecord, check_folder, misfit, read_record
 from .correction import CorrectedPolicy, Middle, fingerprint
 from .policy import Inference, Policy
 
 FORMAT = 1
+OPERATIONS = 300  # of torch, for each stored tensor, that building a module may take
+ELEMENTS = 1 << 28  # of tensors that a module may have beyond those that are stored, such as a trainer's critics
+REMEDY = "copy the policy's folder again"
 
 
 def save_policy(folder: Path, policy: Policy, args: Any) -> None:
@@ -81,20 +88,55 @@ def load_policy(folder: str | Path, **settings: Any) -> Any:
     path, description = describe(folder)
     try:
         weights = load_file(path.with_name("model.safetensors"))
-        spec, modes = description["spec"], description["normalisation"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path.parent}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
-    module = _build_module(description, spec, path)
+    spec, modes = description["spec"], description["normalisation"]
+    with one_line(f"{path}: no policy can be built from it"):
+        with weights_follow(), Bounded(weights):
+            module = _build_module(description, spec, path)
+        check_weights(module, weights, path)
+        module.load_state_dict(weights)
+        complete = {key: modes.get(key, "none") for key in spec}
+        policy = Policy(module.eval(), Normaliser(spec, complete), spec, saved_settings(folder))
+    return with_base(path.parent, policy).configure(**settings)
+
+
+def check_weights(module: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Refuse weights of other names or shapes than a module's. Raises UserError naming the first."""
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in weights.items()}
     if expected != found:
         key = next(key for key in {**expected, **found} if expected.get(key) != found.get(key))
         raise UserError(f"{path.parent}: weights {key!r} have shape {found.get(key)}, the model {expected.get(key)}")
-    module.load_state_dict(weights)
-    known = saved_settings(folder)
-    complete = {key: modes.get(key, "none") for key in spec}
-    policy = Policy(module.eval(), Normaliser(spec, complete), spec, known)
-    return with_base(path.parent, policy).configure(**settings)
+
+
+class Bounded(TorchDispatchMode):
+    """What is built in this context may take so many operations and so much memory; checked before each is allocated.
+
+    So a record cannot ask for a network that is far larger than the weights which are stored beside it.
+    """
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.operations = OPERATIONS * (len(weights) + 10)
+        self.elements = ELEMENTS + 16 * sum(tensor.numel() for tensor in weights.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.operations -= 1
+        if not (func.is_view or func._schema.is_mutable):
+            imagined = {**kwargs, "device": "meta"} if "device" in kwargs else kwargs
+            with contextlib.suppress(NotImplementedError, RuntimeError):  # it needs values, or fails below, too
+                made = func(*tree_map(_imagined, args), **tree_map(_imagined, imagined))
+                self.elements -= sum(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor))
+        if self.operations < 0 or self.elements < 0:
+            raise UserError("it describes a far larger network than the one whose weights are stored")
+        return func(*args, **kwargs)
+
+
+def _imagined(value: Any) -> Any:
+    """A tensor of the same shape that has no memory."""
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
 def describe(folder: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -103,19 +145,32 @@ def describe(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     path = (folder / "policy" if (folder / "policy" / "policy.json").exists() else folder) / "policy.json"
     if not path.exists():
         raise UserError(f"{folder}: no policy here (policy/policy.json); a run writes it when it ends")
-    try:
-        return path, json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
+    check_folder(path.parent)
+    description = read_record(path, PolicyRecord, REMEDY)
+    if description["format"] != FORMAT:
+        raise UserError(f"{path}: its format is {description['format']}; this version reads {FORMAT}")
+    if "action" not in description["spec"]:
+        raise UserError(f"{path}: damaged or incomplete: no spec.action; {REMEDY}")
+    return path, description
 
 
 def saved_settings(folder: str | Path) -> Inference:
     """The inference settings that a policy was saved with. Raises UserError: no policy there, or damaged."""
     path, description = describe(folder)
-    try:
-        return Inference(**description["inference"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
+    return recorded_options(Inference, description["inference"], f"{path}: inference")
+
+
+def recorded_options(component: type, values: dict[str, Any], place: str) -> Any:
+    """Options of a component as a record has them.
+
+    Raises:
+        UserError: an option that the component does not have, or of another type.
+    """
+    options = options_of(component)
+    if problem := misfit(values, type(options), finite=False):
+        raise UserError(f"{place}: damaged or incomplete: {problem}; {REMEDY}")
+    with one_line(place):
+        return options_of(component, values)
 
 
 def normalisation_of(run: str, spec: dict[str, Any]) -> dict[str, str]:
@@ -134,6 +189,8 @@ def normalisation_of(run: str, spec: dict[str, Any]) -> dict[str, str]:
         if key.startswith("observation.") and shape != tuple(feature["shape"]):
             raise UserError(f"--init-from {run}: its {key!r} has shape {shape or None}, here {tuple(feature['shape'])}")
         if "stats" in stored:
+            # Its data may have shown an action that never changed, which this environment lets change.
+            feature |= {"bounds": feature["stats"]} if "stats" in feature else {}
             feature["stats"] = stored["stats"]
     return {key: modes.get(key, "none") for key in spec if not key.startswith("next.")}
 
@@ -147,10 +204,12 @@ def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path)
             plugins = ", ".join(description["plugins"]) or "a plugin"
             raise UserError(f"{path}: {entry['name']!r} is not registered; import {plugins} before load_policy")
         cls = registry[entry["name"]]
-        return cls, options_of(cls, entry["options"])
+        return cls, recorded_options(cls, entry["options"], f"{path}: {entry['name']}")
 
     wanted = description["models"]
     if not description["own_policy"]:
+        if "policy" not in wanted:
+            raise UserError(f"{path}: damaged or incomplete: no models.policy; {REMEDY}")
         wanted = {"policy": wanted["policy"]}
     factories = {name: instantiate(*component(MODEL_BUILDER_REGISTRY, entry)) for name, entry in wanted.items()}
     cls: Any = object
@@ -176,13 +235,12 @@ def with_base(folder: Path, correction: Policy) -> Any:
     path = folder / "residual.json"
     if not path.exists():
         return correction
-    try:
-        how = json.loads(path.read_text())
-        low, high = (np.array(how[name], dtype=np.float32) for name in ("low", "high"))
-        bounds, sha256 = Middle(low, high, float(how["scale"])), how["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    how = read_record(path, ResidualRecord, REMEDY)
     base = load_policy(folder / "base")
-    if fingerprint(folder / "base") != sha256:
+    width = base.spec["action"]["shape"][-1]
+    if not len(how["low"]) == len(how["high"]) == width:
+        raise UserError(f"{path}: damaged: low and high must have {width} numbers, as the actions of its base")
+    if fingerprint(folder / "base") != how["sha256"]:
         raise UserError(f"{folder / 'base'}: not the weights of the policy that was corrected")
-    return CorrectedPolicy(base, correction, bounds)
+    low, high = (np.array(how[name], dtype=np.float32) for name in ("low", "high"))
+    return CorrectedPolicy(base, correction, Middle(low, high, how["scale"]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .pictures import is_picture, pictures_of
 
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 # Hue is a rotation of the two colour axes of YIQ.
@@ -46,7 +47,7 @@ class Augmentation:
             raise UserError("--augment: shift must be 0 or more, hue 0 to 0.5, the other amounts 0 to 1")
         if self.crop and (len(self.crop) != 2 or min(self.crop) < 1):
             raise UserError(f"--augment.crop {' '.join(map(str, self.crop))}: expected a height and a width")
-        keys = [key for key in spec if "observation.images." in key]
+        keys = pictures_of(spec)
         if self != Augmentation() and not keys:
             raise UserError("--augment changes pictures, and the data has none; see --dataset.cameras")
         spec = dict(spec)
@@ -66,7 +67,7 @@ class Augmentation:
         if self == Augmentation():
             return batch
         out = dict(batch)
-        keys = [key for key in batch if "observation.images." in key]
+        keys = pictures_in(batch)
         for number, key in enumerate(keys):
             numbers = torch.from_numpy(uniform((seed, step, number), rows.cpu().numpy(), 6))  # [B, 6] in [0, 1)
             out[key] = self._change(batch[key], numbers)
@@ -124,9 +125,14 @@ class Augmentation:
         return (pictures * weights).sum(2, keepdim=True)
 
 
+def pictures_in(batch: dict[str, Any]) -> list[str]:
+    """The keys of a batch that are pictures."""
+    return [key for key, value in batch.items() if isinstance(value, Tensor) and is_picture(key, value.dtype)]
+
+
 def random_shift(batch: dict[str, Any], pixels: int) -> dict[str, Any]:
     """Shift the pictures of a batch and of its successors at random, by torch's global generator."""
-    keys = [key for key in batch if "observation.images." in key] if pixels else []
+    keys = pictures_in(batch) if pixels else []
     move = Augmentation(shift=pixels)._move
     return batch | {key: move(batch[key], torch.rand(len(batch[key]), 2)) for key in keys}
 

@@ -1,9 +1,10 @@
 """Batches as a function of (seed, step): no state to save, exact resume, the same data on any number of processes."""
 
 import os
+import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import tee
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
+from ..parallel import end_with_parent
 from .features import to_tensor
 from .random_state import derive_seed
 
@@ -145,10 +147,15 @@ class Batches:
         parts = self.indices(start) if parts is None else parts
         # A separate generator: otherwise a loader draws from the global one when it starts, also on a resume.
         loading: dict[str, Any] = {"num_workers": self.workers, "generator": torch.Generator()}
+        of = (os.getpid(), threading.current_thread() is threading.main_thread())
+        loading["worker_init_fn"] = partial(_end_with_parent, of)
         loading["generator"].manual_seed(derive_seed(self.seed, start))
         if not self.fast:
             rows = (indices[here].tolist() for _, indices, here in parts)
-            yield from DataLoader(self.dataset, batch_sampler=_Stream(rows), **loading)
+            try:
+                yield from DataLoader(self.dataset, batch_sampler=_Stream(rows), **loading)
+            except UserError as error:  # a worker's has a traceback around its line
+                raise UserError(str(error).strip().rpartition("UserError: ")[2]) from error
         elif self.resident or not self.workers:
             yield from map(_Fetch(self.dataset, self.seed), parts)
         else:
@@ -157,6 +164,11 @@ class Batches:
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
+
+
+def _end_with_parent(of: tuple[int, bool], worker: int) -> None:
+    """In a DataLoader's worker, which may hang when its trainer is killed."""
+    end_with_parent(*of)
 
 
 class _Fetch:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from ..errors import UserError
+from .pictures import IMAGES, is_picture, pictures_of
 
 NO_CHOICE = "produces vectors, and the actions are discrete; use --trainer ppo or dqn"
 ROWS_PER_READ = 4096
@@ -44,9 +45,10 @@ def describe(item: Any, norm_stats: dict[str, Any], tasks: Sequence[str] = ()) -
 
 def history_of(spec: dict[str, Any]) -> tuple[int, ...]:
     """`(To,)`, the leading axis of observations with a history of To steps, or `()` without a history."""
-    shapes = [feature["shape"] for key, feature in spec.items() if key.startswith("observation.")]
-    leading = [tuple(shape[:-3] if len(shape) > 2 else shape[:-1]) for shape in shapes]  # pictures or vectors
-    return leading[0] if leading else ()
+    for key, feature in spec.items():
+        if key.startswith("observation."):
+            return tuple(feature["shape"][: -3 if is_picture(key, feature.get("dtype")) else -1])
+    return ()
 
 
 def check_widths(key: str, feature: dict[str, Any]) -> None:
@@ -56,7 +58,7 @@ def check_widths(key: str, feature: dict[str, Any]) -> None:
         if name == "count":
             continue
         array = np.asarray(value, dtype=np.float64)
-        if "images" not in key and array.shape not in {(), shape[-1:], shape[-2:]}:
+        if not is_picture(key, feature.get("dtype")) and array.shape not in {(), shape[-1:], shape[-2:]}:
             width = array.shape[-1]
             raise UserError(f"norm_stats {key!r} {name!r} has width {width}, but the data has {shape[-1]} ({shape})")
         if not np.isfinite(array).all():
@@ -91,7 +93,7 @@ def check_dataset(dataset: Any, name: str) -> None:
         raise UserError(f"{name}: the dataset is empty; expected at least one item")
     rows = 1 if getattr(dataset, "checked", False) else len(dataset)
     if not hasattr(dataset, "get_batch"):
-        images = isinstance(dataset[0], dict) and any("images" in key for key in dataset[0])
+        images = isinstance(dataset[0], dict) and any(key.startswith(IMAGES) for key in dataset[0])
         rows = 1 if images else min(rows, MAX_SLOW_ROWS)
     count: dict[str, int] = {}
     first: dict[str, int] = {}
@@ -127,7 +129,7 @@ def width(spec: dict[str, Any], key: str) -> int:
 
 def vector_observations(spec: dict[str, Any]) -> list[str]:
     """The keys of vector observations, sorted. Raises UserError: none."""
-    keys = [key for key in sorted(spec) if key.startswith("observation.") and "images" not in key]
+    keys = [key for key in sorted(spec) if key.startswith("observation.") and key not in pictures_of(spec)]
     if not keys:
         raise UserError(f"the data has no vector observation such as 'observation.state'; found: {', '.join(spec)}")
     return keys

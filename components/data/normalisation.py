@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import UserError, nearest
 from ..parallel import world_size
 from .features import check_widths
+from .pictures import is_picture, pictures_of
 
 # Mode -> the statistics it needs; "auto" takes the first of those in AUTO whose statistics are there.
 MODES = {"mean_std": ("mean", "std"), "min_max": ("min", "max"), "quantile": ("q01", "q99"), "none": ()}
@@ -21,6 +22,7 @@ MODES |= {
 LIMIT = 10.0  # at which these two modes clip
 AUTO = ("mean_std", "min_max", "quantile")
 RETURN_SPAN = 1000.0  # range of the data's returns after `return_range` (Kostrikov et al., 2022, appendix)
+SPREAD = 1e-6  # least spread of a feature that is no constant, relative to its size, or to 1 where that is larger
 COUNT = 10_000.0  # number of observations behind the statistics of a run that did not count them
 SMALL = 1e-8  # added to a variance, as Gymnasium's wrappers do
 
@@ -29,6 +31,8 @@ def statistics(values: Tensor) -> dict[str, list[float]]:
     """Statistics over rows, `[N, D] -> {name: [D]}`, in float64 (the float32 deviation of a constant is not 0)."""
     x = values.numpy().astype(np.float64)
     q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
+    usual = np.quantile(x, 0.5, axis=0, method="lower")
+    q01, q99 = on_plateau(usual, (x == usual).mean(0), q01, q99)
     stats = {"mean": x.mean(0), "std": x.std(0), "min": x.min(0), "max": x.max(0), "q01": q01, "q99": q99}
     return {name: value.tolist() for name, value in stats.items()}
 
@@ -43,14 +47,28 @@ def quantile(values: np.ndarray, weights: np.ndarray, q: float) -> np.ndarray:
     return np.array([np.interp(q, places[:, d], x[:, d]) for d in range(x.shape[1])])
 
 
+def on_plateau(usual: np.ndarray, share: np.ndarray, q01: np.ndarray, q99: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The quantiles `[D]`, both `usual` where that value has a `share` of at least 98 %.
+
+    Interpolation would mix it with a rare value, which would then be far from it in units of their difference.
+    """
+    plateau = share > 0.98 - 1e-9
+    return np.where(plateau, usual, q01), np.where(plateau, usual, q99)
+
+
 class Normaliser:
     """Maps each key that has statistics to (x - offset) / scale and back; other keys pass unchanged.
 
     `mean_std` maps to mean 0 and deviation 1; `min_max` and `quantile` map [min, max] and [q01, q99] to [-1, 1];
     `scale` divides by the statistic of that name, if there is one; `return_range` divides rewards so that the returns
     of the data's episodes span 1000. `running` is `mean_std` and `running_return` divides by the deviation of the
-    discounted return, both clipped to [-10, 10]. A constant feature has scale 1. `next.<key>` shares the statistics of
-    `<key>`. Pictures larger than the models' input (`stored_shape` in `spec`) are cropped to their centre.
+    discounted return, both clipped to [-10, 10]. A constant feature has scale 1; `quantile` maps one that changes in so
+    few rows that its quantiles are equal by its minimum and maximum. `next.<key>` shares the statistics of `<key>`.
+    Pictures larger than the models' input (`stored_shape` in `spec`) are cropped to their centre.
+
+    A dimension of the action that is constant in the data is that constant in every action that `undo` returns, in any
+    mode: whatever else a network or a sampler's noise makes of it was never shown. A key's `bounds` in `spec`, if any,
+    decide this instead of its statistics.
 
     Args:
         spec: {key: {"shape", "dtype", "stats"}}.
@@ -68,6 +86,9 @@ class Normaliser:
         self.offset: dict[str, Tensor] = {}
         self.scale: dict[str, Tensor] = {}
         self.like = {key: f["like"] for key, f in spec.items() if "like" in f}  # keys that use another's statistics
+        self.fixed: dict[str, tuple[Tensor, Tensor]] = {}  # key -> (whether a dimension is constant, its value)
+        if found := constants(spec.get("action", {})):
+            self.fixed["action"] = found
         for key, mode in expanded(modes or {}, spec).items():
             feature = spec[key]
             stats = feature.get("stats") or {}
@@ -88,7 +109,11 @@ class Normaliser:
                 offset, scale = np.zeros_like(a), (b[0] - a) / RETURN_SPAN
             else:
                 offset, scale = (a + b[0]) / 2, (b[0] - a) / 2
-            constant = scale < 1e-6 * np.maximum(1, np.abs(offset))
+                if mode == "quantile" and {"min", "max"} <= set(stats):
+                    low, high = (np.asarray(stats[name], dtype=np.float64) for name in ("min", "max"))
+                    rare = without_spread(offset, scale)
+                    offset, scale = np.where(rare, (low + high) / 2, offset), np.where(rare, (high - low) / 2, scale)
+            constant = without_spread(offset, scale)
             self.modes[key] = mode
             self.offset[key] = torch.tensor(offset, dtype=torch.float32)
             self.scale[key] = torch.tensor(np.where(constant, 1.0, scale), dtype=torch.float32)
@@ -97,6 +122,7 @@ class Normaliser:
         """Move the statistics to a device; returns itself."""
         for values in (self.offset, self.scale):
             values.update({key: value.to(device) for key, value in values.items()})
+        self.fixed = {key: (where.to(device), value.to(device)) for key, (where, value) in self.fixed.items()}
         return self
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +152,7 @@ class Normaliser:
         """`spec` with the `range` of each key with known bounds: [min, max], normalised."""
         described = dict(spec)
         for key, feature in spec.items():
-            if {"min", "max"} <= set(feature.get("stats", ())) and "images" not in key:
+            if {"min", "max"} <= set(feature.get("stats", ())) and not is_picture(key, feature.get("dtype")):
                 bounds = torch.tensor([feature["stats"]["min"], feature["stats"]["max"]])
                 if key in self.modes:
                     bounds = (bounds - self.offset[key].cpu()) / self.scale[key].cpu()
@@ -134,9 +160,41 @@ class Normaliser:
         return described
 
     def undo(self, key: str, value: Tensor) -> Tensor:
-        """Map a normalised tensor of `key` back to its original units."""
+        """Map a normalised tensor of `key` back to its original units; constants of an action are exact."""
         key = self.like.get(key, key)
-        return value * self.scale[key] + self.offset[key] if key in self.modes else value
+        return self.exact(key, value * self.scale[key] + self.offset[key] if key in self.modes else value)
+
+    def exact(self, key: str, value: Tensor) -> Tensor:
+        """`value` of `key` `[..., D]` in its original units, with its constant dimensions as they are in the data."""
+        if key not in self.fixed:
+            return value
+        where, constant = (part.to(value.device) for part in self.fixed[key])
+        if where.ndim > max(value.ndim - 1, 1):  # statistics of each step of a chunk, and one step that mixes several
+            same = where.all(0) & (constant == constant[0]).all(0)
+            where, constant = same, constant[0]
+        return torch.where(where, constant, value)
+
+
+def without_spread(offset: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Where a feature is constant but for rounding."""
+    return scale < SPREAD * np.maximum(1, np.abs(offset))
+
+
+def constants(feature: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """The dimensions of an action that never change, bool, and their values, float32; None for none.
+
+    They are found by minimum and maximum (`bounds`, or else the statistics), without these by the deviation.
+    """
+    stats = feature.get("bounds") or feature.get("stats") or {}
+    if {"min", "max"} <= set(stats):
+        low, high = (np.asarray(stats[name], dtype=np.float64) for name in ("min", "max"))
+        value, spread = (low + high) / 2, (high - low) / 2
+    elif {"mean", "std"} <= set(stats):
+        value, spread = (np.asarray(stats[name], dtype=np.float64) for name in ("mean", "std"))
+    else:
+        return None
+    where = without_spread(value, spread)
+    return (torch.tensor(where), torch.tensor(value, dtype=torch.float32)) if where.any() else None
 
 
 def expanded(modes: dict[str, str], spec: dict[str, Any]) -> dict[str, str]:
@@ -144,12 +202,16 @@ def expanded(modes: dict[str, str], spec: dict[str, Any]) -> dict[str, str]:
 
     Raises UserError: an unknown key or mode.
     """
-    groups = {"observation": [key for key in spec if key.startswith("observation.") and "like" not in spec[key]]}
+    pictures = pictures_of(spec)
+    vectors = [k for k in spec if k.startswith("observation.") and "like" not in spec[k] and k not in pictures]
+    groups = {"observation": vectors}
     for key, mode in modes.items():
         if key not in spec and key not in groups:
             raise UserError(f"normalisation of {key!r}: the data has no such key; {nearest(key, spec)}")
         if mode not in MODES:
             raise UserError(f"normalisation of {key!r}: unknown mode {mode!r}; {nearest(mode, MODES)}")
+        if key in pictures and mode != "none":
+            raise UserError(f"normalisation of {key!r}: pictures are not normalised, an encoder scales them to 0 to 1")
     complete = {key: "auto" if can_be_auto(feature) else "none" for key, feature in spec.items()}
     of_groups = {key: modes[group] for group, keys in groups.items() if group in modes for key in keys}
     return complete | of_groups | {key: mode for key, mode in modes.items() if key in spec}

@@ -24,11 +24,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..data.pictures import CHANNELS, IMAGES, is_picture
 from ..errors import UserError, require
 from ..run import command_line as cli
 from ..run import process
+from ..run.files import beside
 from .commands import built_by, parse
-from .episodes import IMAGES, EpisodeDataset, Episodes, take
+from .episodes import EpisodeDataset, Episodes, take
 from .untrusted import check_memory
 
 # LeRobot's own limits: bytes of a data file, files of a folder.
@@ -73,7 +75,7 @@ def main(argv: list[str]) -> int:
 
 def write(episodes: Episodes, dest: Path, options: Options) -> str:
     """Write episodes to a folder, whole or not at all; returns a line about it. Raises UserError: writing failed."""
-    temporary = dest.with_name(f".{dest.name}-{os.getpid()}")
+    temporary = beside(dest)
     try:
         temporary.mkdir(parents=True)
         (write_lerobot if options.format == "lerobot" else write_minari)(episodes, temporary, options, dest)
@@ -190,12 +192,14 @@ def lerobot_features(episodes: Episodes, vectors: dict[str, np.ndarray], cameras
     features: dict[str, Any] = {}
     for key in cameras:
         channels, height, width = episodes.observations[key].shape[-3:]
+        if channels not in CHANNELS:
+            raise UserError(f"{key!r} has {channels} channels, and LeRobot's pictures 1, 3 or 4; use --format minari")
         names = ["height", "width", "channels"]
         features[key] = {"dtype": "image", "shape": [height, width, channels], "names": names}
     for key, values in vectors.items():
         width = values.shape[1] if values.ndim == 2 else 1
         kind = {"float32": "float32", "bool": "bool", "int64": "int64"}[str(values.dtype)]
-        features[key] = {"dtype": kind, "shape": [width], "names": None}
+        features[key] = {"dtype": kind, "shape": [width], "names": episodes.names.get(key.removeprefix("next."))}
     return features
 
 
@@ -342,7 +346,8 @@ def write_minari(episodes: Episodes, root: Path, options: Any, dest: Path) -> No
     (store / name / "data").rename(root / "data")
     shutil.rmtree(store)
     path = root / "data" / "metadata.json"
-    known = {"rewards": "reward" in episodes.columns, "final_observations": bool((episodes.after >= 0).all())}
+    known: dict[str, Any] = {"rewards": "reward" in episodes.columns, "pictures": "HWC"}
+    known |= {"final_observations": bool((episodes.after >= 0).all())}
     more = {"converted": known} | environment_metadata(episodes.stored.get("environment"))
     path.write_text(json.dumps(json.loads(path.read_text()) | more))  # `datasets.minari` reads these
 
@@ -353,7 +358,7 @@ def minari_spaces(episodes: Episodes) -> tuple[Any, Any]:
 
     boxes: dict[str, Any] = {}
     for key, store in episodes.observations.items():
-        if key.startswith(IMAGES):
+        if key in episodes.cameras:
             channels, height, width = store.shape[-3:]
             boxes[key] = gym.spaces.Box(0, 255, (height, width, channels), np.uint8)
         else:
@@ -376,7 +381,7 @@ def minari_buffer(episodes: Episodes, number: int, rows: slice) -> Any:
     final = episodes.after[last] if episodes.after[last] >= 0 else episodes.at[last]
     at = torch.cat([episodes.at[rows], final.view(1)])
     observed = {
-        key: picture_rows(store, at) if key.startswith(IMAGES) else store[at].float().numpy()
+        key: picture_rows(store, at) if key in episodes.cameras else store[at].float().numpy()
         for key, store in episodes.observations.items()
     }
     actions = columns["action"][rows].float().numpy()
@@ -406,7 +411,7 @@ def _as_environment(leaves: dict[str, Any], group: Callable[[dict[str, Any]], An
         return leaves["observation.state"]
     named: dict[str, Any] = {}
     for key, leaf in leaves.items():
-        if key.startswith(IMAGES):
+        if is_picture(key, leaf.dtype):
             named.setdefault("pixels", {})[key.removeprefix(IMAGES)] = leaf
         else:
             named[key.removeprefix("observation.")] = leaf

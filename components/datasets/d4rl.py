@@ -11,14 +11,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ..data.pictures import IMAGES, layout_of
 from ..errors import UserError
 from .environment import recoverable
-from .episodes import Episodes, Reader, as_tensor, chosen_cameras, join_successors, steps_only
+from .episodes import (
+    Episodes,
+    Reader,
+    as_tensor,
+    chosen_cameras,
+    flat_names,
+    join_successors,
+    steps_only,
+    tell_unused,
+)
 from .untrusted import existing, hdf5, open_hdf5, read_hdf5
 
 WHAT = "an HDF5 file of D4RL (observations, actions, rewards, terminals)"
 NEEDED, OPTIONAL = ("observations", "actions", "rewards", "terminals"), ("timeouts", "next_observations")
+FLAGS = ("rewards", "terminals", "timeouts")
+# Names of the data that --dataset.rename may use, too.
+ALIAS = {"observation.state": "observations", "action": "actions", "reward": "rewards", "terminated": "terminals"}
+ALIAS |= {"truncated": "timeouts", "next.observation.state": "next_observations"}
 
 # (random, expert) returns with which D4RL normalises: 100 * (return - random) / (expert - random); its infos.py.
 REFERENCE_SCORES: dict[str, tuple[float, float]] = {
@@ -60,7 +75,8 @@ class D4RLDataset(Reader):
     def build(self, **kwargs: Any) -> dict[str, Any]:
         """Return {"dataset", "validation", "norm_stats"}, "env" where it can be made, "reference_scores" where known.
 
-        Items: observation.state `[Ds]`, action `[Da]`, reward, terminated, truncated, next.observation.state.
+        Items: observation.state `[Ds]`, or observation.images.camera `[C, H, W]` of a file of pictures, action `[Da]`,
+        reward, terminated, truncated, next.observation.X.
 
         Raises:
             UserError: no such file, arrays that are missing or do not fit together, damaged, dangerous or too large.
@@ -68,8 +84,8 @@ class D4RLDataset(Reader):
         if self.max_episode_steps < 1:
             raise UserError(f"--dataset.max-episode-steps {self.max_episode_steps} must be 1 or more")
         path = existing(self.path, WHAT)
-        chosen_cameras(self.cameras, [], str(path))
-        episodes = read(path, self.max_episode_steps, self.terminals_end_episodes)
+        episodes = self.chosen(read(path, self))
+        episodes.stored["task"] = self.task
         built = self.finish(episodes)
         name = (self.task or path.stem).lower().replace("_", "-")
         for prefix in sorted(REFERENCE_SCORES, key=len, reverse=True):
@@ -81,24 +97,10 @@ class D4RLDataset(Reader):
         return built
 
 
-def read(path: Path, max_episode_steps: int = 1000, terminals_end: bool | None = None) -> Episodes:
-    """Read a file; the arguments are options of `D4RLDataset`."""
-    with open_hdf5(path) as file:
-        arrays: dict[str, np.ndarray] = {}
-        for name in NEEDED + OPTIONAL:
-            if (array := hdf5(file, name)) is not None:
-                arrays[name] = read_hdf5(array)
-            elif name in NEEDED:
-                raise UserError(f"{path}: no {name!r}; found: {', '.join(file) or 'nothing'}; expected {WHAT}")
-        if terminals_end is None:
-            terminals_end = hdf5(file, "infos/goal") is None
-    n = len(arrays["observations"]) if arrays["observations"].ndim else 0
-    for name, array in arrays.items():
-        if name in ("rewards", "terminals", "timeouts"):
-            array = arrays[name] = array.reshape(-1) if array.ndim == 2 and array.shape[1] == 1 else array
-        axes = 1 if name in ("rewards", "terminals", "timeouts") else 2
-        if array.ndim != axes or len(array) != n:
-            raise UserError(f"{path}: {name!r} has shape {array.shape}; expected {axes} axes and {n} rows")
+def read(path: Path, options: D4RLDataset) -> Episodes:
+    """Read a file."""
+    arrays, terminals_end, stored = _arrays(path, options)
+    n = len(arrays["observations"])
     if n == 0:
         raise UserError(f"{path}: the dataset is empty; expected at least one episode with one step")
     following = arrays.get("next_observations")
@@ -111,12 +113,52 @@ def read(path: Path, max_episode_steps: int = 1000, terminals_end: bool | None =
     end[-1] = True
     ends = end.nonzero().squeeze(1) + 1
     if "timeouts" not in arrays:
-        starts = [0, *ends[:-1].tolist()]
-        cuts = [range(a + max_episode_steps, b, max_episode_steps) for a, b in zip(starts, ends.tolist(), strict=True)]
-        ends = torch.tensor(sorted({*ends.tolist(), *(cut for span in cuts for cut in span)}))
-    columns = {"action": as_tensor(arrays["actions"]), "reward": as_tensor(arrays["rewards"]), "terminated": terminated}
-    now = {"observation.state": as_tensor(arrays["observations"].astype(np.float32))}
+        starts, most = torch.cat([ends.new_zeros(1), ends[:-1]]), options.max_episode_steps
+        long = ends - starts > most
+        spans = zip(starts[long].tolist(), ends[long].tolist(), strict=True)
+        ends = torch.cat([ends, *(torch.arange(a + most, b, most) for a, b in spans)]).unique()  # sorted
+    shapes = {"observation.state": arrays["observations"].shape[1:], "action": arrays["actions"].shape[1:]}
+    names = {k: flat_names(k.removeprefix("observation."), shape) for k, shape in shapes.items() if len(shape) != 1}
+    columns = {"action": _vectors(arrays["actions"]), "reward": as_tensor(arrays["rewards"]), "terminated": terminated}
+    key, convert = "observation.state", _vectors
+    if arrays["observations"].dtype == np.uint8 and arrays["observations"].ndim > 2:
+        layout = layout_of(arrays["observations"].shape[1:], f"{path}: 'observations'")
+        key, convert = IMAGES + "camera", lambda array: as_tensor(layout(array))
+        names.pop("observation.state", None)
+    found = ["camera"] if key != "observation.state" else []
+    if not chosen_cameras(options.cameras, found, str(path)) and found:
+        raise UserError(f"{path}: its observations are pictures; choose them with --dataset.cameras camera")
+    now = {key: convert(arrays["observations"])}
     if following is None:
-        return Episodes(str(path), ends, columns, now, *steps_only(ends), stored={"format": "d4rl"})
-    then = {"observation.state": as_tensor(following.astype(np.float32))}
-    return Episodes(str(path), ends, columns, *join_successors(now, then, ends), stored={"format": "d4rl"})
+        return Episodes(str(path), ends, columns, now, *steps_only(ends), stored=stored, names=names)
+    then = {key: convert(following)}
+    return Episodes(str(path), ends, columns, *join_successors(now, then, ends), stored=stored, names=names)
+
+
+def _arrays(path: Path, options: D4RLDataset) -> tuple[dict[str, np.ndarray], bool, dict[str, str]]:
+    """The arrays of a file `[N, ...]`, whether `terminals` end episodes, and what is stored of the format."""
+    with open_hdf5(path) as file:
+        names = options.renamed(file, path, ALIAS)
+        arrays: dict[str, np.ndarray] = {}
+        for name in NEEDED + OPTIONAL:
+            if (array := hdf5(file, names.get(name, name))) is not None:
+                arrays[name] = read_hdf5(array)
+            elif name in NEEDED:
+                found = ", ".join(file) or "nothing"
+                raise UserError(f"{path}: no {name!r}; found: {found}; expected {WHAT}; see --dataset.rename OLD=NEW")
+        asked = options.terminals_end_episodes
+        ends = hdf5(file, "infos/goal") is None if asked is None else asked
+        rest = {old: (None, "not of D4RL") for name, old in names.items() if name not in NEEDED + OPTIONAL}
+    count = len(arrays["observations"]) if arrays["observations"].ndim else 0
+    for name, array in arrays.items():
+        if name in FLAGS and array.ndim == 2 and array.shape[1] == 1:
+            array = arrays[name] = array.reshape(-1)
+        axes = "1 axis" if name in FLAGS else "1 axis or more"
+        if array.ndim < 1 or (name in FLAGS and array.ndim > 1) or len(array) != count:
+            raise UserError(f"{path}: {name!r} has shape {array.shape}; expected {axes} and {count} rows")
+    return arrays, ends, {"format": "d4rl"} | tell_unused(str(path), rest)
+
+
+def _vectors(array: np.ndarray) -> Tensor:
+    """An array of any number of axes as `[N, D]` float32."""
+    return as_tensor(array.reshape(len(array), -1).astype(np.float32))

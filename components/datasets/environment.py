@@ -8,6 +8,7 @@ from typing import Any
 
 from ..contracts import options_of
 from ..envs.observations import observation_batch
+from ..envs.vector import Environments
 from .episodes import Episodes
 
 logger = logging.getLogger(__name__)
@@ -30,15 +31,22 @@ def recoverable(episodes: Episodes, options: dict[str, Any]) -> dict[str, Any] |
         odd = [key for key, value in options.items() if key != "kwargs" and not is_plain(value)]
         if family not in BUILT_IN or odd:
             raise ValueError(f"the environment {family!r} with {odd[0] if odd else name!r}")
-        envs = options_of(ENV_BUILDER_REGISTRY[family], options).build(1, 0)
+        factory = options_of(ENV_BUILDER_REGISTRY[family], options)
+        reached: list[tuple[str, str, str]] = getattr(factory, "reaches", list)()
+        if reached:
+            raise ValueError(f"its {reached[0][0]} {reached[0][2]}")
+        envs = Environments(factory.build, 1, 0, 0.0)
         try:
             observation, _ = envs.reset(seed=0)
-            found = {key: math.prod(value.shape[1:]) for key, value in observation_batch(observation).items()}
+            named = observation_batch(observation, envs.single_observation_space)
+            found = {key: math.prod(value.shape[1:]) for key, value in named.items()}
             found["action"] = math.prod(envs.single_action_space.shape)
         finally:
             envs.close()
         wanted = {
-            key: math.prod(store.shape[1:]) for key, store in episodes.observations.items() if "images" not in key
+            key: math.prod(store.shape[1:])
+            for key, store in episodes.observations.items()
+            if key not in episodes.cameras
         }
         wanted["action"] = math.prod(episodes.columns["action"].shape[1:])
         for key, width in wanted.items():

@@ -6,21 +6,26 @@ transition. Vectors are kept in memory; pictures are decoded when they are neede
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..contracts import Place
+from ..data.fingerprint import digest, moments
 from ..data.normalisation import statistics
+from ..data.pictures import CHANNELS, IMAGES, as_bytes, camera_of, find_layout, is_picture, layout_of
 from ..errors import UserError, nearest
 from .frames import Frames, stored
 
 logger = logging.getLogger(__name__)
-IMAGES = "observation.images."
+CHOICE = re.compile(r"(!?)(-?\d{1,18})?(?:(:)(-?\d{1,18})?)?")  # a word of --dataset.episodes
 
 
 class NotFiniteError(UserError):
@@ -54,6 +59,14 @@ class Episodes:
     """Texts; the column `task_index` `[N]` chooses among them."""
     stored: dict[str, Any] = field(default_factory=dict)
     """Declarations of the format itself, for `inspect`: fps, action_space, ..."""
+    names: dict[str, list[str]] = field(default_factory=dict)
+    """Key -> the name of each of its dimensions, where the format has them."""
+    numbers: Sequence[int] = ()
+    """The data's own number of each episode; by default their places."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of the files of pictures, where `observations` may hold these decoded."""
+    generated: bool = False
+    """Whether they were made, so that another machine may make them with other last digits."""
 
     @property
     def lengths(self) -> Tensor:
@@ -63,12 +76,89 @@ class Episodes:
     @property
     def cameras(self) -> dict[str, Any]:
         """The observations that are pictures."""
-        return {key: store for key, store in self.observations.items() if key.startswith(IMAGES)}
+        return {key: store for key, store in self.observations.items() if is_picture(key, store.dtype)}
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Counts and digests, by which a resumed run recognises its data; pictures by the bytes of their files."""
+        pictures = {key: store.fingerprint() for key, store in self.cameras.items() if isinstance(store, Frames)}
+        known = pictures | self.files
+        numbers = {key: store for key, store in (self.columns | self.observations).items() if key not in known}
+        texts = digest(np.frombuffer("\0".join(self.tasks).encode(), np.uint8)) if self.tasks else ""
+        of: Any = moments if self.generated else digest
+        content = known | {key: of(store) for key, store in numbers.items()} | {"task": texts}
+        borders = digest(torch.cat([self.ends, self.at, self.after]))
+        rows = {"episodes": len(self.ends), "rows": len(self.at)}
+        return rows | {"borders": borders, "content": content, "generated": self.generated}
 
     def place(self, row: int) -> tuple[int, int]:
-        """(episode, step within it) of step `row`."""
+        """(number of the episode, step within it) of step `row`."""
         episode = int(torch.searchsorted(self.ends, row, right=True))
-        return episode, row - (int(self.ends[episode - 1]) if episode else 0)
+        number = self.numbers[episode] if self.numbers else episode
+        return number, row - (int(self.ends[episode - 1]) if episode else 0)
+
+    def subset(self, places: Sequence[int]) -> "Episodes":
+        """The episodes at `places` alone, without any step or observation of the others."""
+        ends, lengths = self.ends[list(places)], self.lengths[list(places)]
+        rows = torch.cat([torch.arange(end - n, end) for end, n in zip(ends.tolist(), lengths.tolist(), strict=True)])
+        at, after = self.at[rows], self.after[rows]
+        used = torch.cat([at, after[after >= 0]]).unique()  # sorted
+        observations = {
+            key: store.subset(used.numpy()) if isinstance(store, Frames) else store[used]
+            for key, store in self.observations.items()
+        }
+        return replace(
+            self,
+            ends=lengths.cumsum(0),
+            columns={key: column[rows] for key, column in self.columns.items()},
+            observations=observations,
+            at=torch.searchsorted(used, at),
+            after=torch.where(after < 0, after, torch.searchsorted(used, after)),
+            numbers=[self.numbers[place] if self.numbers else place for place in places],
+        )
+
+
+def choose_episodes(words: Sequence[Any], numbers: Sequence[int], name: str) -> list[int]:
+    """The places of the episodes that `--dataset.episodes` chooses, in the order of the data; all without a word.
+
+    Args:
+        words: Numbers (-1 is the last one), ranges A:B as Python's, and after "!" what is left out; a word may hold
+            several.
+        numbers: The data's own number of each episode.
+
+    Raises:
+        UserError: another word, an episode that does not exist, or no episode left. Says how many there are.
+    """
+    order, every = sorted(numbers), set(numbers)
+    kept: set[int] = set()
+    dropped: set[int] = set()
+
+    def refuse(word: Any, why: str) -> UserError:
+        have = f"{name} has {len(order)} episodes" + (f", {order[0]} to {order[-1]}" if order else "")
+        return UserError(f"--dataset.episodes {word}: {why}; {have}")
+
+    def bound(word: Any, text: str) -> int:
+        number = int(text)
+        if number < -len(order):
+            raise refuse(word, f"there is no episode {number}, counted from the end")
+        return number if number >= 0 else order[number]
+
+    for word in [part for several in words for part in re.split(r"[,\s]+", str(several))]:
+        match = CHOICE.fullmatch(word)
+        if match is None or not (match[2] or match[3]):
+            raise refuse(word, "expected a number, a range such as 0:40, or !7 to leave one out")
+        low = bound(word, match[2]) if match[2] else order[0]
+        high = low + 1 if not match[3] else bound(word, match[4]) if match[4] else order[-1] + 1
+        found = {number for number in every if low <= number < high}
+        if not found or high > order[-1] + 1:
+            raise refuse(word, "there is no such episode" if not found else f"there is no episode {high - 1}")
+        (dropped if match[1] else kept).update(found)
+    chosen = (kept or every) - dropped
+    if not chosen:
+        raise refuse(" ".join(map(str, words)), "no episode is left")
+    if words:
+        logger.info("%s: %d of %d episodes are used (--dataset.episodes)", name, len(chosen), len(order))
+    return [place for place, number in enumerate(numbers) if number in chosen]
 
 
 def steps_only(ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,6 +228,7 @@ class EpisodeDataset(Batched):
 
     deterministic = True  # no random choices, so each process may read its part of a batch alone
     checked = True  # `build` has checked for NaN
+    kept = True  # pictures and vectors have their kept form
 
     def __init__(
         self,
@@ -194,7 +285,7 @@ class EpisodeDataset(Batched):
             if self.gaps:
                 batch["next.is_pad"] = data.after[rows] < 0
             for key, store in data.observations.items():
-                if self.next_images or not key.startswith(IMAGES):
+                if self.next_images or not is_picture(key, store.dtype):
                     batch[f"next.{key}"] = take(store, then)
         return batch
 
@@ -218,6 +309,10 @@ class EpisodeDataset(Batched):
         """A vector of all items, `[n, D]`, without history or chunks."""
         data = self.episodes
         return data.columns[key][self.rows] if key in data.columns else data.observations[key][data.at[self.rows]]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the episodes, and of the choice of items among their steps."""
+        return self.episodes.fingerprint | {"chosen": digest(self.rows)}
 
     def transitions(self) -> "EpisodeDataset":
         """The steps that offline RL can use: reward and successor are known, or the episode terminated there.
@@ -272,10 +367,15 @@ class Scales:
 class Reader(Scales):
     """Options of every dataset that is read from files."""
 
-    path: str = ""
+    path: Annotated[str, Place(moves=True)] = ""
     """File or folder of the data."""
     cameras: tuple[str, ...] = ()
     """Cameras whose pictures are loaded, or all; none by default."""
+    episodes: tuple[str, ...] = ()
+    """Episodes that are used, all by default: numbers and ranges such as 0:40 as in Python, and '!7' to leave one out
+    (or '!5:8'). They are the data's own numbers where it has some (LeRobot, robomimic, Minari), else places from 0."""
+    rename: tuple[str, ...] = ()
+    """OLD=NEW of features that the file has by another name, such as actions=action state=observation.state."""
     cache: Literal["none", "memory", "disk"] = "none"
     """Decode all pictures once, into memory or into a file under --dataset.cache-dir; none decodes each when needed."""
     cache_dir: str = "~/.cache/tendon"
@@ -289,12 +389,83 @@ class Reader(Scales):
     seed: int = 0
     """Seed of the choice of held-out episodes."""
 
+    def chosen(self, episodes: Episodes) -> Episodes:
+        """The episodes that the option `episodes` chooses of those that were read, by their places.
+
+        Raises UserError: as `choose_episodes`.
+        """
+        if not self.episodes:
+            return episodes
+        return episodes.subset(choose_episodes(self.episodes, range(len(episodes.ends)), episodes.name))
+
+    def renamed(self, found: Iterable[str], place: Any, alias: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Name that is read -> name in the file, of the features `found`, by the option `rename`.
+
+        Args:
+            alias: Names of the data -> those that this format has for them, which NEW may be, too.
+
+        Raises:
+            UserError: no such feature, or two of the same name.
+        """
+        found, alias = list(found), alias or {}
+        entries = (self.rename,) if isinstance(self.rename, str) else self.rename  # a mixture's source has a text
+        new: dict[str, str] = {}
+        for entry in entries:
+            old, equals, name = entry.partition("=")
+            if not (old and equals and name):
+                raise UserError(f"--dataset.rename {entry}: expected OLD=NEW, such as actions=action")
+            if old not in found:
+                raise UserError(f"--dataset.rename {entry}: no feature {old!r} in {place}; found: {', '.join(found)}")
+            new[old] = alias.get(name, name)
+        names: dict[str, str] = {}
+        for old in found:
+            name = new.get(old, old)
+            if name in names:
+                raise UserError(f"--dataset.rename: {names[name]!r} and {old!r} of {place} would both be {name!r}")
+            names[name] = old
+        return names
+
     def finish(self, episodes: Episodes, held_out: Tensor | None = None) -> dict[str, Any]:
         """The result of `build` for `episodes`; `held_out` `[E]` is a validation split that the data brings along."""
         lazy = {key: store for key, store in episodes.observations.items() if isinstance(store, Frames)}
-        episodes.observations |= stored(lazy, self.cache, self.cache_dir, episodes.name)
+        episodes.files = {key: store.fingerprint() for key, store in lazy.items()}
+        episodes.observations |= stored(lazy, self.cache, self.cache_dir, episodes.name, episodes.numbers)
         window = (self.obs_steps, self.action_steps)
         return self.with_scale(build(self.scaled(episodes), *window, self.validation, self.seed, held_out))
+
+
+def flat_names(name: str, shape: Sequence[int], given: Any = None) -> list[str]:
+    """The names of a vector's dimensions, flattened from `shape`: the given ones where they are as many, else indices.
+
+    Args:
+        given: Texts, also in lists and dicts.
+    """
+    texts: list[str] = []
+    rest = [given]
+    while rest:
+        match rest.pop(0):
+            case str(text):
+                texts.append(text)
+            case list(more) | tuple(more):
+                rest = [*more, *rest]
+            case dict(more):
+                rest = [*more.values(), *rest]
+    if len(texts) == math.prod(shape):
+        return texts
+    return [".".join(map(str, (name, *place))) for place in np.ndindex(*shape)]
+
+
+def tell_unused(name: str, unused: Mapping[str, tuple[Any, str]]) -> dict[str, str]:
+    """Log in one line what of a file is not used; returns it as an entry of `Episodes.stored`, {} for nothing.
+
+    Args:
+        unused: Feature -> its shape, None where it is not known, and why.
+    """
+    if not unused:
+        return {}
+    parts = [f"{k} ({f'{list(shape)}, ' if shape is not None else ''}{why})" for k, (shape, why) in unused.items()]
+    logger.info("%s: not used: %s", name, ", ".join(parts))
+    return {"not used": ", ".join(parts)}
 
 
 def chosen_cameras(asked: Sequence[str], found: Sequence[str], name: str) -> list[str]:
@@ -303,13 +474,13 @@ def chosen_cameras(asked: Sequence[str], found: Sequence[str], name: str) -> lis
     Raises:
         UserError: one that the data lacks, with those that it has.
     """
-    cameras = list(found) if list(asked) == ["all"] else [camera.removeprefix(IMAGES) for camera in asked]
+    cameras = list(found) if list(asked) == ["all"] else [camera_of(camera) for camera in asked]
     for camera in cameras:
         if camera not in found:
             have = nearest(camera, found) if found else "it has none"
             raise UserError(f"--dataset.cameras {camera}: no such camera in {name}; {have}")
-    if found and not cameras:
-        logger.info("%s: cameras that can be chosen with --dataset.cameras: %s", name, ", ".join(sorted(found)))
+    if rest := sorted(set(found) - set(cameras)):
+        logger.info("%s: cameras that can be chosen with --dataset.cameras: %s", name, ", ".join(rest))
     return cameras
 
 
@@ -338,6 +509,7 @@ def build(
     if not len(episodes.at):
         raise UserError(f"{name}: the dataset is empty; expected at least one episode with one step")
     complete_flags(episodes)
+    keep_forms(episodes)
     check_finite(episodes)
     window = max(obs_steps, action_steps)
     if short := int((lengths < window).sum()):
@@ -378,6 +550,34 @@ def from_columns(columns: dict[str, Tensor], ends: Tensor, name: str) -> Episode
     return Episodes(name, ends, rest, now, at, after)
 
 
+def keep_forms(episodes: Episodes) -> None:
+    """Convert what is in memory to the form that is kept: pictures uint8 `[M, C, H, W]`, vectors `[M, D]`.
+
+    Raises:
+        UserError: pictures that are none.
+    """
+    for key, store in episodes.observations.items():
+        if not isinstance(store, Tensor):
+            continue
+        place, shape = f"{episodes.name}: {key!r}", tuple(store.shape[1:])
+        if key.startswith(IMAGES) and len(shape) > 1:
+            found = find_layout(shape)
+            last = found is not None and found.last and shape[-1] in CHANNELS
+            if store.dtype != torch.uint8 or last or len(shape) != 3:  # others are stored pictures already
+                episodes.observations[key] = (found or layout_of(shape, place))(as_bytes(store, place)).contiguous()
+        elif len(shape) != 1:
+            episodes.observations[key] = _flattened(episodes, key, store)
+    action = episodes.columns.get("action")
+    if action is not None and action.ndim != 2 and action.is_floating_point():
+        episodes.columns["action"] = _flattened(episodes, "action", action)
+
+
+def _flattened(episodes: Episodes, key: str, values: Tensor) -> Tensor:
+    """Values `[n, ...]` as `[n, D]`, with the names of the dimensions."""
+    episodes.names[key] = flat_names(key.removeprefix("observation."), values.shape[1:])
+    return values.reshape(len(values), -1)
+
+
 def complete_flags(episodes: Episodes) -> None:
     """Add missing flags to data with rewards: an episode that ends without `terminated` is truncated."""
     columns = episodes.columns
@@ -403,11 +603,13 @@ def held_out_episodes(lengths: Tensor, fraction: float, seed: int) -> Tensor:
     """Choose validation episodes at random, `[E]` bool, as many as fit into a fifth of the rows."""
     held_out = torch.zeros(len(lengths), dtype=torch.bool)
     wanted = max(1, round(fraction * len(lengths))) if fraction > 0 else 0
-    room = int(lengths.sum()) // 5
+    steps, room = lengths.tolist(), int(lengths.sum()) // 5
+    chosen: list[int] = []
     for episode in torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist():
-        if int(held_out.sum()) < wanted and int(lengths[episode]) <= room:
-            held_out[episode] = True
-            room -= int(lengths[episode])
+        if len(chosen) < wanted and steps[episode] <= room:
+            chosen.append(episode)
+            room -= steps[episode]
+    held_out[chosen] = True
     return held_out
 
 

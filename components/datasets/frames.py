@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.fingerprint import digest
+from ..data.pictures import Layout, as_bytes
 from ..errors import UserError, require
-from .untrusted import check_chunks, check_memory, decode_picture, gigabytes, hdf5, open_hdf5
+from ..run.files import beside
+from .untrusted import check_chunks, check_memory, check_mp4, decode_picture, gigabytes, hdf5, open_hdf5
 
 logger = logging.getLogger(__name__)
+LARGE = 1 << 28  # bytes of pictures from which on the free memory is asked for
 AT_ONCE = 256  # pictures that are decoded together into a store
 VIDEO_FORMATS = {".mkv": "matroska", ".webm": "matroska", ".avi": "avi"}
+PARTS, PART, MOST_FILES = 256, 4096, 256  # of a fingerprint: parts, bytes of each, files that are opened
 MOST_OPEN = 32  # video files that a process keeps open
 
 
@@ -37,6 +43,8 @@ class Frames:
         files: The files that hold them; a store is made again when one of these changes.
     """
 
+    dtype = torch.uint8
+
     def __init__(self, count: int, shape: tuple[int, int, int], files: Sequence[Path]) -> None:
         self.count, self.shape, self.files = count, shape, list(files)
 
@@ -48,9 +56,24 @@ class Frames:
         """Size of all pictures when decoded."""
         return self.count * math.prod(self.shape)
 
+    def fingerprint(self) -> str:
+        """Number, shape, and a checksum of the files: of all their sizes, and of `PARTS` parts in some of them."""
+        present = [path for path in self.files if path.is_file()]
+        sizes = [path.stat().st_size for path in present]
+        check, some = zlib.crc32(json.dumps(sizes).encode()), present[:: max(len(present) // MOST_FILES, 1)]
+        for path in some:
+            with open(path, "rb") as file:
+                last, parts = path.stat().st_size - PART, max(PARTS // len(some), 2)
+                for i in range(parts):
+                    file.seek(max(last * i // (parts - 1), 0))
+                    check = zlib.crc32(file.read(PART), check)
+        return f"{self.count} pictures {list(self.shape)} {check:08x}"
+
     def read(self, rows: np.ndarray) -> Tensor:
         """Pictures `rows` `[n]` in that order, `[n, C, H, W]` uint8; a repeated picture is decoded once."""
         unique, inverse = np.unique(rows, return_inverse=True)
+        if (size := (len(unique) + len(rows)) * math.prod(self.shape)) > LARGE:
+            check_memory(size, f"{self.files[0]}: {len(rows)} pictures of {self.shape}", "use a smaller batch")
         pictures = np.empty((len(unique), *self.shape), np.uint8)
         self.decode(unique, pictures)
         return torch.from_numpy(pictures[inverse])
@@ -59,10 +82,30 @@ class Frames:
         """Decode pictures `rows` `[n]`, increasing, into `out` `[n, C, H, W]`."""
         raise NotImplementedError
 
+    def subset(self, rows: np.ndarray) -> "Frames":
+        """The pictures `rows` `[m]`, increasing, as a camera of their own."""
+        return SomeFrames(self, rows)
+
     def _check(self, picture: np.ndarray, place: str) -> np.ndarray:
         if picture.shape != self.shape:
             raise UserError(f"{place}: a picture of shape {picture.shape}, but the metadata says {self.shape}")
         return picture
+
+
+class SomeFrames(Frames):
+    """Some pictures of a camera.
+
+    Args:
+        whole: The camera.
+        rows: `[m]`, their numbers there, increasing.
+    """
+
+    def __init__(self, whole: Frames, rows: np.ndarray) -> None:
+        super().__init__(len(rows), whole.shape, whole.files)
+        self.whole, self.rows = whole, rows
+
+    def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
+        self.whole.decode(self.rows[rows], out)
 
 
 class EncodedFrames(Frames):
@@ -83,6 +126,9 @@ class EncodedFrames(Frames):
     ) -> None:
         super().__init__(len(ends), shape, files)
         self.data, self.starts, self.ends = data, starts, ends
+
+    def fingerprint(self) -> str:
+        return f"{self.count} pictures {list(self.shape)} {digest(self.ends - self.starts)} {digest(self.data)}"
 
     def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
         of = str(self.files[0]) if len(self.files) == 1 else f"{self.files[0]} and {len(self.files) - 1} more"
@@ -163,6 +209,8 @@ class VideoFrames(Frames):
             path = self.files[number].resolve()
             # The format follows from the name, not from the content: a playlist would make FFmpeg open further files.
             form = VIDEO_FORMATS.get(path.suffix.lower(), "mp4")
+            if form == "mp4":
+                check_mp4(path)
             container = av.open(str(path), format=form, options={"protocol_whitelist": "file"})
             context = container.streams.video[0].codec_context
             context.thread_count = 1  # the worker processes run in parallel already
@@ -172,43 +220,63 @@ class VideoFrames(Frames):
 
 
 class HDF5Frames(Frames):
-    """Pictures in arrays `[n, H, W, C]` of one HDF5 file.
+    """Pictures in arrays `[n, ...]` of HDF5 files, bytes or floats.
 
     Args:
+        files: The file of each array, or one file for all.
         names: The arrays.
         array_of, row_of: `[M]`, the array of each picture and its row there.
-        channels_first: Whether the arrays are `[n, C, H, W]`.
+        layout: Of the pictures in the arrays.
+        top: Largest value of floats.
     """
 
     def __init__(
         self,
-        path: Path,
+        files: Sequence[Path],
         names: Sequence[str],
         array_of: np.ndarray,
         row_of: np.ndarray,
-        shape: tuple[int, int, int],
-        channels_first: bool = False,
+        layout: Layout,
+        top: float = 1.0,
     ) -> None:
-        super().__init__(len(row_of), shape, [path])
-        self.names, self.array_of, self.row_of, self.channels_first = list(names), array_of, row_of, channels_first
+        super().__init__(len(row_of), layout.stored, files)
+        self.names, self.array_of, self.row_of = list(names), array_of, row_of
+        self.layout, self.top = layout, top
 
     def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
-        with open_hdf5(self.files[0]) as file:
-            for number in np.unique(self.array_of[rows]):
-                slots = np.flatnonzero(self.array_of[rows] == number)
-                array, wanted = hdf5(file, self.names[number]), self.row_of[rows[slots]]
-                check_chunks(array, wanted)
-                for slot, row in zip(slots, wanted, strict=True):
-                    picture = array[int(row)]
-                    picture = picture if self.channels_first else picture.transpose(2, 0, 1)
-                    out[slot] = self._check(picture, f"{self.files[0]}: {self.names[number]}")
+        file_of = self.array_of[rows] if len(self.files) > 1 else np.zeros(len(rows), np.int64)
+        for number in np.unique(file_of):
+            path, here = self.files[number], np.flatnonzero(file_of == number)
+            with open_hdf5(path) as file:
+                for array_number in np.unique(self.array_of[rows[here]]):
+                    slots = here[self.array_of[rows[here]] == array_number]
+                    array, wanted = hdf5(file, self.names[array_number]), self.row_of[rows[slots]]
+                    check_chunks(array, wanted)
+                    for slot, row in zip(slots, wanted, strict=True):
+                        out[slot] = self.picture(array[int(row)], f"{path}: {self.names[array_number]}")
+
+    def picture(self, stored: np.ndarray, place: str) -> np.ndarray:
+        """A row of an array as uint8 `[C, H, W]`. Raises UserError: another shape than that of the others."""
+        if stored.shape != self.layout.shape:
+            raise UserError(f"{place}: a picture of shape {stored.shape}, but the first is {self.layout.shape}")
+        return self.layout(as_bytes(stored, place, self.top))
+
+
+class HDF5Jpegs(HDF5Frames):
+    """JPEG files in arrays `[n, bytes]` of HDF5 files, with zeros after their end; `layout` is that of the pictures."""
+
+    def picture(self, stored: np.ndarray, place: str) -> np.ndarray:
+        return decode_picture(stored.tobytes().rstrip(b"\0"), self.shape, place)
 
 
 # ---- stores --------------------------------------------------------------------------------------------------------
 
 
-def stored(frames: dict[str, Frames], mode: str, folder: str, name: str) -> dict[str, Any]:
+def stored(frames: dict[str, Frames], mode: str, folder: str, name: str, numbers: Sequence[int] = ()) -> dict[str, Any]:
     """Decode all pictures once, by `--dataset.cache`: into "memory" or on "disk"; "none" leaves them as they are.
+
+    Args:
+        numbers: Those of the episodes that the pictures belong to; a store on disk is of these alone.
 
     Returns:
         key -> `[M, C, H, W]` uint8; with "disk", pages of the file are read when they are used.
@@ -232,7 +300,7 @@ def stored(frames: dict[str, Frames], mode: str, folder: str, name: str) -> dict
             stores[key] = torch.from_numpy(store)
         return stores
     return {
-        key: _on_disk(camera, Path(folder or "~/.cache/tendon").expanduser(), key, name)
+        key: _on_disk(camera, Path(folder or "~/.cache/tendon").expanduser(), key, name, numbers)
         for key, camera in frames.items()
     }
 
@@ -245,12 +313,13 @@ def _in_order(camera: Frames) -> Iterator[tuple[int, np.ndarray]]:
         yield start, camera.read(np.arange(start, min(start + AT_ONCE, len(camera)))).numpy()
 
 
-def _on_disk(camera: Frames, folder: Path, key: str, name: str) -> Tensor:
+def _on_disk(camera: Frames, folder: Path, key: str, name: str, numbers: Sequence[int]) -> Tensor:
     """The store of one camera in `folder`, made where it is missing; a killed run leaves no incomplete store."""
     stamps = [
         [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in camera.files if path.exists()
     ]
-    digest = hashlib.sha256(json.dumps([key, len(camera), camera.shape, stamps]).encode()).hexdigest()[:20]
+    some = [] if list(numbers) == list(range(len(numbers))) else [list(numbers)]
+    digest = hashlib.sha256(json.dumps([key, len(camera), camera.shape, stamps, *some]).encode()).hexdigest()[:20]
     path = folder / f"frames-{digest}.u8"
     if not (path.exists() and path.stat().st_size == camera.nbytes):
         try:
@@ -276,7 +345,7 @@ def _decode_to(camera: Frames, path: Path, key: str, name: str) -> None:
             f"--dataset.cache disk: {name}: {gigabytes(camera.nbytes)} are needed, {gigabytes(free)} are free in"
             f" {path.parent}; choose another --dataset.cache-dir, or --dataset.cache none"
         )
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary = beside(path)
     try:
         with temporary.open("wb") as file:
             for _, pictures in _in_order(camera):

@@ -1,16 +1,23 @@
 """Rollouts in any environment of Gymnasium, of random actions or of a run's policy."""
 
 import logging
+import os
+import shutil
+import zlib
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
+from ..contracts import Place
+from ..envs.autoreset import Stepper
 from ..envs.gymnasium import GymnasiumEnv
 from ..envs.observations import observation_batch
-from ..errors import UserError, require
-from .episodes import Scales, build, from_columns
+from ..envs.vector import Environments, action_bounds, executed
+from ..errors import UserError, one_line
+from .episodes import Scales, build, flat_names, from_columns
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +30,7 @@ class GymnasiumRollouts(Scales):
     """Registered id, such as Pendulum-v1, HalfCheetah-v5, or module:MyEnv-v0."""
     episodes: int = 100
     """Episodes to play."""
-    policy: str = ""
+    policy: Annotated[str, Place()] = ""
     """Run folder of the policy; empty for random actions."""
     noise: float = 0.0
     """Deviation of Gaussian noise on the policy's actions, as a fraction of half their range."""
@@ -45,6 +52,10 @@ class GymnasiumRollouts(Scales):
     env_name = "gymnasium"
     debug_options = {"episodes": 5}
 
+    def reaches(self) -> list[tuple[str, str, str]]:
+        """As `GymnasiumEnv.reaches`."""
+        return GymnasiumEnv(id=self.id, kwargs=self.kwargs).reaches()
+
     def build(self, **kwargs: Any) -> dict[str, Any]:
         """Return the episodes as {"dataset", "validation", "norm_stats", "env"}.
 
@@ -53,67 +64,98 @@ class GymnasiumRollouts(Scales):
         Raises:
             UserError: an unknown id, an action space that is no box, options that make no sense, a missing package.
         """
-        gym = require("gymnasium", "gymnasium")
         if self.episodes < 1 or not 0 <= self.random <= 1 or not self.noise >= 0 or self.seed < 0:
             raise UserError(
                 f"--dataset.episodes {self.episodes} must be 1 or more, --dataset.random {self.random} 0 to 1,"
                 f" --dataset.noise {self.noise} and --dataset.seed {self.seed} 0 or more"
             )
         factory = GymnasiumEnv(id=self.id, max_episode_steps=self.max_episode_steps, kwargs=self.kwargs)
-        envs = factory.build(1, self.seed)
+        envs = Environments(factory.build, 1, self.seed, 0.0)
         try:
-            space = envs.single_action_space
-            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not np.isfinite(space.high).all():
-                raise UserError(f"--dataset.id {self.id}: it has the action space {space}; expected a box of vectors")
-            rows, ends = self._play(envs)
+            with one_line(f"--dataset.id {self.id}"):
+                bounds = action_bounds(envs.single_action_space)
+            rows, ends = self._play(envs, *bounds, kwargs.get("opt_params", {}).get("save_dir", ""))
+            names = names_of(envs)
         finally:
             envs.close()
         columns = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
         episodes = self.scaled(from_columns(columns, torch.tensor(ends), f"gymnasium {self.id}"))
+        episodes.names, episodes.generated = names, True
         window = (self.obs_steps, self.action_steps)
         built = self.with_scale(build(episodes, *window, self.validation, self.seed))
         env = {"id": self.id, "max_episode_steps": self.max_episode_steps, "kwargs": self.kwargs}
         return built | {"env": {"name": "gymnasium", **env}}
 
-    def _play(self, envs: Any) -> tuple[list[dict[str, Any]], list[int]]:
-        """Play the episodes; returns all steps, and the step after each episode's last one."""
+    def _play(
+        self, envs: Any, low: np.ndarray, high: np.ndarray, save_dir: str
+    ) -> tuple[list[dict[str, Any]], list[int]]:
+        """Play the episodes within these bounds; returns all steps, and the step after each episode's last one."""
         from tqdm import tqdm
 
         from ..acting.policy_folder import load_policy
 
-        policy = load_policy(self.policy) if self.policy else None
-        space, generator = envs.single_action_space, np.random.default_rng(self.seed)
-        middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2
+        policy = load_policy(kept_policy(self.policy, save_dir)) if self.policy else None
+        stepper, generator = Stepper(envs), np.random.default_rng(self.seed)
+        middle, half = (high + low) / 2, (high - low) / 2
         rows: list[dict[str, Any]] = []
         ends: list[int] = []
         logger.info("playing %d episodes of %s", self.episodes, self.id)
         for episode in tqdm(range(self.episodes), unit="episode", disable=None, leave=False):
-            observation, _ = envs.reset(seed=[self.seed + episode])
+            now, _ = stepper.reset(seed=[self.seed + episode])
             acts = policy is not None and int((episode + 1) * self.random) == int(episode * self.random)
             if policy is not None:
                 policy.reset(seeds=[self.seed + episode])
             done = False
             while not done:
-                now = observation_batch(observation)
-                uniform, normal = generator.uniform(-1, 1, space.shape), generator.standard_normal(space.shape)
+                uniform, normal = generator.uniform(-1, 1, low.shape), generator.standard_normal(low.shape)
                 action = middle + half * uniform
                 if acts and policy is not None:
                     action = policy.act(now)[0] + self.noise * half * normal
-                action = np.clip(action, space.low, space.high).astype(np.float32)
-                observation, reward, terminated, truncated, info = envs.step(action[None].astype(space.dtype))
-                done = bool(terminated[0] or truncated[0])
-                then = observation_batch(final_of(observation, info) if done else observation)
-                flags = {"terminated": bool(terminated[0]), "truncated": bool(truncated[0] and not terminated[0])}
-                row = {key: value[0] for key, value in now.items()} | {"action": action, **flags}
-                row |= {f"next.{key}": value[0] for key, value in then.items()}
-                rows.append(row | {"reward": np.float32(reward[0])})
+                taken = executed(action.astype(np.float32)[None], envs.single_action_space)
+                step = stepper.step(taken)
+                step.check(step.valid)
+                done, terminated = bool(step.ended[0]), bool(step.terminated[0])
+                row = {key: value[0] for key, value in now.items()} | {"action": taken.reshape(-1).astype(np.float32)}
+                row |= {"terminated": terminated, "truncated": done and not terminated}
+                row |= {f"next.{key}": value[0] for key, value in step.successor.items()}
+                rows.append(row | {"reward": np.float32(step.reward[0])})
+                now = step.observation
             ends.append(len(rows))
         return rows, ends
 
 
-def final_of(observation: Any, info: dict[str, Any]) -> Any:
-    """The last observation of an episode, as a batch of one, where the environment resets in the same step."""
-    final = info["final_obs"][0] if "final_obs" in info else None
-    if final is None:
-        return observation
-    return {key: np.asarray(value)[None] for key, value in final.items()} if isinstance(final, dict) else final[None]
+def kept_policy(policy: str, save_dir: str) -> Path:
+    """The folder to load a policy from: a copy in the run that plays it, which may be resumed without the other run.
+
+    Args:
+        save_dir: Folder of the run that the episodes are for; "" for none, and the policy's own folder.
+    """
+    from ..acting.policy_folder import describe
+
+    kept = Path(save_dir) / "inherited" / f"policy-{zlib.crc32(policy.encode()):08x}"
+    if save_dir and kept.exists():
+        return kept
+    folder = describe(policy)[0].parent
+    if not save_dir:
+        return folder
+    temporary = kept.with_name(f".{kept.name}-{os.getpid()}")
+    shutil.copytree(folder, temporary)
+    try:
+        temporary.rename(kept)
+    except OSError:  # another machine was faster
+        shutil.rmtree(temporary)
+    return kept
+
+
+def names_of(envs: Any) -> dict[str, list[str]]:
+    """Names of the dimensions of vectors of several axes."""
+    action, space = envs.single_action_space, envs.single_observation_space
+    spaces = getattr(space, "spaces", {"": space})
+    names = {"action": flat_names("action", action.shape)} if len(action.shape) != 1 else {}
+    for name, part in spaces.items():
+        if getattr(part, "shape", None) is not None and len(part.shape) != 1:
+            one = np.zeros((1, *part.shape), part.dtype)
+            for key, value in observation_batch({name: one} if name else one, space).items():
+                if value.ndim == 2:
+                    names[key] = flat_names(name or key.removeprefix("observation."), part.shape)
+    return names

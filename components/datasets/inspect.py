@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ..data.features import read
-from ..errors import UserError
+from ..data.items import as_kept
+from ..data.pictures import CHANNELS, IMAGES
+from ..errors import UserError, plain
 from ..run import process
-from ..run.curves import save_figure
+from ..run.curves import literal, save_figure
 from .commands import built_by, parse
-from .episodes import IMAGES, EpisodeDataset, Episodes, NotFiniteError, steps_only, take
+from .episodes import EpisodeDataset, Episodes, NotFiniteError, steps_only, take
 from .mixture import Mixture
 from .untrusted import gigabytes
 
@@ -31,6 +33,7 @@ ITEMS = 10_000  # items read of a dataset without episodes
 SPIKE = 10.0  # smallest jump reported, in multiples of the 99 % quantile of the changes from step to step
 PANELS, ACROSS = 48, 6  # histograms on the page, and in a row of it
 PICTURES = 10  # of a film strip
+APART = ("format", "action_space", "not used")  # declarations of a format that are not in its line
 WIDTH, LEFT, RIGHT = 14.0, 0.5, 0.2  # of the page and its margins, in inches
 
 
@@ -70,7 +73,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--out {options.out}: expected a file in a folder that exists")
     trouble = ""
     try:
-        built = built_by(factory)
+        built = as_kept(built_by(factory))
     except UserError as error:
         bad = error if isinstance(error, NotFiniteError) else error.__cause__
         if not isinstance(bad, NotFiniteError):
@@ -85,13 +88,15 @@ def main(argv: list[str]) -> int:
         episodes = as_episodes(part, type(factory).__name__)
         found = findings(episodes, space)
         path = options.out.with_stem(f"{options.out.stem}-{name}") if several else options.out
-        print("\n".join([*summary(episodes, getattr(factory, "path", "")), *table(episodes), *flags(episodes)]))
+        lines = [*summary(episodes, getattr(factory, "path", "")), *table(episodes), *flags(episodes)]
+        print("\n".join(map(plain, lines)))
         print("\nsuspicious:" if found else "\nnothing suspicious")
         for key, dims, what in grouped(found):
-            print(f"  {key}[{dims}]: {what}")
+            print(plain(f"  {key}[{dims}]: {what}"))
         draw_page(page_of(episodes, found), path)
         print(f"\npage: {path}\n")
-    print("\n".join(statistics_table(built["norm_stats"])))
+    names = getattr(getattr(dataset, "episodes", None), "names", {})
+    print("\n".join(map(plain, statistics_table(built["norm_stats"], names))))
     if "validation" in built:
         rest = len(built["validation"])
         print(f"({len(dataset)} steps to learn from, {rest} held out, which are not in the statistics)")
@@ -118,7 +123,7 @@ def columns(episodes: Episodes) -> list[Column]:
     """All numbers of a dataset by step: action, observations, then the rest."""
     every = torch.arange(len(episodes.at))
     named = [Column(key, values, every) for key, values in episodes.columns.items()]
-    vectors = [(k, v) for k, v in episodes.observations.items() if isinstance(v, Tensor) and not k.startswith(IMAGES)]
+    vectors = [(k, v) for k, v in episodes.observations.items() if k not in episodes.cameras]
     named += [Column(key, values, episodes.at) for key, values in vectors]
     return sorted(named, key=lambda column: (column.key != "action", not column.key.startswith("observation.")))
 
@@ -220,7 +225,7 @@ def _outside(x: np.ndarray, dim: int, space: dict[str, list[float]]) -> list[str
 def summary(episodes: Episodes, path: str) -> list[str]:
     """Format, counts, storage and memory."""
     lengths = episodes.lengths
-    stored = {key: value for key, value in episodes.stored.items() if value and key not in ("format", "action_space")}
+    stored = {key: value for key, value in episodes.stored.items() if value and key not in APART}
     about = "".join(f", {key} {value}" for key, value in stored.items())
     vectors = sum(column.values.nbytes for column in columns(episodes))
     decoded = sum(store.nbytes for store in episodes.cameras.values())
@@ -232,6 +237,8 @@ def summary(episodes: Episodes, path: str) -> list[str]:
         lines += [f"storage: {gigabytes(sum(file.stat().st_size for file in files))} in {len(files)} files"]
     pictures = f", and {gigabytes(decoded)} of decoded pictures with --dataset.cache memory or disk" if decoded else ""
     lines += [f"memory: {gigabytes(vectors)} a process{pictures}"]
+    if "not used" in episodes.stored:
+        lines += [f"not used: {episodes.stored['not used']}"]
     if episodes.tasks:
         texts = [repr(text) for text in episodes.tasks]
         lines += [f"tasks: {', '.join(texts[:5])}" + f" and {len(texts) - 5} more" * (len(texts) > 5)]
@@ -304,16 +311,17 @@ def _range(values: Tensor) -> str:
     return f"{x.min():.6g} to {x.max():.6g}, mean {x.mean():.6g}, median {np.median(x):.6g}"
 
 
-def statistics_table(norm_stats: dict[str, Any]) -> list[str]:
-    """One line for each dimension that is normalised."""
+def statistics_table(norm_stats: dict[str, Any], names: dict[str, list[str]]) -> list[str]:
+    """One line for each dimension that is normalised, with its name where it has one."""
     lines = ["statistics for normalisation:" if norm_stats else "no statistics"]
     for key, stats in norm_stats.items():
         named = ((name, value) for name, value in stats.items() if name != "count")
         arrays = {name: np.atleast_1d(np.asarray(value, float)) + 0.0 for name, value in named}
         lines += [f"  {key:28s} " + " ".join(f"{name:>11s}" for name in arrays)]
+        known = names.get(key, [])
         for dim in range(len(next(iter(arrays.values())))):
             numbers = " ".join(f"{array.reshape(len(array), -1)[dim, 0]:11.5g}" for array in arrays.values())
-            lines += [f"  {f'[{dim}]':28s} {numbers}"]
+            lines += [f"  {f'[{dim}]':28s} {numbers}" + (f"  {known[dim]}" if dim < len(known) else "")]
     return lines
 
 
@@ -361,7 +369,7 @@ def page_of(episodes: Episodes, found: list[Finding]) -> Page:
         key.removeprefix(IMAGES): take(store, episodes.at[shown]).numpy() for key, store in episodes.cameras.items()
     }
     times = {} if strips else {column.key: column.steps()[steps.numpy()] for column in vectors(episodes)}
-    title = f"{episodes.name}\nepisode {episode}, {len(steps)} steps"
+    title = f"{literal(episodes.name)}\nepisode {episode}, {len(steps)} steps"
     return Page(title, strips, (shown - steps[0]).tolist(), times, panels)
 
 
@@ -396,7 +404,7 @@ def draw_page(page: Page, path: Path) -> None:
     for axis, (name, values, suspicious) in zip(grid.flat, panels, strict=False):
         colour = "tab:red" if suspicious else "tab:blue"
         axis.stairs(*np.histogram(values[np.isfinite(values)], bins=40), fill=True, color=colour)
-        axis.set_title(name, fontsize=8, color=colour if suspicious else "black")
+        axis.set_title(literal(name), fontsize=8, color=colour if suspicious else "black")
         axis.tick_params(labelsize=6)
         axis.locator_params(axis="x", nbins=4)
         axis.set_yticks([])
@@ -410,6 +418,8 @@ def film(grid: Any, page: Page) -> None:
     for row, (camera, pictures) in zip(grid, page.strips.items(), strict=True):
         row[0].set_ylabel(camera, fontsize=8)
         for axis, picture, step in zip(row, pictures, page.steps, strict=False):
+            if len(picture) not in CHANNELS:  # of a stack, the newest frame
+                picture = picture[-3:] if len(picture) % 3 == 0 else picture[-1:]
             grey = {"cmap": "gray"} if len(picture) == 1 else {}
             axis.imshow(picture.transpose(1, 2, 0).squeeze(), **grey)
             axis.set_title(f"{step}", fontsize=7)
@@ -426,7 +436,7 @@ def over_time(row: Any, page: Page) -> None:
         values = np.nan_to_num(numbers)
         spans = np.ptp(values, axis=0)
         axis.imshow(((values - values.min(0)) / np.where(spans > 0, spans, 1)).T, aspect="auto", cmap="viridis")
-        axis.set_title(key, fontsize=8)
+        axis.set_title(literal(key), fontsize=8)
         axis.set_xlabel("step", fontsize=7)
         axis.tick_params(labelsize=6)
 

@@ -22,6 +22,8 @@ from ..data.random_state import derive_seed
 from ..envs.metaworld import draw_off_screen
 from ..envs.observations import observation_batch
 from ..errors import UserError, require
+from ..parallel import end_with_parent
+from ..run.files import beside
 from .episodes import Scales, build, from_columns
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,7 @@ class MetaWorldDemonstrations(Scales):
 
         check_task(self.task)
         episodes = self.scaled(from_columns(*self._load_or_make(), f"metaworld {self.task}"))
+        episodes.generated = True
         window = (self.obs_steps, self.action_steps)
         built = self.with_scale(build(episodes, *window, self.validation, self.seed))
         env = {"name": "metaworld", "task": self.task, "max_episode_steps": self.max_episode_steps}
@@ -125,7 +128,7 @@ class MetaWorldDemonstrations(Scales):
                 logger.warning("%s is damaged (%s); the demonstrations are made again", path, error)
         columns, ends = self._make()
         if self.cache:
-            temporary = path.with_name(f".{path.name}-{os.getpid()}")
+            temporary = beside(path)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_file({**columns, "episode_ends": ends}, temporary)
@@ -148,7 +151,8 @@ class MetaWorldDemonstrations(Scales):
         logger.info("making %d demonstrations of %s", self.demos, self.task)
         episodes: list[dict[str, np.ndarray]] = []
         attempts = 0
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
+        context, parent = multiprocessing.get_context("spawn"), (os.getpid(), True)
+        pool = ProcessPoolExecutor(workers, context, end_with_parent, parent) if workers > 1 else None
         try:
             with tqdm(total=self.demos, unit="demo", disable=None, leave=False) as bar:
                 for episode in _in_order(pool, tasks, 8 * workers):

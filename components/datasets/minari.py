@@ -14,6 +14,7 @@ Discrete one is a single number.
 import json
 import logging
 import math
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,22 +24,29 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..data.pictures import IMAGES, as_bytes, camera_of, declared_top, find_layout, layout_of, top_of_space
 from ..errors import UserError, require
 from .environment import plain_words, recoverable
-from .episodes import IMAGES, Episodes, Reader, chosen_cameras, with_final
+from .episodes import Episodes, Reader, choose_episodes, chosen_cameras, flat_names, tell_unused, with_final
 from .frames import EncodedFrames, HDF5Frames
 from .untrusted import (
+    Ledger,
+    check_arrow,
+    check_declared,
     check_hdf5,
+    check_members,
     check_memory,
-    check_parquet,
     demonstration_number,
     existing,
     hdf5,
     inside,
+    is_packed,
     open_hdf5,
+    own_numbers,
     read_checked,
     read_hdf5,
     read_json,
+    read_parquet,
 )
 
 logger = logging.getLogger(__name__)
@@ -75,7 +83,7 @@ class MinariDataset(Reader):
         meta = read_json(inside(root, "metadata.json", root))
         if not isinstance(meta, dict):
             raise UserError(f"{root}/metadata.json: damaged or incomplete (no object)")
-        episodes = read(root, meta, self.cameras)
+        episodes = read(root, meta, self)
         built = self.finish(episodes)
         if env := recovered(episodes, meta):
             built["env"] = env
@@ -111,7 +119,12 @@ class Part(NamedTuple):
 
     path: tuple[str | int, ...]  # keys of Dicts and indices of Tuples down to it
     shape: tuple[int, ...]
-    picture: bool
+    top: float | None = None  # the largest value of pictures, None for other numbers
+    renamed: str = ""  # another key, by --dataset.rename
+
+    @property
+    def picture(self) -> bool:
+        return self.top is not None
 
     @property
     def width(self) -> int:
@@ -121,10 +134,13 @@ class Part(NamedTuple):
     def key(self) -> str:
         """Its key as an observation."""
         names = [str(name) for name in self.path]
+        if self.renamed:
+            return self.renamed
         if self.picture:
             names = names[1:] if names[:1] == ["pixels"] else names
-            return IMAGES + (".".join(names) or "camera")
-        return "observation." + ("state" if names in ([], ["observation"], ["agent_pos"]) else ".".join(names))
+            return IMAGES + (camera_of(".".join(names)) or "camera")
+        name = ".".join(names).removeprefix("observation.")
+        return "observation." + ("state" if names in ([], ["observation"], ["agent_pos"]) else name)
 
 
 def parts_of(space: Any, place: str, path: tuple[str | int, ...] = ()) -> list[Part]:
@@ -136,16 +152,19 @@ def parts_of(space: Any, place: str, path: tuple[str | int, ...] = ()) -> list[P
             named = list(inner.items()) if kind == "Dict" else list(enumerate(inner))
             return [part for name, sub in named for part in parts_of(sub, place, (*path, name))]
         if kind == "Text":
-            logger.info("%s: the text %s is left out", place, "/".join(map(str, path)))
             return []
         if kind == "Discrete":
-            return [Part(path, (1,), False)]
+            return [Part(path, (1,))]
         shape = {"Box": "shape", "MultiDiscrete": "nvec", "MultiBinary": "n"}[kind]
         sizes = np.shape(space[shape]) if kind == "MultiDiscrete" else tuple(np.atleast_1d(space[shape]).tolist())
         if any(type(size) is not int or size < 0 for size in sizes):
             raise ValueError(f"shape {sizes}")
-        picture = space.get("dtype") == "uint8" and len(sizes) == 3 and bool({sizes[0], sizes[2]} & {1, 3, 4})
-        return [Part(path, sizes, picture)]
+        low, high = space.get("low"), space.get("high")
+        top = top_of_space(sizes, space.get("dtype", ""), low, high)
+        told = path[:1] == ("pixels",) or str(*path[:1]).startswith(IMAGES)  # by the name
+        if top is None and told and len(sizes) > 1:
+            top = declared_top(space.get("dtype", ""), low, high) or 1.0
+        return [Part(path, sizes, top)]
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -157,34 +176,54 @@ class Declared(NamedTuple):
 
     observed: list[Part]
     acted: list[Part]
-    action_space: dict[str, Any]
+    bounds: dict[str, Any]  # {"action_space": {"low", "high"}}, where there are any
     storage: str
     episodes: int
+    unused: dict[str, str]  # an entry of `Episodes.stored`
 
 
-def read_declared(meta: dict[str, Any], place: Path) -> Declared:
+def texts_of(space: Any, path: tuple[str, ...] = ()) -> list[str]:
+    """The names of the texts in a space."""
+    inner = space.get("subspaces", {})
+    named = inner.items() if isinstance(inner, dict) else enumerate(inner)
+    own = ["/".join(path)] if space.get("type") == "Text" else []
+    return own + [text for name, sub in named for text in texts_of(sub, (*path, str(name)))]
+
+
+def read_declared(meta: dict[str, Any], place: Path, options: MinariDataset) -> Declared:
     """Read the spaces, the storage and the number of episodes. Raises UserError: damaged, or unusable spaces."""
     try:
         spaces = [json.loads(meta[name]) for name in ("observation_space", "action_space")]
         storage, total = str(meta.get("data_format", "hdf5")), int(meta["total_episodes"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        bounds: dict[str, Any] = {}
+        if spaces[1].get("type") == "Box":
+            low_high = ((bound, np.ravel(spaces[1][bound]).astype(np.float64)) for bound in ("low", "high"))
+            bounds = {"action_space": {bound: values.tolist() for bound, values in low_high}}
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{place}: damaged or incomplete ({type(error).__name__}: {error})") from error
     observed = parts_of(spaces[0], f"{place}: observation_space")
     acted = parts_of(spaces[1], f"{place}: action_space")
     if not acted:
         raise UserError(f"{place}: action_space: no numbers in it; expected at least one")
+    names = options.renamed([".".join(map(str, part.path)) for part in observed], place)
+    new = {old: name for name, old in names.items() if name != old}
+    for i, part in enumerate(observed):
+        if name := new.get(".".join(map(str, part.path))):
+            name = IMAGES + camera_of(name) if part.picture else f"observation.{name.removeprefix('observation.')}"
+            observed[i] = part._replace(renamed=name)
     keys = [part.key for part in observed]
     if len(set(keys)) != len(keys):
         raise UserError(f"{place}: two parts of the observation space would both be {max(keys, key=keys.count)!r}")
-    return Declared(observed, acted, spaces[1], storage, total)
+    texts = dict.fromkeys([text for space in spaces for text in texts_of(space)], (None, "a text"))
+    return Declared(observed, acted, bounds, storage, total, tell_unused(str(place.parent), texts))
 
 
-def read(root: Path, meta: dict[str, Any], cameras: tuple[str, ...]) -> Episodes:
-    """Read the episodes below `root`, the folder data/."""
+def read(root: Path, meta: dict[str, Any], options: MinariDataset) -> Episodes:
+    """Read the episodes below `root`, the folder data/; of these, those that `--dataset.episodes` names."""
     place = root / "metadata.json"
-    declared = read_declared(meta, place)
+    declared = read_declared(meta, place, options)
     pictured = {part.key.removeprefix(IMAGES): part for part in declared.observed if part.picture}
-    chosen = {IMAGES + name: pictured[name] for name in chosen_cameras(cameras, list(pictured), str(root))}
+    chosen = {IMAGES + name: pictured[name] for name in chosen_cameras(options.cameras, list(pictured), str(root))}
     if declared.storage not in ("hdf5", "arrow", "parquet"):
         raise UserError(f"{place}: storage {declared.storage!r} is not known; expected hdf5, arrow or parquet")
     store = HDF5Store(root) if declared.storage == "hdf5" else ArrowStore(root, declared.storage)
@@ -194,26 +233,40 @@ def read(root: Path, meta: dict[str, Any], cameras: tuple[str, ...]) -> Episodes
             raise UserError(f"{store.path}: {found}; is the copy complete?")
         if not names:
             raise UserError(f"{store.path}: the dataset is empty; expected at least one episode with one step")
-        each = [read_episode(store, name, declared, chosen) for name in names]
+        numbers = own_numbers(names)
+        places = choose_episodes(options.episodes, numbers, str(root))
+        each = [read_episode(store, names[place], declared, chosen) for place in places]
     vectors = {key: torch.from_numpy(np.concatenate([values[key] for values, _ in each])) for key in each[0][0]}
     observations: dict[str, Any] = {key: x for key, x in vectors.items() if key.startswith("observation.")}
+    known = (
+        meta["converted"] if isinstance(meta.get("converted"), dict) else {}
+    )  # from a format without rewards or final observations
     for key, part in chosen.items():
-        observations[key] = joined([pictures[key] for _, pictures in each], part, store.files)
+        says = "HWC" if known.get("pictures") == "HWC" else ""
+        observations[key] = joined([pictures[key] for _, pictures in each], part, store.files, says)
     columns = {"action": vectors["action"], "reward": vectors["reward"].squeeze(1)}
     columns |= {key: vectors[key].squeeze(1) > 0 for key in ("terminated", "truncated")}
     ends = torch.tensor([len(values["action"]) for values, _ in each]).cumsum(0)
     at, after = with_final(ends)
-    known = (
-        meta["converted"] if isinstance(meta.get("converted"), dict) else {}
-    )  # from a format without rewards or final observations
     if known.get("rewards") is False:
         columns = {"action": columns["action"]}
     if known.get("final_observations") is False:
         after[ends - 1] = -1
-    stored: dict[str, Any] = {"format": f"minari {declared.storage}"}
-    if declared.action_space["type"] == "Box":
-        stored["action_space"] = {bound: np.ravel(declared.action_space[bound]).tolist() for bound in ("low", "high")}
-    return Episodes(str(root), ends, columns, observations, at, after, stored=stored)
+    stored: dict[str, Any] = {"format": f"minari {declared.storage}", **declared.bounds} | declared.unused
+    if any("antmaze" in str(meta.get(name)).lower() for name in ("dataset_id", "env_spec", "eval_env_spec")):
+        stored["task"] = "antmaze"
+    own, named = [numbers[place] for place in places], dimension_names(declared)
+    return Episodes(str(root), ends, columns, observations, at, after, stored=stored, names=named, numbers=own)
+
+
+def dimension_names(declared: Declared) -> dict[str, list[str]]:
+    """Names of the dimensions of vectors of several axes, and of actions in parts."""
+    flat = {part.key: part for part in declared.observed if not part.picture and len(part.shape) != 1}
+    names = {key: flat_names(key.removeprefix("observation."), part.shape) for key, part in flat.items()}
+    if len(declared.acted) > 1 or len(declared.acted[0].shape) != 1:
+        named = [(".".join(map(str, part.path)) or "action", part) for part in declared.acted]
+        names["action"] = [name for name, part in named for name in flat_names(name, part.shape)]
+    return names
 
 
 def read_episode(
@@ -239,22 +292,27 @@ def read_episode(
     return values, pictures
 
 
-def joined(parts: list[Any], part: Part, files: list[Path]) -> Any:
-    """One camera's pictures of all episodes in the form of the storage: encoded, in HDF5 arrays, or plain."""
-    first = part.shape[2] not in (1, 3, 4)
-    shape = part.shape if first else (part.shape[2], *part.shape[:2])
+def joined(parts: list[Any], part: Part, files: list[Path], says: str) -> Any:
+    """One camera's pictures of all episodes in the form of the storage: encoded, in HDF5 arrays, or plain.
+
+    Args:
+        says: Layout that `convert` noted, "" for none.
+    """
+    place = f"{files[0]}: {part.key!r}"
+    says = says or ("CHW" if str(*part.path[:1]).startswith(IMAGES) else "")  # of the data's own names
+    layout = find_layout(part.shape) or layout_of(part.shape, place, says)
     if isinstance(parts[0], list):  # encoded, one array of bytes a picture
         sizes = np.array([len(picture) for episode in parts for picture in episode])
         check_memory(int(sizes.sum()), f"{files[0]}: the encoded pictures of {part.key}")
         data = np.concatenate([picture for episode in parts for picture in episode])
-        return EncodedFrames(data, sizes.cumsum() - sizes, sizes.cumsum(), (shape[0], shape[1], shape[2]), files)
+        return EncodedFrames(data, sizes.cumsum() - sizes, sizes.cumsum(), layout.stored, files)
     if isinstance(parts[0], HDF5Array):
         array_of = np.repeat(np.arange(len(parts)), [len(array) for array in parts])
         row_of = np.concatenate([np.arange(len(array)) for array in parts])
         names = [array.name for array in parts]
-        return HDF5Frames(files[0], names, array_of, row_of, (shape[0], shape[1], shape[2]), first)
-    pictures = torch.from_numpy(np.concatenate(parts)).view(-1, *part.shape)
-    return pictures if first else pictures.permute(0, 3, 1, 2).contiguous()
+        return HDF5Frames(files[:1], names, array_of, row_of, layout, part.top or 1.0)
+    pictures = np.concatenate(parts).reshape(-1, *part.shape)
+    return torch.from_numpy(layout(as_bytes(pictures, place, part.top or 1.0))).contiguous()
 
 
 class HDF5Array(NamedTuple):
@@ -279,7 +337,9 @@ class HDF5Store:
     def opened(self) -> Iterator[list[str]]:
         """A context in which episodes can be read; yields their names."""
         with open_hdf5(self.path) as self.file:
-            yield sorted((name for name in self.file if name.startswith("episode_")), key=demonstration_number)
+            names = sorted((name for name in self.file if name.startswith("episode_")), key=demonstration_number)
+            check_members(self.path, names, "episodes")
+            yield names
 
     def _array(self, episode: str, path: tuple[str | int, ...]) -> Any:
         """The HDF5 object at `path` of an episode. Raises UserError: none there."""
@@ -301,9 +361,10 @@ class HDF5Store:
         import h5py
 
         array = self._array(episode, path)
-        if isinstance(array, h5py.Dataset) and array.dtype == np.uint8:
+        if isinstance(array, h5py.Dataset) and array.dtype.kind in "uif" and array.ndim > 2:
             if array.shape[1:] != part.shape:
                 raise UserError(f"{self.path}: {array.name} has shape {array.shape}, metadata.json says {part.shape}")
+            check_declared(array)
             return HDF5Array(array.name.strip("/"), len(array))
         if not isinstance(array, h5py.Dataset) or array.ndim != 1 or h5py.check_vlen_dtype(array.dtype) != np.uint8:
             raise UserError(f"{self.path}: {array.name} holds no pictures; expected bytes")
@@ -318,6 +379,7 @@ class ArrowStore:
         self.path, self.storage = root, storage
         self.files: list[Path] = []
         self.name, self.table = "", None
+        self.ledger = Ledger()
 
     @contextmanager
     def opened(self) -> Iterator[list[str]]:
@@ -349,13 +411,15 @@ class ArrowStore:
             try:
                 check_memory(path.stat().st_size, str(path))
                 if self.storage == "arrow":
+                    if is_packed(path):
+                        raise UserError(f"{path} is compressed; plain Arrow files are read, and Parquet")
                     table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+                    check_arrow(path, table, self.ledger)
                 else:
                     file = pyarrow.parquet.ParquetFile(path)
-                    check_parquet(file, path)
-                    table = file.read()
+                    table = read_parquet(file, path, self.ledger)
                 table.validate(full=True)  # checks the offsets, which must not leave the file
-            except (pyarrow.ArrowException, OSError, MemoryError) as error:
+            except (pyarrow.ArrowException, OSError, MemoryError, struct.error) as error:
                 raise UserError(f"{path}: truncated or damaged ({' '.join(str(error).split())[:100]})") from error
             tables.append(table)
             self.files.append(path)
@@ -382,7 +446,7 @@ class ArrowStore:
             raise UserError(f"{where} has {column.null_count} rows without a picture")
         if pyarrow.types.is_binary(column.type):
             return [np.frombuffer(value.as_buffer(), np.uint8) for value in column]
-        if not pyarrow.types.is_fixed_size_list(column.type) or column.type.value_type != pyarrow.uint8():
+        if not pyarrow.types.is_fixed_size_list(column.type) or pyarrow.types.is_nested(column.type.value_type):
             raise UserError(f"{where} holds {column.type}; expected pictures of {part.shape}")
         return column.flatten().to_numpy().reshape(len(column), -1)
 

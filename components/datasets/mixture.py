@@ -9,36 +9,40 @@ remainder of a pass is dropped because it fills no batch.
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..contracts import options_of
+from ..contracts import Place, options_of
 from ..data.features import read
-from ..data.normalisation import quantile, statistics
+from ..data.fingerprint import of_dataset
+from ..data.items import as_kept
+from ..data.normalisation import on_plateau, quantile, statistics
 from ..data.random_state import derive_seed
 from ..errors import UserError, nearest
-from .episodes import IMAGES, Batched, EpisodeDataset
+from .episodes import Batched, EpisodeDataset, Episodes
 from .recognise import recognise
 
 logger = logging.getLogger(__name__)
 LONGEST_PASS = 1 << 23  # items, whose order is kept in memory
+SAME_RATE = 0.01  # largest relative difference of frames a second that count as the same
 
 
 @dataclass(frozen=True)
 class MixtureDataset:
     """A weighted mixture of datasets, such as --dataset.sources demos/a:0.7 metaworld:0.3."""
 
-    sources: tuple[str, ...] = ()
+    sources: Annotated[tuple[str, ...], Place("(?:[^=,]*=)?([^,=]+)(?:,.*)?:[^:]*")] = ()
     """SOURCE:WEIGHT for each. SOURCE is a path whose format is recognised, NAME=PATH, or the NAME of a dataset that
-    needs no path; its options follow after commas, as in robomimic=demos.hdf5,split=train:0.5."""
+    needs no path; its options follow after commas, as in robomimic=demos.hdf5,split=train:0.5, and the words of one are
+    separated by spaces, as in 'demos/a,episodes=0:40 !7:0.5'."""
     cameras: tuple[str, ...] = ()
     """Cameras whose pictures are loaded, the same for every source."""
     cache: Literal["none", "memory", "disk"] = "none"
@@ -51,6 +55,10 @@ class MixtureDataset:
     """Fraction of each source's episodes to hold out."""
     seed: int = 0
     """Seed of the random choices of each source."""
+    allow_fps: bool = False
+    """Mix sources whose steps take different times."""
+    allow_names: bool = False
+    """Mix sources whose dimensions have different names, by their places."""
 
     env_name = "gymnasium"
 
@@ -58,10 +66,11 @@ class MixtureDataset:
         """Return {"dataset", "validation", "norm_stats"}, and the first source's "env".
 
         Items: the keys that all sources have, and `source`, the name of the item's source. Statistics are weighted by
-        the shares, as the items are.
+        the shares, as the items are. Dimensions are in the order of the first source that names them.
 
         Raises:
-            UserError: invalid sources or weights, keys or widths that differ between sources.
+            UserError: invalid sources or weights, keys or widths that differ between sources, and so do their names of
+                dimensions or their frames a second.
         """
         if not self.sources:
             raise UserError("--dataset.sources is needed: SOURCE:WEIGHT of each, such as demos/a:0.7 demos/b:0.3")
@@ -74,8 +83,11 @@ class MixtureDataset:
         parts = []
         for name, (_, _, factory) in zip(names, named, strict=True):
             logger.info("source %s: %s", name, type(factory).__name__)
-            parts.append(factory.build(**kwargs | {"params": vars(factory)}))
+            parts.append(as_kept(factory.build(**kwargs | {"params": vars(factory)})))
         datasets = [part["dataset"] for part in parts]
+        known = {n: d.episodes for n, d in zip(names, datasets, strict=True) if isinstance(d, EpisodeDataset)}
+        check_rates(known, self.allow_fps)
+        align(known, self.allow_names)
         keys = common_keys(dict(zip(names, datasets, strict=True)))
         built: dict[str, Any] = {
             "dataset": Mixture(datasets, names, shares, keys),
@@ -94,6 +106,12 @@ class MixtureDataset:
                 [d for d, _ in held_out], [names[i] for i in some], [shares[i] for i in some], keys
             )
         return built | {key: parts[0][key] for key in ("env", "reference_scores") if key in parts[0]}
+
+    def reaches(self) -> list[tuple[str, str, str]]:
+        """What the sources import or open, as of `GymnasiumEnv.reaches`."""
+        factories = [self._parse(source)[2] for source in self.sources]
+        found = [part for factory in factories for part in getattr(factory, "reaches", list)()]
+        return [("sources", module, what) for _, module, what in found]
 
     def _parse(self, source: str) -> tuple[str, float, Any]:
         """(name, weight, factory) of one entry of `sources`."""
@@ -126,7 +144,10 @@ class MixtureDataset:
             except ValueError:
                 values[option.replace("-", "_")] = text
         cls = DATASET_BUILDER_REGISTRY[name]
-        known = {field.name for field in fields(cls)} if is_dataclass(cls) else set()
+        known = {field.name: field.default for field in fields(cls)} if is_dataclass(cls) else {}
+        for option, value in values.items():  # of options that take several words
+            if isinstance(known.get(option), tuple) and not isinstance(value, list):
+                values[option] = tuple(str(value).split())
         if values and not known:
             raise UserError(f"--dataset.sources {source}: {name} has no options")
         shared: dict[str, Any] = {"obs_steps": self.obs_steps, "action_steps": self.action_steps, "seed": self.seed}
@@ -145,7 +166,7 @@ class Mixture(Batched):
         keys: The keys of an item.
     """
 
-    checked = True
+    checked = kept = True
 
     def __init__(self, datasets: list[Any], names: list[str], shares: list[float], keys: list[str]) -> None:
         total = sum(shares)
@@ -202,6 +223,10 @@ class Mixture(Batched):
                         texts[place] = text
         return batch | {"source": [self.names[i] for i in source.tolist()]}
 
+    def fingerprint(self) -> dict[str, Any]:
+        """The sources' own, and their shares."""
+        return {"sources": [of_dataset(dataset) for dataset in self.datasets], "shares": self.shares}
+
     def mapped(self, view: Callable[[Any], Any]) -> "Mixture":
         """A mixture with the same shares, whose sources are `view(source)`."""
         datasets = [view(dataset) for dataset in self.datasets]
@@ -226,6 +251,72 @@ def _order(sizes: tuple[int, ...], draws: tuple[int, ...], seed: int, epoch: int
     return order
 
 
+def check_rates(sources: dict[str, Episodes], allowed: bool) -> None:
+    """Refuse sources with different frames a second, where they are known, unless that is `allowed`, which is said.
+
+    Raises:
+        UserError: naming two of them.
+    """
+    rates = {name: float(data.stored["fps"]) for name, data in sources.items() if data.stored.get("fps")}
+    for name, rate in rates.items():
+        first = next(iter(rates))
+        if abs(rate - rates[first]) > SAME_RATE * max(rate, rates[first]):
+            differ = f"{first} has {rates[first]:g} frames a second, {name} has {rate:g}"
+            if not allowed:
+                remedy = "resample one of them, or mix them all the same with --dataset.allow-fps"
+                raise UserError(f"--dataset.sources: {differ}, so that the same action is another one; {remedy}")
+            logger.warning("mixture: %s (--dataset.allow-fps)", differ)
+
+
+def align(sources: dict[str, Episodes], by_place: bool) -> None:
+    """Put the dimensions of all sources in the order of the first one that names them; changed orders are said.
+
+    Args:
+        by_place: Leave sources with other names as they are, instead of refusing them.
+
+    Raises:
+        UserError: a source has other names; names the first that differs.
+    """
+    kept = {name: data.stored["keys"] for name, data in sources.items() if data.stored.get("keys")}
+    for name, keys in kept.items():
+        first = next(iter(kept))
+        if keys != kept[first] and sources[name].stored["format"] == sources[first].stored["format"] and not by_place:
+            what = f"observation.state is {' '.join(kept[first])} in {first}, {' '.join(keys)} in {name}"
+            raise UserError(f"--dataset.sources: {what}; set the option keys alike, as in demos.hdf5,keys=A B:0.5")
+    for key in dict.fromkeys(key for data in sources.values() for key in data.names):
+        if not all(key in data.columns or key in data.observations for data in sources.values()):
+            continue  # it is left out
+        named = {name: data.names[key] for name, data in sources.items() if not numbered(data.names.get(key, []))}
+        if not named:
+            continue
+        first, order = next(iter(named.items()))
+        if silent := [name for name in sources if name not in named]:
+            what = f"mixture: {silent[0]} does not name the dimensions of {key!r}, which count as those of {first}"
+            logger.info("%s in their order", what)
+        for name, found in named.items():
+            if set(found) == set(order) and found != order:
+                reorder(sources[name], key, [found.index(dimension) for dimension in order])
+                logger.info("mixture: %r of %s is put in the order of %s: %s", key, name, first, ", ".join(order))
+            elif len(found) == len(order) and found != order and not by_place:
+                own, other = (next(d for d in x if d not in y) for x, y in ((order, found), (found, order)))
+                raise UserError(
+                    f"--dataset.sources: the dimensions of {key!r} have different names: {own!r} is in {first} alone,"
+                    f" {other!r} in {name}; if these are the same in the same order, set --dataset.allow-names"
+                )
+
+
+def numbered(names: Sequence[str]) -> bool:
+    """Whether names tell no more than places, such as "state.0"; also where there are none."""
+    return all(name.rpartition(".")[2].isdigit() for name in names)
+
+
+def reorder(data: Episodes, key: str, places: list[int]) -> None:
+    """Put the dimensions `places` of a key in this order, in the episodes themselves."""
+    store = data.columns if key in data.columns else data.observations
+    store[key] = store[key][..., places]
+    data.names = data.names | {key: [data.names[key][place] for place in places]}
+
+
 def common_keys(datasets: dict[str, Any]) -> list[str]:
     """The keys that the items of all datasets have. Raises UserError: shapes or types that differ."""
     first, *others = datasets
@@ -234,6 +325,10 @@ def common_keys(datasets: dict[str, Any]) -> list[str]:
     for name, item in items.items():
         if dropped := [key for key in item if key not in keys]:
             logger.info("mixture: %s of %s is left out, since not all sources have it", ", ".join(dropped), name)
+        if "task" in dropped and (several := len(getattr(datasets[name], "tasks", ()))) > 1:
+            without = next(other for other in items if "task" not in items[other])
+            why = f"{without} has no texts of tasks, so the {several} tasks of {name} are not told apart"
+            logger.warning("mixture: %s", why)
         for key in keys:
             here, there = items[first][key], item[key]
             if isinstance(here, Tensor) and (here.shape, here.dtype) != (there.shape, there.dtype):
@@ -255,7 +350,8 @@ def weighted_statistics(datasets: list[Any], shares: list[float], key: str) -> d
     stats |= {"min": np.min([s["min"] for s in each], 0), "max": np.max([s["max"] for s in each], 0)}
     rows = np.concatenate([value.numpy().astype(np.float64) for value in values])
     weight = np.concatenate([np.full(len(v), share / len(v)) for v, share in zip(values, shares, strict=True)])
-    stats |= {"q01": quantile(rows, weight, 0.01), "q99": quantile(rows, weight, 0.99)}
+    q01, usual, q99 = (quantile(rows, weight, q) for q in (0.01, 0.5, 0.99))
+    stats["q01"], stats["q99"] = on_plateau(usual, weight @ (rows == usual), q01, q99)
     return {name: value.tolist() for name, value in stats.items()}
 
 
@@ -289,11 +385,12 @@ def through(
         if isinstance(dataset, Mixture):
             return dataset.mapped(seen)
         if isinstance(dataset, EpisodeDataset):
-            if pictures := [key for key in dataset.episodes.observations if key.startswith(IMAGES)]:
+            if pictures := list(dataset.episodes.cameras):
                 raise UserError(f"{trainer} takes vectors; the data has {pictures[0]!r}: leave out --dataset.cameras")
             return view(dataset)
         if not plain:
-            raise UserError(f"{trainer} needs episodes; the data is a {type(dataset).__name__} of single items")
+            kind = type(getattr(dataset, "dataset", dataset)).__name__  # as the user has it
+            raise UserError(f"{trainer} needs episodes; the data is a {kind} of single items")
         return dataset
 
     return data | {key: seen(data[key]) for key in ("dataset", "validation") if key in data}

@@ -8,6 +8,7 @@ episodes are truncated. The single-task variants relabel the same rows with rewa
 import logging
 import re
 import warnings
+import zipfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,15 +17,31 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..data.pictures import IMAGES, layout_of
 from ..envs.metaworld import draw_off_screen
 from ..errors import UserError, nearest, require
-from .episodes import IMAGES, Episodes, Reader, as_tensor, chosen_cameras, with_final
+from .episodes import Episodes, Reader, as_tensor, choose_episodes, chosen_cameras, flat_names, tell_unused, with_final
 from .untrusted import existing, read_npz
 
 logger = logging.getLogger(__name__)
 WHAT = "a npz file of OGBench (observations, actions, terminals)"
+ARRAYS = ("observations", "actions", "terminals", "rewards", "masks")
+FLAGS = ("terminals", "rewards", "masks")
+# Names of the data that --dataset.rename may use, too.
+ALIAS = {"observation.state": "observations", "action": "actions", "reward": "rewards"}
 STATE = ("qpos", "button_states")  # the arrays that single-task rewards are computed from
 KINDS = ("play", "noisy", "navigate", "stitch", "explore")  # of data: the word after the environment in a file's name
+
+
+def names_in(path: Path) -> list[str]:
+    """The names of the arrays of a npz file; none where it is no zip file."""
+    names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    return [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
+
+
+def _pictures(array: np.ndarray) -> bool:
+    """Whether observations `[N, ...]` are pictures."""
+    return array.dtype == np.uint8 and array.ndim > 2
 
 
 @dataclass(frozen=True)
@@ -66,7 +83,8 @@ class OGBenchDataset(Reader):
             raise UserError(f"{path}: an episode without an action; expected two rows or more up to each terminal")
         ends = counts.cumsum(0)
         at, after = with_final(ends)
-        columns = {"action": as_tensor(rows["actions"][~last])}
+        shapes = {"observation.state": rows["observations"].shape[1:], "action": rows["actions"].shape[1:]}
+        columns = {"action": as_tensor(rows["actions"][~last].reshape(int((~last).sum()), -1))}
         name = self._environment(path)
         if name:
             columns |= self._rewards(path, name, rows, at, after)
@@ -75,17 +93,24 @@ class OGBenchDataset(Reader):
             if "masks" in rows:
                 columns["terminated"] = torch.from_numpy(rows["masks"][~last] == 0)
         observations: dict[str, Any] = {}
-        if rows["observations"].ndim == 4:
+        if _pictures(rows["observations"]):
+            shapes.pop("observation.state")
+            layout = layout_of(rows["observations"].shape[1:], f"{path}: 'observations'")
             for camera in chosen_cameras(self.cameras, ["camera"], str(path)):
-                observations[IMAGES + camera] = torch.from_numpy(rows["observations"]).permute(0, 3, 1, 2).contiguous()
+                observations[IMAGES + camera] = layout(torch.from_numpy(rows["observations"])).contiguous()
         else:
             chosen_cameras(self.cameras, [], str(path))
-            observations["observation.state"] = as_tensor(rows["observations"].astype(np.float32))
-        stored = {"format": "ogbench", "env": name}
-        episodes = Episodes(str(path), ends, columns, observations, at, after, stored=stored)
-        held_out = None
+            state = rows["observations"].reshape(len(last), -1).astype(np.float32)
+            observations["observation.state"] = as_tensor(state)
+        stored = {"format": "ogbench", "env": name} | self._unused(files)
+        names = {k: flat_names(k.removeprefix("observation."), shape) for k, shape in shapes.items() if len(shape) != 1}
+        episodes = Episodes(str(path), ends, columns, observations, at, after, stored=stored, names=names)
+        held_out, own = None, int(parts[0]["terminals"].astype(bool).sum())
+        if self.episodes:  # of the first file; those of the other one stay held out
+            chosen = choose_episodes(self.episodes, range(own), str(path))
+            episodes, own = episodes.subset([*chosen, *range(own, len(ends))]), len(chosen)
         if len(files) == 2:
-            held_out = torch.arange(len(ends)) >= int(parts[0]["terminals"].astype(bool).sum())
+            held_out = torch.arange(len(episodes.ends)) >= own
         built = self.finish(episodes, held_out)
         if name:
             built["env"] = {"name": "ogbench", "id": name, "success_timing": self.success_timing}
@@ -98,28 +123,34 @@ class OGBenchDataset(Reader):
 
     def _rows(self, file: Path) -> dict[str, np.ndarray]:
         """The arrays of a file, after checks that they fit together."""
-        rows = read_npz(
-            file, ("observations", "actions", "terminals", "rewards", "masks", *(STATE if self.task else ()))
-        )
+        found = names_in(file)
+        names = self.renamed(found, file, ALIAS)
+        wanted = ARRAYS + (STATE if self.task else ())
+        read = read_npz(file, [names.get(name, name) for name in wanted])
+        rows = {name: read[names.get(name, name)] for name in wanted if names.get(name, name) in read}
         for name in ("observations", "actions", "terminals"):
             if name not in rows:
-                raise UserError(
-                    f"{file}: no {name!r}; found: {', '.join(rows) or 'none of its arrays'}; expected {WHAT}"
-                )
-        axes = {"observations": (2, 4), "actions": (2,), "terminals": (1,), "rewards": (1,), "masks": (1,)}
+                have = ", ".join(found) or "none of its arrays"
+                raise UserError(f"{file}: no {name!r}; found: {have}; expected {WHAT}; see --dataset.rename OLD=NEW")
         count = len(rows["observations"]) if rows["observations"].ndim else 0
         for name, array in rows.items():
-            if array.ndim not in axes.get(name, (2,)) or len(array) != count:
+            if array.ndim < 1 or (name in FLAGS and array.ndim > 1) or len(array) != count:
                 raise UserError(
                     f"{file}: {name!r} has shape {array.shape}; expected {count} rows like the observations"
                 )
-        if rows["observations"].ndim == 4 and rows["observations"].dtype != np.uint8:
-            raise UserError(f"{file}: pictures of {rows['observations'].dtype}; expected uint8")
         if not count:
             raise UserError(f"{file}: the dataset is empty; expected at least one episode with one step")
         if not rows["terminals"][-1]:
             raise UserError(f"{file}: the last row is not marked in 'terminals'; the file is incomplete")
         return rows
+
+    def _unused(self, files: list[Path]) -> dict[str, str]:
+        """The arrays that are not read, for `stored`."""
+        names = self.renamed(names_in(files[0]), files[0], ALIAS)
+        wanted = ARRAYS + (STATE if self.task else ())
+        why = dict.fromkeys(STATE, "for --dataset.task")
+        rest = {old: (None, why.get(name, "not of OGBench")) for name, old in names.items() if name not in wanted}
+        return tell_unused(str(files[0]), rest)
 
     def _stem(self, path: Path) -> str:
         """The environment in the file's name, such as cube-single; "" where the name has none."""

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .episodes import Reader, as_tensor, chosen_cameras, from_columns
+from .episodes import Reader, as_tensor, chosen_cameras, from_columns, tell_unused
+from .ogbench import names_in
 from .untrusted import existing, read_npz
 
 WHAT = "a npz file of Push-T (state, action, episode_ends)"
@@ -31,10 +32,15 @@ class PushTDataset(Reader):
         """
         path = existing(self.path, WHAT)
         chosen_cameras(self.cameras, [], str(path))
-        arrays = read_npz(path, [*WIDTHS, "episode_ends", "reward"])
+        names = self.renamed(names_in(path), path, {"observation.state": "state"})
+        wanted = (*WIDTHS, "episode_ends", "reward")
+        read = read_npz(path, [names.get(name, name) for name in wanted])
+        arrays = {name: read[names.get(name, name)] for name in wanted if names.get(name, name) in read}
         for name in (*WIDTHS, "episode_ends"):
             if name not in arrays:
-                raise UserError(f"{path}: no {name!r}; expected {WHAT}")
+                found = ", ".join(names) or "none of its arrays"
+                raise UserError(f"{path}: no {name!r}; found: {found}; expected {WHAT}; see --dataset.rename OLD=NEW")
+        rest = {old: (None, "not of Push-T") for name, old in names.items() if name not in wanted}
         ends = arrays["episode_ends"]
         if (
             ends.ndim != 1
@@ -57,4 +63,5 @@ class PushTDataset(Reader):
             # The reward is coverage / 0.95, at most 1; above a coverage of 0.95 the environment ends the episode.
             columns["terminated"] = columns["reward"] >= 1
         episodes = from_columns(columns, torch.from_numpy(ends.astype(np.int64)), str(path))
-        return self.finish(episodes) | {"env": {"name": "pusht"}}
+        episodes.stored |= tell_unused(str(path), rest)
+        return self.finish(self.chosen(episodes)) | {"env": {"name": "pusht"}}

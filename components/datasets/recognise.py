@@ -4,7 +4,7 @@ import zipfile
 from pathlib import Path
 
 from ..errors import UserError
-from .untrusted import hdf5, open_hdf5
+from .untrusted import check_regular, hdf5, open_hdf5
 
 
 def recognise(path: str) -> str:
@@ -12,12 +12,20 @@ def recognise(path: str) -> str:
     found = Path(path).expanduser()
     if not found.exists():
         raise UserError(f"{path}: no such file or folder")
+    check_regular(found, may_be_folder=True)
     if found.is_dir():
-        marks = {"meta/info.json": "lerobot", "data/metadata.json": "minari", "metadata.json": "minari"}
+        marks = {
+            "meta/info.json": "lerobot",
+            "meta_data/info.json": "lerobot",
+            "data/metadata.json": "minari",
+            "metadata.json": "minari",
+        }
         marks |= {"meta/episode_ends": "zarr"}
         for mark, name in marks.items():
             if (found / mark).exists():
                 return name
+        if next(found.glob("episode_*.hdf5"), None):
+            return "aloha"
     elif found.suffix == ".npz":
         names = zipfile.ZipFile(found).namelist() if zipfile.is_zipfile(found) else []
         return "pusht" if "episode_ends.npy" in names else "ogbench"
@@ -25,11 +33,11 @@ def recognise(path: str) -> str:
         return "zarr"
     elif found.suffix in (".hdf5", ".h5"):
         with open_hdf5(found) as file:
-            if hdf5(file, "observations") is not None:
-                return "d4rl"
+            if (observations := hdf5(file, "observations")) is not None:
+                return "aloha" if hasattr(observations, "keys") else "d4rl"
             if hdf5(file, "data") is not None:
                 return "robomimic"
     raise UserError(
         f"{path}: not recognised as lerobot (meta/info.json), minari (data/metadata.json), robomimic or d4rl (.hdf5),"
-        " ogbench or pusht (.npz) or zarr (meta/episode_ends); name the format"
+        " aloha (episode_0.hdf5), ogbench or pusht (.npz) or zarr (meta/episode_ends); name the format"
     )

@@ -1,6 +1,7 @@
 """robomimic's HDF5 files (Mandlekar et al., 2021), and the raw recordings of robosuite's human teleoperation.
 
 Layout: `data/demo_<i>/{actions, rewards, dones, obs/<key>, next_obs/<key>}` and `mask/<name>`, lists of demonstrations.
+The text of a task is that of RoboCasa's `ep_meta` of a demonstration, or of LIBERO's `problem_info` of the file.
 The meaning of `dones` depends on how the file was made (`--done_mode`: 0 success, 1 the last step, 2 both), so it marks
 no terminal state by itself; see the option `dones`.
 
@@ -9,6 +10,7 @@ A raw recording has `states` (time, positions, velocities of the simulator) and 
 
 import json
 import logging
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,25 +19,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.pictures import IMAGES, camera_of, find_layout, layout_of
 from ..errors import UserError, nearest
 from .episodes import (
-    IMAGES,
     Episodes,
     Reader,
+    choose_episodes,
     chosen_cameras,
+    flat_names,
     held_out_episodes,
     join_successors,
     steps_only,
+    tell_unused,
     with_final,
 )
 from .frames import HDF5Frames
 from .untrusted import (
+    check_declared,
     check_hdf5,
+    check_members,
     check_memory,
     demonstration_number,
     existing,
     hdf5,
     open_hdf5,
+    own_numbers,
     read_checked,
     read_hdf5,
 )
@@ -76,30 +84,39 @@ class RobomimicDataset(Reader):
         """
         path = existing(self.path, WHAT)
         with open_hdf5(path) as file:
-            names = sorted((hdf5(file, "data") or {}).keys(), key=demonstration_number)
-            names = [name for name in names if hdf5(file, f"data/{name}/actions") or hdf5(file, f"data/{name}/states")]
+            data = hdf5(file, "data") or {}
+            names = sorted(data.keys(), key=demonstration_number)
+            check_members(path, names, "demonstrations")
+            known = self._known(path, file, names)
+            marks = (known.get("actions", "actions"), "states")
+            names = [name for name in names if any(hdf5(data, f"{name}/{mark}") for mark in marks)]
             if not names:
                 raise UserError(f"{path}: no demonstrations; expected {WHAT}")
             held_out: Tensor | None = None
+            valid: set[str] = set()
             if self.split:
                 chosen = self._mask(file, self.split, names)
-                valid = (
-                    set(self._mask(file, "valid", names))
-                    if self.split == "train" and hdf5(file, "mask/valid")
-                    else set()
-                )
+                if self.split == "train" and hdf5(file, "mask/valid"):
+                    valid = set(self._mask(file, "valid", names))
                 names = [name for name in names if name in chosen or name in valid]
-                held_out = torch.tensor([name in valid for name in names]) if valid else None
+            of = f"{path} (mask/{self.split})" if self.split else str(path)
+            numbers = own_numbers(names)
+            places = choose_episodes(self.episodes, numbers, of)
+            names, numbers = [names[place] for place in places], [numbers[place] for place in places]
+            if valid & set(names):
+                held_out = torch.tensor([name in valid for name in names])
             if hdf5(file, f"data/{names[0]}/obs") is None:
                 chosen_cameras(self.cameras, [], str(path))
+                if self.rename:
+                    raise UserError(f"--dataset.rename: {path} is a raw recording, whose names are known; leave it out")
                 if self.keys:
                     raise UserError(f"--dataset.keys: {path} is a raw recording, which has states only; leave it out")
-                episodes = read_raw(path, file, names)
+                episodes = replace(read_raw(path, file, names), numbers=numbers)
                 whole = held_out_episodes(episodes.lengths, self.validation, self.seed)
                 if self.validation > 0 and held_out is None and not whole.any():
                     episodes, held_out = by_time(episodes, self.validation)
             else:
-                episodes = self._read(path, file, names)
+                episodes = replace(self._read(path, file, names, known), numbers=numbers)
         return self.finish(episodes, held_out)
 
     def _mask(self, file: Any, name: str, known: list[str]) -> list[str]:
@@ -118,35 +135,50 @@ class RobomimicDataset(Reader):
             raise UserError(f"{file.filename}: mask/{name} is empty; expected at least one demonstration")
         return values
 
-    def _read(self, path: Path, file: Any, names: list[str]) -> Episodes:
-        """Read the demonstrations `names` of a robomimic file."""
+    def _known(self, path: Path, file: Any, demos: list[str]) -> dict[str, str]:
+        """Name that is read -> name in the file, of the arrays of the first demonstration and of its observations."""
+        if not demos:
+            return {}
+        own = [key for key in hdf5(file, f"data/{demos[0]}") or () if key not in ("obs", "next_obs")]
+        obs = [key for key in hdf5(file, f"data/{demos[0]}/obs") or () if key not in own]
+        return self.renamed([*own, *obs], path, {"action": "actions", "reward": "rewards"})
+
+    def _read(self, path: Path, file: Any, names: list[str], known: dict[str, str]) -> Episodes:
+        """Read the demonstrations `names` of a robomimic file; `known` has the names of its arrays."""
         demos = [f"data/{name}" for name in names]
-        lengths = [_rows(file, demo) for demo in demos]
+        actions, rewards, done = (known.get(name, name) for name in ("actions", "rewards", "dones"))
+        lengths = [_rows(file, demo, actions) for demo in demos]
         ends = torch.tensor(lengths).cumsum(0)
-        observed = {key: hdf5(file, f"{demos[0]}/obs/{key}") for key in hdf5(file, f"{demos[0]}/obs")}
-        found = {k.removesuffix("_image"): k for k, a in observed.items() if a.ndim == 4 and a.dtype == np.uint8}
-        cameras = chosen_cameras([c.removesuffix("_image") for c in self.cameras], list(found), str(path))
-        keys = self.keys or self._default_keys(file, [key for key, array in observed.items() if array.ndim <= 2])
+        members = hdf5(file, f"{demos[0]}/obs")
+        observed = {key: hdf5(file, f"{demos[0]}/obs/{old}") for key, old in known.items() if old in members}
+        observed = {key: array for key, array in observed.items() if hasattr(array, "ndim")}
+        found = {camera_of(k).removesuffix("_image"): k for k, array in observed.items() if _is_camera(k, array)}
+        cameras = chosen_cameras([camera_of(c).removesuffix("_image") for c in self.cameras], list(found), str(path))
+        vectors = [key for key in observed if key not in found.values()]
+        keys = self.keys or self._default_keys(file, [key for key in vectors if observed[key].ndim <= 3])
         for key in keys:
-            if key not in observed or observed[key].ndim > 2:
-                vectors = [k for k, array in observed.items() if array.ndim <= 2]
+            if key not in vectors:
                 raise UserError(
                     f"--dataset.keys {key}: no such low-dimensional observation in {path}; {nearest(key, vectors)}"
                 )
         if not keys and not cameras:
             raise UserError(f"{path}: no observations are chosen; see --dataset.keys and --dataset.cameras")
+        rest = {key: (observed[key].shape[1:], "see --dataset.keys") for key in vectors if key not in keys}
+        own = (key for key, old in known.items() if old not in members and key not in ("actions", "rewards", "dones"))
+        rest |= dict.fromkeys(own, (None, "no observation"))
+        files_names = [known[key] for key in keys]
         has_next = all(hdf5(file, f"{demo}/next_obs") is not None for demo in demos)
-        columns = {"action": _columns(file, [f"{demo}/actions" for demo in demos], lengths)}
-        if all(hdf5(file, f"{demo}/rewards") is not None for demo in demos):
-            columns["reward"] = _columns(file, [f"{demo}/rewards" for demo in demos], lengths).squeeze(1)
-            if all(hdf5(file, f"{demo}/dones") is not None for demo in demos):
-                dones = _columns(file, [f"{demo}/dones" for demo in demos], lengths).squeeze(1) > 0
+        columns = {"action": _columns(file, [f"{demo}/{actions}" for demo in demos], lengths)}
+        if all(hdf5(file, f"{demo}/{rewards}") is not None for demo in demos):
+            columns["reward"] = _columns(file, [f"{demo}/{rewards}" for demo in demos], lengths).squeeze(1)
+            if all(hdf5(file, f"{demo}/{done}") is not None for demo in demos):
+                dones = _columns(file, [f"{demo}/{done}" for demo in demos], lengths).squeeze(1) > 0
                 columns["terminated"] = self._terminated(dones, columns["reward"], ends, str(path))
         now, then = {}, {}
         if keys:
-            now["observation.state"] = _beside(file, demos, "obs", keys, lengths)
+            now["observation.state"] = _beside(file, demos, "obs", files_names, lengths)
             if has_next:
-                then["observation.state"] = _beside(file, demos, "next_obs", keys, lengths)
+                then["observation.state"] = _beside(file, demos, "next_obs", files_names, lengths)
         if has_next and now:
             now, at, after = join_successors(now, then, ends)
         else:
@@ -155,9 +187,15 @@ class RobomimicDataset(Reader):
                 at, after = with_final(ends)
         observations: dict[str, Any] = dict(now)
         for camera in cameras:
-            observations[IMAGES + camera] = _pictures(path, file, demos, found[camera], lengths, at, after)
-        stored = {"format": "robomimic", "keys": list(keys)}
-        return Episodes(str(path), ends, columns, observations, at, after, stored=stored)
+            observations[IMAGES + camera] = _pictures(path, file, demos, known[found[camera]], lengths, at, after)
+        if texts := task_texts(file, demos):
+            tasks = list(dict.fromkeys(texts))
+            of_each = torch.tensor([tasks.index(text) for text in texts])
+            columns["task_index"] = torch.repeat_interleave(of_each, torch.tensor(lengths))
+        stored = {"format": "robomimic", "keys": list(keys)} | tell_unused(str(path), rest)
+        named = {"observation.state": [name for key in keys for name in flat_names(key, observed[key].shape[1:])]}
+        names_of, tasks = named if keys else {}, list(dict.fromkeys(texts))
+        return Episodes(str(path), ends, columns, observations, at, after, tasks, stored, names_of)
 
     def _default_keys(self, file: Any, vectors: list[str]) -> tuple[str, ...]:
         """The default of the option `keys`."""
@@ -183,6 +221,21 @@ class RobomimicDataset(Reader):
                 kind = "end"
                 logger.info("%s: `dones` marks ends of demonstrations, so no step is terminal (--dataset.dones)", name)
         return dones if kind == "success" else torch.zeros_like(dones)
+
+
+def task_texts(file: Any, demos: list[str]) -> list[str]:
+    """The text of each demonstration's task, as RoboCasa and LIBERO write it; [] where some have none."""
+    found: list[str] = []
+    for demo in demos:
+        for group, attribute, name in ((demo, "ep_meta", "lang"), ("data", "problem_info", "language_instruction")):
+            try:
+                text = json.loads(hdf5(file, group).attrs[attribute])[name]
+            except (KeyError, ValueError, TypeError, RecursionError):
+                continue
+            if isinstance(text, str):
+                found.append(text)
+                break
+    return found if len(found) == len(demos) else []
 
 
 def read_raw(path: Path, file: Any, names: list[str]) -> Episodes:
@@ -233,7 +286,7 @@ def by_time(episodes: Episodes, fraction: float) -> tuple[Episodes, Tensor | Non
     at, after = steps_only(ends)
     held_out = ((ends[:, None] > starts) & (ends[:, None] <= starts + STRETCH)).any(1)
     stored = episodes.stored | {"held out": f"{count} stretches of {STRETCH} steps, at which the episodes are cut"}
-    return replace(episodes, ends=ends, at=at, after=after, stored=stored), held_out
+    return replace(episodes, ends=ends, at=at, after=after, stored=stored, numbers=()), held_out
 
 
 def _rows(file: Any, demo: str, array: str = "actions") -> int:
@@ -258,13 +311,12 @@ def _columns(file: Any, names: list[str], lengths: list[int], dtype: Any = np.fl
         if array is None:
             raise UserError(f"{file.filename}: no {name}, which other demonstrations have")
         check_hdf5(array)
-        width = 1 if array.ndim == 1 else array.shape[-1]
-        if array.ndim not in (1, 2) or array.shape[0] != rows:
+        if array.ndim < 1 or array.shape[0] != rows:
             raise UserError(f"{file.filename}: {name} has shape {array.shape}; expected {rows} rows of vectors")
-        if arrays and width != (arrays[0].shape[-1] if arrays[0].ndim == 2 else 1):
-            raise UserError(f"{file.filename}: {name} has width {width}, {names[0]} has {arrays[0].shape[-1]}")
+        if arrays and array.shape[1:] != arrays[0].shape[1:]:
+            raise UserError(f"{file.filename}: {name} has width {_width(array)}, {names[0]} has {_width(arrays[0])}")
         arrays.append(array)
-    width = 1 if arrays[0].ndim == 1 else arrays[0].shape[1]
+    width = math.prod(arrays[0].shape[1:])
     check_memory(sum(lengths) * width * np.dtype(dtype).itemsize, f"{file.filename}: {names[0]} and its like")
     out = np.empty((sum(lengths), width), dtype)
     start = 0
@@ -289,9 +341,10 @@ def _pictures(
         names += [f"{demo}/next_obs/{key}" for demo in demos]
     for name, rows in zip(names, lengths * 2, strict=False):
         array = hdf5(file, name)
-        if array is None or array.shape != (rows, *shape) or array.dtype != np.uint8:
+        if array is None or array.shape != (rows, *shape) or array.dtype.kind not in "uf":
             found = "missing" if array is None else f"{array.dtype} of shape {array.shape}"
             raise UserError(f"{path}: {name} is {found}; expected {rows} pictures of shape {shape}")
+        check_declared(array)
     episode = np.repeat(np.arange(len(demos)), lengths)
     step = np.concatenate([np.arange(rows) for rows in lengths])
     count = int(max(at.max(), after.max())) + 1
@@ -299,9 +352,20 @@ def _pictures(
     known = after >= 0
     array_of[after[known]], row_of[after[known]] = episode[known] + len(demos), step[known]
     array_of[at], row_of[at] = episode, step  # where both have a picture, they are equal
-    channels_first = shape[2] not in (1, 3, 4)
-    size = shape if channels_first else (shape[2], *shape[:2])
-    return HDF5Frames(path, names, array_of, row_of, size, channels_first)
+    return HDF5Frames([path], names, array_of, row_of, layout_of(shape, f"{path}: {names[0]}"))
+
+
+def _width(array: Any) -> Any:
+    """Width of the rows of an array, or their shape where they have several axes."""
+    shape = array.shape[1:] or (1,)
+    return shape[0] if len(shape) == 1 else shape
+
+
+def _is_camera(name: str, array: Any) -> bool:
+    """Whether an observation `[T, ...]` is a camera: bytes of two axes or more, or floats that are named an image."""
+    if array.dtype == np.uint8:
+        return array.ndim > 2
+    return name.endswith("_image") and array.ndim == 4 and find_layout(array.shape[1:]) is not None
 
 
 def _found(names: Any) -> str:

@@ -6,6 +6,8 @@ lies side by side in one resident table, so that a batch is one indexed read.
 
 import logging
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..contracts import Goals, Rollouts, Window, request_of
+from ..data.items import as_kept
 from ..data.returns import n_step_return, returns_to_go
 from ..errors import UserError
-from .episodes import Batched, EpisodeDataset, take
+from .episodes import Batched, EpisodeDataset, Episodes, take
 from .goals import goal_transitions
 from .mixture import through
 
@@ -30,15 +33,18 @@ def prepared(data: dict[str, Any], trainer: type, name: str, config: Any) -> dic
         name: Of the trainer, for messages.
 
     Raises:
-        UserError: data that does not fit, as of `transitions` and `goal_transitions`; a trainer that asks for rollouts.
+        UserError: pictures that are none; data that does not fit, as of `transitions` and `goal_transitions`; a trainer
+            that asks for rollouts.
     """
-    match request_of(trainer, config):
+    request = request_of(trainer, config)
+    if isinstance(request, Rollouts):
+        raise UserError(f"{name} learns from rollouts of its own policy; run it by online_trainer.py")
+    data = as_kept(data)
+    match request:
         case Window() as window:
             return transitions(data, name, window)
         case Goals() as goals:
             return goal_transitions(data, name, goals)
-        case Rollouts():
-            raise UserError(f"{name} learns from rollouts of its own policy; run it by online_trainer.py")
     return data
 
 
@@ -66,11 +72,27 @@ def transitions(data: dict[str, Any], trainer: str, window: Window) -> dict[str,
                 "no step of this data is 'terminated': every episode counts as cut short, and the value of what would"
                 " have followed is added at its end; right for tasks without an end, wrong where success ends them"
             )
+        if any(part.sparse for part in parts):
+            logger.warning(
+                "the rewards of this antmaze data are 0 and 1, from which %s learns little; with"
+                " --dataset.reward-shift -1 each step before the goal costs 1, as in published results",
+                trainer,
+            )
+        if (several := len({text for part in parts for text in part.texts})) > 1:
+            logger.warning(
+                "%s does not observe the texts of the tasks: the %d of this data are learnt as one", trainer, several
+            )
         least, most = min(part.returns[0] for part in parts), max(part.returns[1] for part in parts)
         data["norm_stats"] = data["norm_stats"] | {"reward": {"return_min": least, "return_max": most}}
         if window.to_go:
             data["norm_stats"]["return_to_go"] = {"like": "reward"}
     return data
+
+
+def is_antmaze(data: Episodes) -> bool:
+    """Whether a dataset is one of D4RL's antmaze tasks, by the name of its task, file or folder."""
+    named = f"{data.stored.get('task', '')} {Path(data.name).name}"
+    return "antmaze" in re.sub(r"[-_]", "", named.lower())
 
 
 class Table(Batched):
@@ -158,6 +180,9 @@ class Transitions(Table):
             columns["return_to_go"] = returns_to_go(data.columns["reward"], terminated, data.ends, discount)[rows]
         super().__init__(columns)
         self.terminates = bool(terminated[rows].any())
+        values = data.columns["reward"].unique().tolist()
+        self.sparse = is_antmaze(data) and len(values) == 2 and values[0] == 0  # unless they were shifted
+        self.texts = data.tasks
         totals = returns_to_go(data.columns["reward"], torch.zeros_like(terminated), data.ends, 1.0)
         totals = totals[source.first[rows].unique()]  # of each episode
         self.returns = (float(totals.min()), float(totals.max()))

@@ -25,15 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.pictures import CHANNELS, IMAGES, as_bytes, camera_of, find_layout, layout_of
 from ..errors import UserError, nearest, require
-from .episodes import IMAGES, Episodes, Reader, as_tensor, chosen_cameras, steps_only
+from .episodes import Episodes, Reader, as_tensor, chosen_cameras, flat_names, steps_only, tell_unused
 from .frames import Frames
-from .untrusted import check_memory, existing, inflated, inside
+from .untrusted import ROW, Ledger, check_memory, existing, inflated, inside
 
 METADATA = (".zarray", "zarr.json")  # of an array in format 2 and 3
 METADATA_LIMIT = 1 << 20  # bytes; real metadata takes less than a thousand
 PACKERS = {2: ("blosc", "zlib", "gzip", "lz4", "zstd", "bz2", "lzma"), 3: ("blosc", "gzip", "zstd")}
-CHANNELS = (1, 3, 4)
+SIDE = 4  # pixels; floats of smaller sides are numbers, such as poses
 
 
 @dataclass(frozen=True)
@@ -55,36 +56,63 @@ class ZarrDataset(Reader):
         path = existing(self.path, "a zarr store (a folder or .zip) with data/ and meta/episode_ends")
         require("zarr.buffer", '"zarr>=3.1"')
         store = Store(path)
-        shapes = store.shapes("data")
+        held = store.shapes("data")
+        files = self.renamed(held, path, {"observation.state": "state"})
+        shapes = {name: held[old] for name, old in files.items()}
         if "action" not in shapes or (ends := store.array("meta/episode_ends")) is None:
+            have = f"found in data/: {', '.join(held) or 'nothing'}; see --dataset.rename OLD=action"
             raise UserError(
-                f"{path}: no data/action or no meta/episode_ends in it; expected both, as in diffusion_policy"
+                f"{path}: no data/action or no meta/episode_ends in it; expected both, as in diffusion_policy; {have}"
             )
         n = shapes["action"][0]
         for name, shape in shapes.items():
             if shape[0] != n:
                 raise UserError(f"{path}: data/{name} has {shape[0]} rows, data/action {n}; they must agree")
-        found = [name for name, shape in shapes.items() if len(shape) == 4 and {shape[1], shape[3]} & set(CHANNELS)]
-        cameras = chosen_cameras(self.cameras, found, str(path))
+        pictured = [
+            name for name in shapes if name not in self.keys and is_camera(store, files[name], shapes[name][1:])
+        ]
+        found = {camera_of(name): name for name in pictured}
+        cameras = chosen_cameras(self.cameras, list(found), str(path))
         for key in self.keys:
-            if key not in shapes or key in found:
-                fit = [name for name in shapes if name not in found]
+            if key not in shapes or is_camera(store, files[key], shapes[key][1:], floats=False):
+                fit = [name for name in shapes if name not in found.values()]
                 raise UserError(f"--dataset.keys {key}: no such array of vectors in {path}/data; {nearest(key, fit)}")
         if not self.keys and not cameras:
             raise UserError(f"{path}: no observations are chosen; see --dataset.keys and --dataset.cameras")
+        rewards = [name for name in ("reward", "rewards") if name in shapes][:1]
+        store.check_declared("meta/episode_ends", *(f"data/{files[name]}" for name in ("action", *self.keys, *rewards)))
         steps = _episode_ends(ends, n)
-        columns = {"action": store.vectors("action")}
-        for name in ("reward", "rewards"):
-            if name in shapes and "reward" not in columns:
-                if math.prod(shapes[name]) != n:
-                    raise UserError(f"{path}: data/{name} has shape {shapes[name]}; expected one number a row")
-                columns["reward"] = store.vectors(name).flatten()
+        columns = {"action": store.vectors(files["action"])}
+        for name in rewards:
+            if math.prod(shapes[name]) != n:
+                raise UserError(f"{path}: data/{name} has shape {shapes[name]}; expected one number a row")
+            columns["reward"] = store.vectors(files[name]).flatten()
         observations: dict[str, Any] = {}
         if self.keys:
-            observations["observation.state"] = torch.cat([store.vectors(key) for key in self.keys], 1)
-        observations |= {IMAGES + name: ZarrFrames(Array(store, f"data/{name}")) for name in cameras}
+            observations["observation.state"] = torch.cat([store.vectors(files[key]) for key in self.keys], 1)
+        observations |= {IMAGES + name: ZarrFrames(Array(store, f"data/{files[found[name]]}")) for name in cameras}
+        read = {"action", "reward", "rewards", *self.keys, *found.values()}
+        rest = {name: (shape[1:], "see --dataset.keys") for name, shape in shapes.items() if name not in read}
+        names = {"action": flat_names("action", shapes["action"][1:])} if len(shapes["action"]) != 2 else {}
+        if self.keys:
+            parts = (flat_names(key, shapes[key][1:]) for key in self.keys)
+            names["observation.state"] = [name for part in parts for name in part]
         at, after = steps_only(steps)
-        return self.finish(Episodes(str(path), steps, columns, observations, at, after, stored={"format": "zarr"}))
+        about = {"format": "zarr"} | tell_unused(str(path), rest)
+        episodes = Episodes(str(path), steps, columns, observations, at, after, stored=about, names=names)
+        return self.finish(self.chosen(episodes))
+
+
+def is_camera(store: "Store", name: str, shape: tuple[int, ...], floats: bool = True) -> bool:
+    """Whether an array of data/ holds pictures of this shape: bytes, or `floats` with an axis of channels."""
+    try:
+        dtype = Array(store, f"data/{name}").dtype if len(shape) > 1 else np.dtype(bool)
+    except UserError:  # of a kind that is not read, which is said when it is chosen
+        return False
+    if dtype == np.uint8:
+        return True
+    layout = find_layout(shape) if floats and dtype.kind == "f" and len(shape) == 3 else None
+    return layout is not None and layout.stored[0] in CHANNELS and min(layout.stored[1:]) > SIDE
 
 
 def _episode_ends(array: "Array", n: int) -> Tensor:
@@ -185,6 +213,29 @@ class Store:
         """An array, or None."""
         return None if self.metadata(name) is None else Array(self, name)
 
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Name -> stored bytes of the files directly in `folder`, and in folders in it."""
+        if self.root.is_file():
+            infos = self._zip().infolist()
+            return {info.filename: info.compress_size for info in infos if info.filename.startswith(f"{folder}/")}
+        paths = ((name, self.root / name) for name in self.files(folder))
+        return {name: path.lstat().st_size for name, path in paths if not path.is_dir()}
+
+    def check_declared(self, *names: str) -> None:
+        """Refuse arrays that together declare far more than they store, or have more chunks than files."""
+        size = stored = 0
+        for name in names:
+            array, files = Array(self, name), self.sizes(name)
+            chunks = math.prod(-(-rows // step) for rows, step in zip(array.shape, array.chunks, strict=True))
+            if chunks > len(files):
+                raise UserError(
+                    f"{array.place}: of its {chunks} chunks, {len(files)} are stored; is the copy complete?"
+                )
+            width = math.prod(array.shape[1:]) * array.dtype.itemsize
+            size += array.shape[0] * max(width, ROW if not width else 0)
+            stored += sum(files.values())
+        Ledger().add(f"{self.root}: {', '.join(names)}", (size,), 1, stored)
+
     def vectors(self, name: str) -> Tensor:
         """An array of data/ as `[N, D]` float32."""
         array = Array(self, f"data/{name}").read()
@@ -227,6 +278,7 @@ class Array:
             raise UserError(f"{self.place}: damaged metadata ({_brief(error)})") from error
         if not re.fullmatch(r"[<>|][biuf][1248]|bool|u?int(8|16|32|64)|float(16|32|64)", declared):
             raise UserError(f"{self.place} holds {declared[:40]!r}; expected numbers, and nothing pickled is read")
+        codecs = list(map(str, codecs))
         packers = [codec for codec in codecs if self.format == 2 or codec != "crc32c"]
         if other or len(packers) > 1 or not set(packers) <= set(PACKERS[self.format]):
             raise UserError(f"{self.place}: filters or compression {str(other or packers)[:60]!r} are not read")
@@ -302,7 +354,9 @@ class Array:
 
 
 class ZarrFrames(Frames):
-    """Pictures in an array `[N, H, W, C]` or `[N, C, H, W]`, bytes or floats from 0 to 255.
+    """Pictures in an array, bytes or floats; those of diffusion_policy are floats from 0 to 255.
+
+    Floats of which none in the first and the last chunk is above 1 are from 0 to 1: others would be black.
 
     Args:
         array: The array that holds them.
@@ -312,32 +366,25 @@ class ZarrFrames(Frames):
     """
 
     def __init__(self, array: Array) -> None:
-        self.array, self.channels_last = array, array.shape[3] in CHANNELS
-        height, width, channels = array.shape[1:] if self.channels_last else (*array.shape[2:], array.shape[1])
+        self.array, self.layout = array, layout_of(array.shape[1:], array.place)
         there, files = set(array.store.files(array.name)), [array.store.root]
+        if math.prod(-(-rows // step) for rows, step in zip(array.shape, array.chunks, strict=True)) > len(there):
+            raise UserError(f"{array.place}: a chunk is missing; is the copy complete?")
         for key in array.chunk_names():
             if (name := f"{array.name}/{key}") not in there:
                 raise UserError(f"{array.place}: the chunk {key} is missing; is the copy complete?")
             if array.store.root.is_dir():
                 files.append(array.store.root / name)
-        super().__init__(array.shape[0], (channels, height, width), files)
+        super().__init__(array.shape[0], self.layout.stored, files)
+        some = min(array.chunks[0], len(self))
+        ends = np.unique([*range(some), *range(len(self) - some, len(self))])
+        self.top = 255.0 if array.dtype == np.uint8 or np.nanmax(array.read(ends)) > 1 else 1.0
 
     def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
         chunks = rows // self.array.chunks[0]
         for chunk in np.unique(chunks):  # each is unpacked once, and one is kept at a time
             slots = np.flatnonzero(chunks == chunk)
-            pictures = self.array.read(rows[slots])
-            out[slots] = self._bytes(pictures.transpose(0, 3, 1, 2) if self.channels_last else pictures)
-
-    def _bytes(self, pictures: np.ndarray) -> np.ndarray:
-        """Pictures as uint8. Raises UserError: values outside 0 to 255."""
-        if pictures.dtype == np.uint8:
-            return pictures
-        if not ((pictures >= 0) & (pictures <= 255)).all():
-            raise UserError(f"{self.array.place}: pictures with values outside of 0 to 255, or NaN")
-        if pictures.max() <= 1 and (pictures % 1).any():  # such pictures would be black
-            raise UserError(f"{self.array.place}: pictures with values from 0 to 1; expected 0 to 255")
-        return np.rint(pictures).astype(np.uint8)
+            out[slots] = self.layout(as_bytes(self.array.read(rows[slots]), self.array.place, self.top))
 
 
 def _unpacked(packer: str | None, data: bytes, limit: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import UserError, nearest, require
+from ..records import too_deep
 from .workers import spread
 
 
@@ -27,6 +28,20 @@ class GymnasiumEnv:
     """Render frames off screen."""
     kwargs: str = ""
     """Arguments of the environment as JSON, such as '{"continuing_task": false}'."""
+
+    def reaches(self) -> list[tuple[str, str, str]]:
+        """The options that import a module, open a file or write one: (option, module or "", what it does)."""
+        found = []
+        if ":" in self.id:
+            module = self.id.partition(":")[0]
+            found.append(("id", module, f"imports the module {module}"))
+        if not all(map(is_word, texts_of(self._kwargs()))):
+            found.append(("kwargs", "", "may name a file"))
+        for text in self.wrappers:
+            name, _, arguments = text.partition(":")
+            if name.startswith("Record") or not all(map(is_word, texts_of(self._arguments(text, arguments)))):
+                found.append(("wrappers", "", "may name a file"))
+        return found
 
     def build(self, num_envs: int, seed: int) -> Any:
         """Make a vector environment, which resets in the step that ends an episode.
@@ -62,17 +77,11 @@ class GymnasiumEnv:
 
     def _wrapper(self, gym: Any, text: str) -> Any:
         """One of `wrappers` as a function of an environment. Raises UserError: unknown, or bad arguments."""
-        name, colon, arguments = text.partition(":")
+        name, _, arguments = text.partition(":")
         known = [word for word in gym.wrappers.__all__ if word != "vector"]
         if name not in known:
             raise UserError(f"--env.wrappers {name}: no wrapper of gymnasium.wrappers; {nearest(name, known)}")
-        try:
-            options = json.loads(arguments) if colon else {}
-            if not isinstance(options, dict):
-                raise ValueError(f"found {type(options).__name__}")
-        except ValueError as error:
-            raise UserError(f"--env.wrappers {text}: expected NAME:JSON with an object ({error})") from error
-
+        options = self._arguments(text, arguments)
         options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 
         def wrap(env: Any) -> Any:
@@ -85,12 +94,33 @@ class GymnasiumEnv:
 
         return wrap
 
+    def _arguments(self, text: str, arguments: str) -> dict[str, Any]:
+        """The arguments of one of `wrappers`. Raises UserError: no JSON object."""
+        return json_object(arguments, f"--env.wrappers {text}: expected NAME:JSON with an object")
+
     def _kwargs(self) -> dict[str, Any]:
         """The option `kwargs` as a dict. Raises UserError: no JSON object."""
-        try:
-            kwargs = json.loads(self.kwargs or "{}")
-            if not isinstance(kwargs, dict):
-                raise ValueError(f"found {type(kwargs).__name__}")
-        except ValueError as error:
-            raise UserError(f"--env.kwargs {self.kwargs}: expected a JSON object ({error})") from error
-        return kwargs
+        return json_object(self.kwargs, f"--env.kwargs {self.kwargs}: expected a JSON object")
+
+
+def json_object(text: str, problem: str) -> dict[str, Any]:
+    """A JSON object; an empty text is an empty one. Raises UserError that begins with `problem`."""
+    try:
+        found = json.loads(text or "{}")
+        if not isinstance(found, dict) or too_deep(found):
+            raise ValueError(f"found {type(found).__name__}, or one that is nested too deeply")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{problem} ({error})") from error
+    return found
+
+
+def texts_of(value: Any) -> list[str]:
+    """All texts in a JSON value, but for the keys of objects."""
+    if isinstance(value, (dict, list)):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in texts_of(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def is_word(text: str) -> bool:
+    """Whether a text can name neither a file nor a module: letters, digits, - and _ alone."""
+    return len(text) < 100 and text.replace("-", "").replace("_", "").isalnum() or not text

@@ -1,6 +1,7 @@
 """Vector environments that may fail: a call has a deadline, a fault names its environment, closing never hangs."""
 
 import contextlib
+import copy
 import signal
 import threading
 import time
@@ -10,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import SignalledExit, UserError
 
 LONGEST = 1e7  # seconds, the longest timer that every system accepts
+LARGEST_BOUND = 1e30  # of an action; beyond it no range is meant, and squares of it overflow float32
+LARGEST_INTEGER = 2.0**53  # the same of whole numbers: larger ones are not exact in float64
 
 
 class FaultyEnvError(RuntimeError):
@@ -39,7 +42,9 @@ class FaultyEnvError(RuntimeError):
         if i < 0:
             return str(self)
         text = f"environment {first + i} (seed {seeds[i]}, step {steps[i]} of its episode) {self.problem}"
-        return text if action is None else f"{text}; action {np.array2string(action[i], precision=6, threshold=20)}"
+        if action is None:
+            return text
+        return f"{text}; action {np.array2string(np.ravel(action[i]), 1000, precision=6, threshold=20)}"
 
 
 class LateError(BaseException):
@@ -78,6 +83,9 @@ def hurry(seconds: float) -> None:
 class Environments:
     """A `gymnasium.vector.VectorEnv` whose `reset` and `step` always return, or raise FaultyEnvError.
 
+    The last observation of an episode is a copy, so that a reset in the same step does not change it, where an
+    environment returns the same array each time.
+
     Args:
         make: (num_envs, seed) -> the vector environment; called again by `rebuild`.
         num_envs, seed: Its arguments in the first call.
@@ -93,16 +101,22 @@ class Environments:
         """Replace all environments, since their common vector may be in any state.
 
         Raises:
-            FaultyEnvError: they hang while they are built.
-            UserError: `make` returned another number of environments.
+            FaultyEnvError: they hang or exit while they are built.
+            UserError: `make` returned another number of environments, or wrappers that training and evaluation would
+                not share.
         """
         self.close()
         self.turn, self.answering = -1, True
         try:
             with deadline(self.timeout):
                 self.envs = self.make(self.num_envs, seed)
+                check_wrappers(self.envs)
+        except SignalledExit:
+            raise
         except LateError as error:
             raise FaultyEnvError(-1, f"took longer than {self.timeout:g} s to be made (--env-timeout)") from error
+        except SystemExit as error:
+            raise FaultyEnvError(-1, f"raised SystemExit while it was made: {error}") from error
         if self.envs.num_envs != self.num_envs:
             raise UserError(f"build({self.num_envs}, seed) returned {self.envs.num_envs} environments")
         # Environments of this process record whose turn it is, so that one that does not return is known.
@@ -116,11 +130,14 @@ class Environments:
         return getattr(self.__dict__["envs"], name)
 
     def _marking(self, index: int, call: Callable[..., Any]) -> Callable[..., Any]:
-        """A call that first records that it is the turn of environment `index`."""
+        """A call that first records that it is the turn of environment `index`; a last observation is copied."""
 
         def marked(*arguments: Any, **keywords: Any) -> Any:
             self.turn = index
-            return call(*arguments, **keywords)
+            answer = call(*arguments, **keywords)
+            if len(answer) == 5 and (answer[2] or answer[3]):
+                return copy.deepcopy(answer[0]), *answer[1:]
+            return answer
 
         return marked
 
@@ -132,6 +149,10 @@ class Environments:
         """As the vector environment's own."""
         return self._call("step", self.envs.step, action)
 
+    def render(self) -> Any:
+        """As the vector environment's own."""
+        return self._call("render", self.envs.render)
+
     def _call(self, name: str, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         """Call within the deadline. Raises FaultyEnvError on any fault."""
         self.turn, self.answering, began = -1, False, time.monotonic()
@@ -140,14 +161,16 @@ class Environments:
                 answer = call(*arguments, **keywords)
             self.answering = True
             return answer
-        except FaultyEnvError:  # raised by a worker, which knows the index
+        except (FaultyEnvError, SignalledExit):  # raised by a worker, which knows the index; or by a signal
             raise
         except LateError as error:
             problem = f"did not come back from {name} within {time.monotonic() - began:.0f} s (--env-timeout)"
             raise FaultyEnvError(self._culprit(error), problem) from error
         except (EOFError, ConnectionError) as error:
             raise FaultyEnvError(self._culprit(error), f"died in {name}") from error
-        except (Exception, KeyboardInterrupt) as error:  # a worker process forwards its Ctrl-C
+        except UserError:  # our own
+            raise
+        except (Exception, KeyboardInterrupt, SystemExit) as error:  # a worker process forwards its Ctrl-C
             problem = f"raised {type(error).__name__} in {name}: {error}"
             raise FaultyEnvError(self._culprit(error), problem) from error
 
@@ -169,7 +192,7 @@ class Environments:
             return
         base: Any = getattr(self.envs, "unwrapped", None)
         processes = getattr(base, "processes", ())
-        with contextlib.suppress(Exception, LateError), deadline(5.0):
+        with contextlib.suppress(Exception, LateError, SystemExit), deadline(5.0):
             if self.answering or not processes:
                 self.envs.close()
         for process in processes:
@@ -179,24 +202,94 @@ class Environments:
         self.envs = None
 
 
-def autoreset_mode(envs: Any) -> str:
-    """When a vector environment starts new episodes: "nextstep" (Gymnasium's default), "samestep" or "disabled"."""
-    mode = (getattr(envs, "metadata", None) or {}).get("autoreset_mode", "NextStep")
-    return str(getattr(mode, "value", mode)).replace("_", "").lower()
+def layers(env: Any) -> Iterator[Any]:
+    """An environment or vector environment and, one after the other, those inside it, as far as they are one."""
+    seen: list[Any] = []
+    while env is not None and not any(env is one for one in seen):
+        yield env
+        seen.append(env)
+        inside = vars(env) if hasattr(env, "__dict__") else {}
+        env = inside.get("env", inside.get("envs"))  # of Gymnasium's wrappers, or of `OnTop`
+        env = None if isinstance(env, (list, tuple)) else env
+
+
+KEEPS_STATISTICS = {
+    "NormalizeObservation": "--normalise-observations of online_trainer.py",
+    "NormalizeReward": "--normalise-rewards of online_trainer.py",
+}
+STATISTICS = {"obs_rms": "NormalizeObservation", "return_rms": "NormalizeReward"}  # attributes, also of their copies
+CHANGES_REWARDS = ("TransformReward", "VectorizeTransformReward")  # also ClipReward
+
+
+def check_wrappers(envs: Any) -> None:
+    """Refuse wrappers with which returns are not those of the environment, or depend on statistics of its own.
+
+    Evaluation makes its own environments: their statistics would be others than those of the training.
+
+    Raises:
+        UserError: names the wrapper, and the option in its place.
+    """
+    base = getattr(envs, "unwrapped", None)
+    single = list(getattr(base, "envs", None) or ())
+    made = [] if single else [make() for make in list(getattr(base, "env_fns", ()))[:1]]  # theirs are in processes
+    for env in (envs, *single, *made):
+        for layer in layers(env):
+            names = [kind.__name__ for kind in type(layer).__mro__ if kind.__module__.startswith("gymnasium.wrappers")]
+            names += [STATISTICS[key] for key in getattr(layer, "__dict__", ()) if key in STATISTICS]
+            for name in names:
+                if name in KEEPS_STATISTICS:
+                    raise UserError(
+                        f"it has the wrapper {type(layer).__name__}, whose statistics are not saved, and are others in "
+                        f"an evaluation; leave it out, and use {KEEPS_STATISTICS[name]}"
+                    )
+                if name in CHANGES_REWARDS:
+                    raise UserError(
+                        f"it has the wrapper {type(layer).__name__}, which changes the rewards, and returns are those "
+                        f"of the environment; leave it out, and use --reward-scale or --reward-shift"
+                    )
+    for env in made:
+        env.close()
+
+
+def action_width(space: Any) -> int:
+    """Numbers in one action of a Box of any shape, which a policy gives as a vector. Raises UserError: no Box."""
+    if not hasattr(space, "low") or getattr(space, "shape", None) is None:
+        raise UserError(f"it has the action space {space}; expected a Discrete one, or a Box")
+    return int(np.prod(space.shape))
+
+
+def action_bounds(space: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest actions of a Box, `[Da]` float64. Raises UserError: no Box, or one without bounds."""
+    action_width(space)
+    low, high = (np.asarray(bound, dtype=np.float64).reshape(-1) for bound in (space.low, space.high))
+    largest = LARGEST_BOUND if np.issubdtype(space.dtype, np.floating) else LARGEST_INTEGER
+    if not (np.abs([low, high]) <= largest).all():
+        raise UserError(
+            f"it has actions without bounds ({space}); expected bounds that are finite, up to {largest:.0e}, as of a "
+            "Box(-1, 1)"
+        )
+    return low, high
 
 
 def executed(action: np.ndarray, space: Any) -> np.ndarray:
-    """Actions `[N, ...]` in the form that an environment takes: within the bounds of a Box, or of a Discrete space."""
-    if hasattr(space, "low"):
-        return np.clip(action, space.low, space.high).astype(space.dtype)
-    return np.asarray(action, dtype=space.dtype) + space.start  # policies count from 0
+    """Actions `[N, Da]` in the form that an environment takes: within the bounds of a Box, in its shape and type.
+
+    They are rounded to whole numbers where the type has no others. Discrete ones `[N]` begin with the space's first.
+    """
+    if not hasattr(space, "low"):
+        return np.asarray(action, dtype=space.dtype) + space.start  # policies count from 0
+    exact = np.asarray(action, dtype=np.float64).reshape(len(action), *space.shape)
+    if not np.issubdtype(space.dtype, np.floating):
+        exact = np.rint(exact)
+    return np.clip(exact, space.low, space.high).astype(space.dtype)
 
 
 def check_finite(observation: dict[str, np.ndarray], reward: np.ndarray, rows: Sequence[int] | np.ndarray) -> None:
-    """Raise FaultyEnvError for the first of `rows` whose observation or reward has a NaN or Inf."""
-    arrays = {**observation, "reward": np.asarray(reward)}
+    """Raise FaultyEnvError for the first of `rows` whose observation or reward is not finite in float32."""
+    with np.errstate(over="ignore"):
+        arrays = {**observation, "reward": np.asarray(reward).astype(np.float32)}
     for key, array in arrays.items():
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
             for row in rows:
                 if not np.isfinite(array[row]).all():
-                    raise FaultyEnvError(int(row), f"returned a NaN or Inf in {key!r}")
+                    raise FaultyEnvError(int(row), f"returned a NaN or Inf in {key!r} (as float32)")

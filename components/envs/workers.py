@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, require
+from ..parallel import end_with_parent
+from .autoreset import autoreset_mode, keeps_last
 from .vector import Environments, FaultyEnvError
 
 Make = Callable[[int, int], Any]  # (num_envs, seed) -> a vector environment
@@ -56,7 +59,8 @@ class Workers:
         for number, share in enumerate(shares):
             ours, theirs = context.Pipe()
             others = [*self.parent_pipes, ours]  # which a forked process inherits and would keep open
-            start = (make, share, seed + self.firsts[number], theirs, others)
+            parent = (os.getpid(), threading.current_thread() is threading.main_thread())
+            start = (make, share, seed + self.firsts[number], theirs, others, parent)
             process: Any = context.Process(target=work, args=start, daemon=True)
             process.start()
             theirs.close()
@@ -70,11 +74,11 @@ class Workers:
             raise
         self._describe(**described)
 
-    def _describe(self, metadata: Any, tracked: Any, spaces: tuple[Any, Any]) -> None:
+    def _describe(self, metadata: Any, tracked: Any, spaces: tuple[Any, Any], keeps_last: bool) -> None:
         """Adopt the description of the first process's environments, which holds for all."""
         from gymnasium.vector.utils import batch_space
 
-        self.metadata, self.tracked = metadata, tracked
+        self.metadata, self.tracked, self.keeps_last = metadata, tracked, keeps_last
         self.single_observation_space, self.single_action_space = spaces
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
@@ -128,26 +132,41 @@ class Workers:
             process.kill()
 
 
-def work(make: Make, num_envs: int, seed: int, pipe: Connection, others: list[Connection]) -> None:
+def work(
+    make: Make, num_envs: int, seed: int, pipe: Connection, others: list[Connection], parent: tuple[int, bool]
+) -> None:
     """Main function of a worker process: build the environments, then answer calls until the pipe closes."""
+    end_with_parent(*parent)
     for other in others:
         other.close()
     try:
         envs = Environments(make, num_envs, seed, 0.0)
         spaces = (envs.single_observation_space, envs.single_action_space)
-        metadata = getattr(envs.envs, "metadata", None)
-        pipe.send(("done", {"metadata": metadata, "tracked": getattr(envs.envs, "tracked", ()), "spaces": spaces}))
+        metadata = dict(getattr(envs.envs, "metadata", None) or {})
+        metadata |= {"autoreset_mode": mode} if (mode := autoreset_mode(envs)) else {}
+        kept, tracked = keeps_last(envs), getattr(envs.envs, "tracked", ())
+        pipe.send(("done", {"metadata": metadata, "tracked": tracked, "spaces": spaces, "keeps_last": kept}))
+        latest: Any = None  # observation
         while True:
             name, arguments, keywords = pipe.recv()
             if name == "close":
                 break
+            mask = (keywords.get("options") or {}).get("reset_mask")
             try:
-                pipe.send(("done", getattr(envs, name)(*arguments, **keywords)))
+                if mask is not None and not np.any(mask):  # Gymnasium refuses to reset none
+                    answer: Any = latest, {}
+                else:
+                    answer = getattr(envs, name)(*arguments, **keywords)
+                latest = answer[0] if name in ("reset", "step") else latest
+                pipe.send(("done", answer))
             except FaultyEnvError as fault:
                 pipe.send(("fault", (fault.index, fault.problem)))
         envs.close()
     except (EOFError, OSError, KeyboardInterrupt):  # the main process has ended
         pass
+    except FaultyEnvError as fault:
+        with contextlib.suppress(OSError):
+            pipe.send(("fault", (fault.index, fault.problem)))
     except Exception as error:
         with contextlib.suppress(OSError):
             kind = type(error) if isinstance(error, UserError) else RuntimeError
@@ -170,11 +189,17 @@ def joined_infos(infos: Any, shares: list[int]) -> dict[str, Any]:
     whole: dict[str, Any] = {}
     for key in dict.fromkeys(key for info in infos for key in info):
         known = next(info[key] for info in infos if key in info)
+        known = np.asarray(known) if hasattr(known, "__array__") else known  # a tensor
+        if isinstance(known, list | tuple):  # one entry for each environment
+            none = [[None] * n for n in shares]
+            whole[key] = [x for info, empty in zip(infos, none, strict=True) for x in info.get(key, empty)]
+            continue
         if isinstance(known, dict):
             whole[key] = joined_infos([info.get(key, {}) for info in infos], shares)
         elif isinstance(known, np.ndarray) and known.ndim:
             empty = (np.full((n, *known.shape[1:]), None if known.dtype == object else 0, known.dtype) for n in shares)
-            whole[key] = np.concatenate([info.get(key, none) for info, none in zip(infos, empty, strict=True)])
+            parts = [np.asarray(info.get(key, none)) for info, none in zip(infos, empty, strict=True)]
+            whole[key] = np.concatenate(parts)
         else:
             whole[key] = known
     return whole

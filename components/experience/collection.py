@@ -9,42 +9,36 @@ from torch import Tensor
 
 from ..data.features import describe
 from ..data.random_state import derive_seed
+from ..envs.autoreset import Stepper
 from ..envs.observations import SUCCESSES, observation_batch, success_of
-from ..envs.vector import Environments, FaultyEnvError, autoreset_mode, check_finite, executed
+from ..envs.vector import Environments, FaultyEnvError, action_bounds, check_finite, executed
 from ..errors import UserError
 
 
 def describe_env(envs: Any) -> dict[str, dict[str, Any]]:
     """`spec` of an environment's transitions. The action has its bounds as statistics, which normalise it to [-1, 1].
 
-    A discrete action is a number `()` int64; `classes` is the number of actions.
+    A discrete action is a number `()` int64; `classes` is the number of actions. A Box of any shape is a vector `[Da]`.
 
     Raises:
-        UserError: actions that are neither discrete (from 0) nor a vector with finite bounds, or observations that are
+        UserError: actions that are neither discrete (from 0) nor a Box with finite bounds, or observations that are
             neither vectors nor pictures.
     """
     action, space = envs.single_action_space, envs.single_observation_space
     discrete = hasattr(action, "n") and getattr(action, "shape", None) == ()
-    if not discrete and (
-        getattr(action, "shape", None) is None or len(action.shape) != 1 or not hasattr(action, "low")
-    ):
-        raise UserError(f"it has the action space {action}; expected a Discrete one, or a Box of one dimension")
     if discrete and getattr(action, "start", 0) != 0:
-        raise UserError(f"it has the action space {action}; expected one whose first action is 0")
-    if not discrete and not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
-        raise UserError(
-            f"it has actions without bounds ({action}); expected bounds that are finite, as of a Box(-1, 1)"
-        )
+        raise UserError(f"it has the action space {action}; expected one whose first action is 0 (see TransformAction)")
+    low, high = (np.zeros(0), np.zeros(0)) if discrete else action_bounds(action)
     if not all(hasattr(part, "low") for part in _parts(space)):
         raise UserError(
             f"it has the observation space {space}; expected Box, or a Dict of Box (try the wrapper FlattenObservation)"
         )
     observation, _ = envs.reset()
-    first = {key: as_tensor(value)[0] for key, value in observation_batch(observation).items()}
-    acted = torch.tensor(0) if discrete else torch.zeros(action.shape)
+    first = {key: as_tensor(value)[0] for key, value in observation_batch(observation, space).items()}
+    acted = torch.tensor(0) if discrete else torch.zeros(low.shape)
     item = first | {"action": acted, "reward": torch.tensor(0.0), "terminated": torch.tensor(False)}
     item |= {f"next.{key}": value for key, value in first.items()}
-    spec = describe(item, {} if discrete else {"action": {"min": action.low, "max": action.high}})
+    spec = describe(item, {} if discrete else {"action": {"min": low, "max": high}})
     if discrete:
         spec["action"]["classes"] = int(action.n)
     return spec
@@ -64,21 +58,14 @@ def as_tensor(array: np.ndarray) -> Tensor:
 KEPT = (np.dtype(np.float32), np.dtype(np.uint8), np.dtype(np.int64))
 
 
-def copied(observation: Any) -> dict[str, np.ndarray]:
-    """A copy of observations under the names of the data: an environment may overwrite the arrays that it returned."""
-    named = observation_batch(observation)  # whose vectors are copies
-    return {key: value if value.dtype == np.float32 else np.array(value) for key, value in named.items()}
-
-
 class Collector:
     """Steps the environments of one process, under any of Gymnasium's autoreset modes.
 
-    The successor in a transition is the observation after its action, also at the end of an episode: `final_obs` under
-    SAME_STEP, the observation itself under NEXT_STEP and DISABLED. The step in which NEXT_STEP only resets is not a
-    transition. So no transition crosses the end of an episode.
+    The successor in a transition is the observation after its action, also at the end of an episode. The step in which
+    NEXT_STEP only resets is not a transition. So no transition crosses the end of an episode.
 
-    An environment that raises, hangs, dies or returns NaN or Inf is reported and replaced, together with those that
-    share its vector. The faulty step is dropped, and the current episodes are truncated.
+    An environment that raises, hangs, dies or returns numbers that are not finite in float32 is reported and replaced,
+    together with those that share its vector. The faulty step is dropped, and the current episodes are truncated.
 
     Args:
         environments: Of this process.
@@ -106,17 +93,15 @@ class Collector:
     def start(self, step: int) -> None:
         """Begin new episodes in all environments. Raises RuntimeError beyond the limit of replacements."""
         self.started_at = step
-        self.mode = autoreset_mode(self.environments.envs)
+        self.stepper = Stepper(self.environments)
         while True:
             indices = range(self.first, self.first + self.environments.num_envs)
             self.seeds = [derive_seed(self.seed, i, step, self.replaced) % 2**31 for i in indices]
             n = len(self.seeds)
             self.returns, self.lengths = np.zeros(n), np.zeros(n, dtype=int)
             self.succeeded: list[bool | None] = [None] * n
-            self.resetting = np.zeros(n, dtype=bool)  # under NEXT_STEP: the next step only resets
             try:
-                observation, _ = self.environments.reset(seed=self.seeds)
-                self.observation = copied(observation)
+                self.observation, _ = self.stepper.reset(seed=self.seeds)
                 check_finite(self.observation, self.returns, range(n))
                 return
             except FaultyEnvError as fault:
@@ -140,15 +125,16 @@ class Collector:
         """Step all environments.
 
         Args:
-            action: `[N, Da]` in the environments' units, float32, which is clipped to their bounds; or `[N]`, the
-                numbers of discrete actions.
+            action: `[N, Da]` in the environments' units, float32, which is clipped to their bounds, and rounded where
+                they take whole numbers; or `[N]`, the numbers of discrete actions.
             insist: After a fault, step the new environments with the same action, until there is a transition.
 
         Returns:
             (transitions, episodes that ended). The transitions have `[N, ...]` observation, the executed `action`, the
-            requested action as `drawn`, reward, terminated and `next.` keys, and two flags: `valid`, False for a step
-            that only reset, and `ended`. They are None when the environments had to be replaced, which truncates all
-            episodes. An episode has `env`, the index of its environment over all processes, `episode_return`, ...
+            requested action as `drawn`, reward, terminated and `next.` keys, and three flags: `valid`, False for a step
+            that only reset, `ended`, and `begins`, where the next action is the first of an episode. They are None when
+            the environments had to be replaced, which truncates all episodes. An episode has `env`, the index of its
+            environment over all processes, `episode_return`, ...
 
         Raises:
             RuntimeError: more faults than the limit.
@@ -160,39 +146,29 @@ class Collector:
 
     def _step(self, action: np.ndarray) -> tuple[dict[str, Tensor] | None, list[dict[str, float]]]:
         """`step` once, whatever comes of it."""
-        envs = self.environments
-        before, resetting = self.observation, self.resetting
-        space = envs.single_action_space
+        before, space = self.observation, self.environments.single_action_space
         done = executed(action, space)
+        shift, scale = self.rewards
         try:
-            observation, reward, terminated, truncated, info = envs.step(done)
-            ended = np.asarray(terminated) | np.asarray(truncated)
-            after = successor = copied(observation)
-            if self.mode == "samestep" and ended.any():
-                successor = last_observations(after, info, ended)
-            elif self.mode == "disabled" and ended.any():
-                check_finite(after, reward, np.flatnonzero(~resetting))
-                fresh, _ = envs.reset(options={"reset_mask": np.array(ended)})
-                after = copied(fresh)
-            check_finite(after, reward, range(len(ended)))
-            if successor is not after:
-                check_finite(successor, reward, np.flatnonzero(~resetting))
+            step = self.stepper.step(done)
+            step.check(step.valid)
+            learned = (step.reward + shift) * scale
+            if not step.valid.all() or (shift, scale) != (0, 1):
+                check_finite(step.observation, np.where(step.valid, learned, 0), range(len(done)))
         except FaultyEnvError as fault:
             self._replace(fault, done)
             self.start(self.started_at)
             return None, []
-        self.observation = after
-        self.resetting = ended if self.mode == "nextstep" else np.zeros_like(ended)
+        self.observation = step.observation
         transitions = {key: as_tensor(value) for key, value in before.items()}
-        transitions |= {f"next.{key}": as_tensor(value) for key, value in successor.items()}
-        shift, scale = self.rewards
-        valid = ~resetting
-        transitions |= {"action": as_tensor(done - getattr(space, "start", 0)), "drawn": as_tensor(action)}
-        transitions["reward"] = torch.from_numpy(((np.asarray(reward) + shift) * scale).astype(np.float32))
-        flags = {"terminated": np.array(terminated, dtype=bool), "ended": ended, "valid": valid}
-        return transitions | {key: torch.from_numpy(flag) for key, flag in flags.items()}, self._count(
-            reward, ended, valid, info
-        )
+        transitions |= {f"next.{key}": as_tensor(value) for key, value in step.successor.items()}
+        box = hasattr(space, "low")
+        acted = done.reshape(len(done), -1).astype(np.float32) if box else done - space.start
+        transitions |= {"action": as_tensor(acted), "drawn": as_tensor(action)}
+        transitions["reward"] = torch.from_numpy(learned.astype(np.float32))
+        flags = {"terminated": step.terminated, "ended": step.ended, "valid": step.valid, "begins": step.begins}
+        transitions |= {key: torch.from_numpy(flag) for key, flag in flags.items()}
+        return transitions, self._count(step.reward, step.ended, step.valid, step.info)
 
     def _count(self, reward: np.ndarray, ended: np.ndarray, valid: np.ndarray, info: Any) -> list[dict[str, float]]:
         """Update the episodes' counts; returns those that ended: return, length, and success where it is reported."""
@@ -218,7 +194,9 @@ class Collector:
         space, count = self.environments.single_action_space, self.environments.num_envs
         if not hasattr(space, "low"):
             return torch.randint(int(space.n), (count,)).numpy()
-        return space.low + (space.high - space.low) * torch.rand(count, len(space.low)).numpy()
+        (low, high), whole = action_bounds(space), not np.issubdtype(space.dtype, np.floating)
+        above = (high - low + whole) * torch.rand(count, len(low)).numpy()
+        return (low + (np.floor(above) if whole else above)).astype(np.float32)
 
     def rank_state(self) -> dict[str, Any]:
         """The number of replacements and, where the vector environment has `state_dict()`, the current episodes."""
@@ -227,8 +205,8 @@ class Collector:
         if callable(save):
             state |= {"envs": save(), "seeds": self.seeds, "succeeded": self.succeeded}
             state["started_at"] = self.started_at
-            state["observation"] = {key: torch.tensor(value) for key, value in self.observation.items()}
-            state["counts"] = [torch.tensor(x) for x in (self.returns, self.lengths, self.resetting)]
+            state["steps"] = self.stepper.state_dict()
+            state["counts"] = [torch.tensor(self.returns), torch.tensor(self.lengths)]
         return state
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
@@ -247,28 +225,11 @@ class Collector:
         self.replaced = state.get("replaced", 0)
         load = getattr(self.environments.envs, "load_state_dict", None)
         self.start(step)
-        if "envs" not in state or not callable(load):
+        if "steps" not in state or not callable(load):
             return False
         load(state["envs"])
         self.started_at, self.seeds, self.succeeded = state["started_at"], state["seeds"], state["succeeded"]
-        self.observation = {key: value.numpy() for key, value in state["observation"].items()}
-        self.returns, self.lengths, self.resetting = (value.numpy() for value in state["counts"])
+        self.returns, self.lengths = (value.numpy() for value in state["counts"])
+        self.stepper.load_state_dict(state["steps"])
+        self.observation = self.stepper.latest
         return True
-
-
-def last_observations(after: dict[str, np.ndarray], info: Any, ended: np.ndarray) -> dict[str, np.ndarray]:
-    """A copy of observations `[N, ...]` of a step that also reset, with `final_obs` where episodes `ended` `[N]`."""
-    last = {key: np.array(value) for key, value in after.items()}
-    for i in np.flatnonzero(ended):
-        for key, value in observation_batch(_row(info["final_obs"], int(i))).items():
-            last[key][i] = value[0]
-    return last
-
-
-def _row(values: Any, i: int) -> Any:
-    """Environment i's entry of `final_obs`, as a batch of one; `values` is a list of entries, or a dict of batches."""
-    return {key: _row(value, i) for key, value in values.items()} if isinstance(values, dict) else _batch(values[i])
-
-
-def _batch(value: Any) -> Any:
-    return {key: _batch(part) for key, part in value.items()} if isinstance(value, dict) else np.asarray(value)[None]

@@ -22,10 +22,9 @@ from ..acting.policy import Policy
 from ..acting.policy_folder import describe, load_policy
 from ..contracts import frozen_policy_of
 from ..datasets.episodes import EpisodeDataset, take
-from ..envs.observations import observation_batch
-from ..envs.vector import autoreset_mode
+from ..envs.autoreset import Stepper
+from ..envs.vector import action_bounds, executed
 from ..errors import UserError
-from .collection import last_observations
 
 
 class Base:
@@ -91,16 +90,13 @@ def base_of(trainer: type, config: Any, run: Any) -> Base | None:
     if (asked := frozen_policy_of(trainer, config)) is None:
         return None
     folder, scale = asked
-    kept = run.path / "base"
 
-    def copied() -> Base:
-        if run.first and not kept.exists():
-            if not folder:
-                raise UserError("--trainer.base is needed: the run folder of the policy to correct")
-            shutil.copytree(describe(folder)[0].parent, kept)
-        return Base(kept, scale, folder)
+    def source() -> Path:
+        if not folder:
+            raise UserError("--trainer.base is needed: the run folder of the policy to correct")
+        return describe(folder)[0].parent
 
-    return parallel.in_turns(run.first, copied)
+    return parallel.in_turns(run.first, lambda: Base(run.inherited.copied("base", source), scale, folder))
 
 
 def relabelled(data: dict[str, Any], base: Base | None) -> dict[str, Any]:
@@ -139,7 +135,7 @@ def relabelled(data: dict[str, Any], base: Base | None) -> dict[str, Any]:
     shown, planned = episodes.columns["action"].numpy(), acted[episodes.at].numpy()
     correction = base.sum.correction(planned, shown)
     missed = np.abs(base.sum.corrected(planned, correction) - shown)
-    beyond = torch.from_numpy((missed > 1e-4 * base.sum.half).any(1))  # [N]
+    beyond = torch.from_numpy((missed > 1e-4 * base.sum.divisor).any(1))  # [N]
     if bool(beyond[dataset.rows].all()):
         raise UserError(
             f"no action of {episodes.name} is within --trainer.scale {base.scale} of what the frozen policy does"
@@ -148,7 +144,7 @@ def relabelled(data: dict[str, Any], base: Base | None) -> dict[str, Any]:
     ends = torch.cat([episodes.ends, cut, cut + 1]).unique()
     columns = episodes.columns | {"action": torch.from_numpy(correction)}
     observations = episodes.observations | {BASE_ACTION: torch.from_numpy(base.sum.normalised(acted.numpy()))}
-    whole = replace(episodes, columns=columns, observations=observations, ends=ends[ends > 0])
+    whole = replace(episodes, columns=columns, observations=observations, ends=ends[ends > 0], numbers=())
     rows = dataset.rows[~beyond[dataset.rows]]
     return data | {"dataset": EpisodeDataset(whole, rows, dataset.obs_steps), "norm_stats": {}}
 
@@ -160,7 +156,7 @@ class OnTop:
     the next episode.
 
     Raises:
-        UserError: actions that are not vectors with finite bounds, or of another width than the policy's.
+        UserError: actions that are no Box with finite bounds, or of another width than the policy's.
     """
 
     def __init__(self, envs: Any, policy: Policy, scale: float) -> None:
@@ -168,65 +164,72 @@ class OnTop:
 
         self.envs, self.policy = envs, policy
         space = envs.single_action_space
-        if not (hasattr(space, "low") and len(space.shape) == 1 and np.isfinite(space.high).all()):
-            raise UserError(f"it has the action space {space}; a correction needs a Box of one dimension with bounds")
+        if not hasattr(space, "low"):
+            raise UserError(f"it has the action space {space}; a correction needs a Box with bounds")
+        low, high = action_bounds(space)
         width = policy.spec["action"]["shape"][-1]
-        if space.shape[0] != width:
-            raise UserError(f"it takes actions of width {space.shape[0]}, the policy of --trainer.base has {width}")
-        self.sum = Middle(space.low, space.high, scale)
-        self.single_action_space = gym.spaces.Box(-1.0, 1.0, space.shape, np.float32)
-        self.same_step = autoreset_mode(envs) == "samestep"
-        self.resets = np.zeros(envs.num_envs, dtype=bool)  # the rows whose next step only resets
+        if len(low) != width:
+            raise UserError(f"it takes actions of width {len(low)}, the policy of --trainer.base has {width}")
+        self.sum = Middle(low, high, scale)
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, low.shape, np.float32)
+        self.steps = Stepper(envs, renews=False)  # whoever steps this one resets it
+        if callable(getattr(self.envs, "state_dict", None)):  # else nothing can be saved, and episodes begin anew
+            self.state_dict, self.load_state_dict = self._state, self._load_state
         observation, _ = self.reset()
         parts: dict[str, Any] = {}
         for key, value in observation.items():
-            low, high = (0, 255) if value.dtype == np.uint8 else (-np.inf, np.inf)
-            parts[key] = gym.spaces.Box(low, high, value.shape[1:], dtype=value.dtype.type)
+            least, most = (0, 255) if value.dtype == np.uint8 else (-np.inf, np.inf)
+            parts[key] = gym.spaces.Box(least, most, value.shape[1:], dtype=value.dtype.type)
         self.single_observation_space = gym.spaces.Dict(parts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["envs"], name)
 
+    def _state(self) -> dict[str, Any]:
+        """The environment's `state_dict`, and the frozen policy's part of the current episodes."""
+        own = {"action": torch.tensor(self.action), "steps": self.steps.state_dict()}
+        return own | {"envs": self.envs.state_dict(), "policy": self.policy.rank_state()}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        """Restore the state of `_state`."""
+        self.envs.load_state_dict(state["envs"])
+        self.policy.load_rank_state(state["policy"])
+        self.action = state["action"].numpy()
+        self.steps.load_state_dict(state["steps"])
+
     def reset(self, **keywords: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """As the environment's `reset`; the seeds fix the frozen policy's noise, too."""
-        observation, info = self.envs.reset(**keywords)
         mask = (keywords.get("options") or {}).get("reset_mask")
-        named = observation_batch(observation)
+        named, info = self.steps.reset(**keywords)
         if mask is None:
             seed = keywords.get("seed")
             self.policy.reset(seed if isinstance(seed, list) else None)
             self.action = self.policy.act(named)
-            self.resets[:] = False
         else:
-            self._begin(named, np.flatnonzero(mask))
+            self._begin(named, mask)
         return self._with_action(named), info
 
     def step(self, correction: np.ndarray) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """As the environment's `step`, with the sum of both actions."""
         done = self.sum.corrected(self.action, np.asarray(correction))
-        observation, reward, terminated, truncated, info = self.envs.step(
-            done.astype(self.envs.single_action_space.dtype)
-        )
-        named = observation_batch(observation)
-        ended = np.asarray(terminated) | np.asarray(truncated)
-        begins, self.resets = self.resets, ended & (not self.same_step)
-        if self.same_step and ended.any():  # the frozen policy acts on the last observations, then on the new
-            last = last_observations(named, info, ended)
-            self.action = self.policy.act(last)
-            info = info | {"final_obs": self._with_action(last)}
-            self._begin(named, np.flatnonzero(ended))
+        step = self.steps.step(executed(done, self.envs.single_action_space))
+        named, info = step.observation, step.info
+        if step.successor is not named:  # the frozen policy acts on the last observations, then on the new
+            self.action = self.policy.act(step.successor)
+            info = info | {"final_obs": self._with_action(step.successor), "_final_obs": step.ended}
+            self._begin(named, step.ended)
         else:
-            self.policy.restart(torch.from_numpy(np.flatnonzero(begins)))
+            self.policy.restart(torch.from_numpy(np.flatnonzero(step.begins)))
             self.action = self.policy.act(named)
-        return self._with_action(named), reward, terminated, truncated, info
+        return self._with_action(named), step.reward, step.terminated, step.truncated, info
 
-    def _begin(self, named: dict[str, np.ndarray], rows: np.ndarray) -> None:
-        """Begin an episode of the frozen policy in `rows`; the other rows are unchanged."""
+    def _begin(self, named: dict[str, np.ndarray], begins: np.ndarray) -> None:
+        """Begin an episode of the frozen policy where `begins` `[N]` holds; the other rows are unchanged."""
+        rows = np.flatnonzero(begins)
         at = torch.from_numpy(rows)
         self.policy.restart(at)
         self.action = np.array(self.action)
         self.action[rows] = self.policy.act({key: value[rows] for key, value in named.items()}, at)
-        self.resets[rows] = False
 
     def _with_action(self, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return named | {BASE_ACTION: self.sum.normalised(self.action)}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..contracts import Rollouts, request_of, window_of
 from ..data.batches import to_device
 from ..data.features import check_dataset, describe, read
@@ -127,6 +128,14 @@ class Memory:
     def _restore(self, state: dict[str, Any]) -> None:
         if not self.store.restore(state, self.run.rank * self.store.num_envs):
             self.filled_from = self.run.step  # nothing was saved: the store is empty
+        stored, left_out = map(sum, zip(*parallel.gather((len(self.store), self.store.left_out)), strict=True))
+        if left_out:  # learning waits until as much is there as it began with
+            self.filled_from = max(self.filled_from, self.run.step - stored)
+            self.run.say(f"the replay buffer goes on without {left_out} transitions, whose files are damaged")
+
+    def rewrite(self) -> None:
+        """Called when a file that an earlier checkpoint shares with the next one is damaged."""
+        self.store.rewrite()
 
     def saved(self) -> None:
         """Called once a checkpoint is valid."""

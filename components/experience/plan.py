@@ -6,6 +6,7 @@ from typing import Any
 from ..contracts import Demonstrations, Goals, Request, Rollouts, Window
 from ..errors import UserError
 from ..run.arguments import rules_of
+from ..run.inheritance import read_inherited
 from ..run.record import read_args
 
 PLAIN = (0.0, 1.0)  # shift and scale of unchanged rewards
@@ -34,6 +35,18 @@ def check_options(request: Request, args: Any) -> None:
         raise UserError("--dataset.ratio is a share of a dataset; choose one with --dataset")
 
 
+def rewards_of(args: Any, inherited: Any, base: Any) -> tuple[float, float]:
+    """(shift, scale) of the training rewards of a run, as when it began.
+
+    Args:
+        inherited: `Inheritance` of the run.
+        base: Frozen policy that is corrected, whose run is the one before without `--init-from`; None for none.
+    """
+    before = args.init_from or (base.origin if base else "")
+    shift, scale = inherited.keep("rewards", lambda: reward_scale(args, before))
+    return float(shift), float(scale)
+
+
 def reward_scale(args: Any, before: str) -> tuple[float, float]:
     """(shift, scale) of the training rewards: from the options, else from the dataset, or the run before.
 
@@ -44,7 +57,10 @@ def reward_scale(args: Any, before: str) -> tuple[float, float]:
     if "reward_scale" not in options and before and (Path(before) / "args.json").exists():
         stored = read_args(Path(before))["args"]
         options = stored.get("dataset_options") or {}
-        if stored.get("reward_scale") is not None:  # the options of an online run
+        kept = read_inherited(Path(before))
+        if "rewards" in kept:  # of an online run, which may have them from yet another
+            options = dict(zip(("reward_shift", "reward_scale"), kept["rewards"], strict=True))
+        elif stored.get("reward_scale") is not None:  # of one of an older version
             options = stored
     values = [options.get("reward_shift"), options.get("reward_scale")]
     found = [PLAIN[i] if value is None else value for i, value in enumerate(values)]

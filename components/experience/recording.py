@@ -13,7 +13,7 @@ from .. import parallel
 from ..contracts import Request, Rollouts
 from ..datasets import convert
 from ..datasets.episodes import Episodes, complete_flags, from_columns
-from ..envs.vector import Environments
+from ..envs.vector import Environments, action_bounds
 from ..errors import UserError, require
 from .collection import Collector, describe_env
 
@@ -75,7 +75,7 @@ def save_dataset(
         episodes = collected(parts, spec, environments.single_action_space, collector.rewards)
     else:
         how = (args.save_episodes, args.eval_envs, args.eval_seed, args.env_timeout)
-        episodes = play(policy.base.corrected(policy) if policy.base else policy, make, *how, run.beat)
+        episodes = play(policy.base.corrected(policy) if policy.base else policy, make, *how, run.tick)
     origin, fps = f"{args.trainer}, {args.save_what}, step {run.step}", environments.metadata.get("render_fps", 30)
     run.say(write(episodes, args.save_dataset, args.save_format, env, origin, fps))
 
@@ -111,7 +111,7 @@ def play(
                 done[slot][-1].append({key: value[slot] for key, value in transitions.items()})
                 if transitions["ended"][slot]:
                     done[slot].append([])
-            policy.restart(transitions["ended"].nonzero().flatten())
+            policy.restart(transitions["begins"].nonzero().flatten())
         space = environments.single_action_space
     finally:
         environments.close()
@@ -136,7 +136,8 @@ def episodes_of(columns: dict[str, torch.Tensor], ends: torch.Tensor, spec: dict
     episodes = from_columns(kept, ends, "experience")
     complete_flags(episodes)
     if hasattr(space, "low"):
-        episodes.stored["action_space"] = {"low": space.low.tolist(), "high": space.high.tolist()}
+        low, high = action_bounds(space)
+        episodes.stored["action_space"] = {"low": low.tolist(), "high": high.tolist()}
     else:
         episodes.stored["classes"] = int(space.n)
     return episodes

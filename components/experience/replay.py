@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from ..contracts import Window
+from ..data.pictures import pictures_of
 from ..data.returns import n_step_return, returns_to_go
 from ..errors import UserError
-from ..run.checkpoint import Parts
-
-PICTURES = "observation.images."
+from ..run.pieces import Parts
 
 
 def windowed(spec: dict[str, Any], window: Window) -> dict[str, Any]:
@@ -61,7 +60,7 @@ class ReplayBuffer:
             raise UserError(f"--buffer-size {size} has no room for {self.steps} steps of {num_envs} environments")
         if self.to_go:
             spec = spec | {"return_to_go": {"shape": (), "dtype": "float32"}}
-        pictures = {key: f for key, f in spec.items() if PICTURES in key}
+        pictures = {key: spec[key] for key in pictures_of(spec)}
         self.packed = {key: tuple(f["shape"]) for key, f in spec.items() if f["dtype"] == "float32"}
         self.widths = [math.prod(shape) for shape in self.packed.values()]
         self.columns = {
@@ -88,6 +87,9 @@ class ReplayBuffer:
         self.saved_total, self.saved_cut = self.total.clone(), torch.zeros(of_rank, dtype=torch.bool)
         self.parts: list[tuple[str, list[int]]] = []  # files of the last checkpoint, and `total` at the end of each
         self.pending: tuple[str, list[int]] | None = None
+        self.number = 0  # of the next file
+        self.left_out = 0  # transitions of damaged files, after `restore`
+        self.since_gap = torch.full((of_rank,), 2**60)  # transitions since those, while files are read
 
     between = True  # the collecting policy may change at any time
 
@@ -261,10 +263,10 @@ class ReplayBuffer:
         """The files that a checkpoint keeps from the one before, and the new one to write; see `saved`."""
         oldest = (self.total - self.count).tolist()
         kept = [part for part in self.parts if any(end > first for end, first in zip(part[1], oldest, strict=True))]
-        new, number = {}, int(self.parts[-1][0].rpartition("-")[2]) + 1 if self.parts else 0
+        new = {}
         self.pending = None
         if bool((self.total > self.saved_total).any() | self.saved_cut.any()):
-            name = f"replay-rank-{rank}-{number:06d}"
+            name = f"replay-rank-{rank}-{self.number:06d}"
             self.pending = (name, self.total.tolist())
             new[name] = {"envs": [self._new_of(env) for env in range(self.num_envs)], "cut": self.saved_cut.tolist()}
         self.parts = kept
@@ -281,22 +283,29 @@ class ReplayBuffer:
         """Record that the result of `new_parts` is in a valid checkpoint."""
         if self.pending is not None:
             self.parts.append(self.pending)
+            self.number += 1
             self.saved_total, self.saved_cut = self.total.clone(), torch.zeros_like(self.saved_cut)
             self.pictures.saved = self.pictures.written.clone()
 
+    def rewrite(self) -> None:
+        """Write everything to the file of the next checkpoint, since one of the former files is damaged."""
+        self.parts, self.saved_total = [], torch.zeros_like(self.total)
+        self.saved_cut, self.pictures.saved = torch.zeros_like(self.saved_cut), torch.zeros_like(self.pictures.saved)
+
     def state_dict(self) -> dict[str, Any]:
-        """The files of a checkpoint, and the number of environments and of transitions."""
+        """The files of a checkpoint, and the number of environments and of transitions, ever added and stored."""
         parts = [list(part) for part in [*self.parts, *filter(None, [self.pending])]]
-        return {"parts": parts, "envs": self.num_envs, "total": self.total.tolist()}
+        return {"parts": parts, "envs": self.num_envs, "total": self.total.tolist(), "count": self.count.tolist()}
 
     def restore(self, state: dict[str, Any], first: int) -> bool:
         """Restore the state of this process or, when the number of processes has changed, of all former processes.
 
-        Where the rings are shorter now, the newest transitions are kept.
+        Where the rings are shorter now, the newest transitions are kept. Those of a damaged file are left out, and
+        counted in `left_out`; the episodes that they were part of are truncated before them.
 
         Args:
-            state: {"buffer": its `state_dict`, "parts": trees of its files, oldest first}, or {"ranks": [the same of
-                every former process]}.
+            state: {"buffer": its `state_dict`, "parts": trees of its files, oldest first, None for a damaged one}, or
+                {"ranks": [the same of every former process]}.
             first: Index, over all processes, of this process's first environment.
 
         Returns:
@@ -306,25 +315,45 @@ class ReplayBuffer:
         if not all("parts" in rank.get("buffer", ()) for rank in ranks):
             return False
         start = -first if "ranks" in state else 0  # index, in this buffer, of the first environment of `rank`
+        whole, wanted = True, torch.zeros_like(self.count)
         for rank in ranks:
+            here = [number for number in range(start, start + rank["buffer"]["envs"]) if 0 <= number < self.num_envs]
             for part in rank.get("parts", ()):
-                for number, (columns, cut) in enumerate(zip(part["envs"], part["cut"], strict=True), start):
-                    if 0 <= number < self.num_envs:
-                        self._append(number, columns, cut)
+                whole = whole and (part is not None or not here)
+                for number in here:
+                    if part is None:
+                        self._skip(number)
+                    else:
+                        self._append(number, part["envs"][number - start], part["cut"][number - start])
+            for number in here if "count" in rank["buffer"] else ():
+                wanted[number] = rank["buffer"]["count"][number - start]
             start += rank["buffer"]["envs"]
         if self.to_go:
             self._know_returns()
-        if "ranks" not in state:
+        names = [name for name, _ in state["buffer"]["parts"]] if "ranks" not in state else []
+        self.number = int(names[-1].rpartition("-")[2]) + 1 if names else 0
+        if not whole:
+            self.left_out = int((wanted.clamp(max=self.length) - self.count).clamp(min=0).sum())
+        elif "ranks" not in state:
             self.parts = [(name, list(ends)) for name, ends in state["buffer"]["parts"]]
             self.total = torch.tensor(state["buffer"]["total"])
             self.saved_total = self.total.clone()
             self.pictures.saved = self.pictures.written.clone()
         return True
 
+    def _skip(self, env: int) -> None:
+        """Leave out a file's transitions of one environment: what comes before is truncated, what follows is apart."""
+        if self.count[env]:
+            self.data["ended"][env, (self.head[env] - 1) % self.length] = True
+        self.running[env] = self.since_gap[env] = 0
+
     def _append(self, env: int, columns: dict[str, Any], cut: bool) -> None:
         """Add the transitions of one environment from one file; `cut` truncates the episode before them."""
         if cut and self.count[env]:
             self.data["ended"][env, (self.head[env] - 1) % self.length] = True
+        if self.since_gap[env] == 0 and self.pictures.store:  # a first picture is in the file that was left out
+            found = columns["at"] >= columns["pictures"]["first"]
+            columns = columns | {key: columns[key][found] for key in self.data}
         count = len(columns["ended"])
         newest = torch.arange(max(count - self.length, 0), count)
         slots = (self.head[env] + newest) % self.length
@@ -333,7 +362,8 @@ class ReplayBuffer:
         self.head[env] = (self.head[env] + count) % self.length
         self.count[env] = (self.count[env] + count).clamp(max=self.length)
         self.total[env] += count
-        self.running[env] = columns["running"]
+        self.since_gap[env] += count
+        self.running[env] = self.since_gap[env].clamp(max=columns["running"])
         if self.pictures.store:
             self.pictures.append(env, columns["pictures"])
             ages = torch.arange(int(self.count[env]))

@@ -9,7 +9,7 @@ from ..contracts import Rollouts, estimate_of
 from ..data.normalisation import Normaliser
 from ..datasets.transitions import Table
 from ..errors import UserError
-from ..run.checkpoint import Parts
+from ..run.pieces import Parts
 
 
 class Rollout:
@@ -61,7 +61,7 @@ class Rollout:
 
     def add(self, transitions: dict[str, Tensor]) -> None:
         """Add a step of each environment."""
-        kept = {key: value for key, value in transitions.items() if key not in ("action", "drawn")}
+        kept = {key: value for key, value in transitions.items() if key not in ("action", "drawn", "begins")}
         self.rows.append(kept | {"action": transitions["drawn"]})
         if len(self.rows) + self.missed == self.steps:
             self._finish()
@@ -118,6 +118,11 @@ class Rollout:
 
     def saved(self) -> None:
         """Called once a checkpoint is valid."""
+
+    def rewrite(self) -> None:
+        """Nothing to write again."""
+
+    left_out = 0  # transitions that a damaged checkpoint has lost: there are no pieces
 
     @property
     def between(self) -> bool:

@@ -53,7 +53,7 @@ class Gradients:
 
     def __init__(self, index: int, name: str, optimizer: Any, finite: Finite, micro_steps: int = 1) -> None:
         self.index, self.name, self.optimizer, self.finite = index, name, optimizer, finite
-        self.micro_steps, self.count = micro_steps, 0
+        self.micro_steps, self.count, self.learnt = micro_steps, 0, False  # whether a step ever had a gradient
         self.loss: Any = None  # sum of the losses since the last step
         self.loss_of_step: Any = None
         self.waits = finite.bad.device.type != "cuda"
@@ -108,7 +108,7 @@ class Gradients:
 
     def guard(self, norm: Tensor) -> None:
         """Check that norm and loss are finite. Raises FloatingPointError if not; on a GPU only later, in `check`."""
-        loss = self.loss_of_step
+        loss, self.learnt = self.loss_of_step, True
         if not self.waits:
             self.finite.note(self.index, [norm] if loss is None else [norm, loss])
         elif not math.isfinite(norm if loss is None else norm + loss):

@@ -1,5 +1,6 @@
 """The learner: models, loss, one optimizer per model, the trainer, and the metrics of its steps."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,9 @@ from .gradients import Finite, Gradients, accumulate
 from .held_out import loss_by_source
 from .metrics import Metrics
 
+logger = logging.getLogger(__name__)
+PATIENCE = 1000  # updates after which a model that was never updated is named
+
 
 class Learner:
     """Calls the trainer's `train_step`, and holds the objects that the calls share.
@@ -24,6 +28,7 @@ class Learner:
         ema_decay: Largest decay of averaged weights; 0 for none.
         micro_steps: Calls of `train_step` per update.
         frozen: Names of models that stay in evaluation mode, so that their buffers do not change either.
+        planned: Updates of the whole run; 0 for an unknown number.
 
     Raises:
         UserError: several micro-steps for a trainer that does not accumulate.
@@ -39,11 +44,15 @@ class Learner:
         ema_decay: float = 0.0,
         micro_steps: int = 1,
         frozen: Iterable[str] = (),
+        planned: int = 0,
     ) -> None:
         if micro_steps > 1 and not contracts.accumulates(trainer):
             raise UserError("--grad-accumulation above 1 needs a trainer that declares accumulates = True; use 1")
         self.trainer, self.optimizers, self.loss, self.device = trainer, opts, loss, device
-        self.micro_steps, self.frozen = micro_steps, list(frozen)
+        self.micro_steps, self.frozen, self.planned = micro_steps, list(frozen), planned
+        # Updates after which a model that never learnt is named, more where the trainer declares a delay; those named.
+        self.patience, self.named = PATIENCE, set[str]()
+        self.asked_loss = ""  # the loss that was asked for, until it is known to be used
         averages = optimizers.averages(models, opts, ema_decay)
         self.models = nn.ModuleDict({**models, **averages}).to(device)
         self.averaged = bool(averages)
@@ -117,12 +126,39 @@ class Learner:
         Raises FloatingPointError: a loss or gradient was not finite.
         """
         self.finite.check()
+        self.name_idle()
         if self.mixed:
             self.models.eval()
             self.metrics.add(loss_by_source(self.trainer, self.mixed, "train/"))
             self.train()
         rates = {f"train/lr.{name}": opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
         return self.metrics.means() | rates
+
+    def name_idle(self) -> None:
+        """Say once which models were never updated, and that a loss that was asked for is not used.
+
+        All of them after the first updates, one after `patience` of them or at the end: some trainers update a model
+        rarely, or late.
+        """
+        made = self.calls // self.micro_steps
+        if not made:
+            return
+        idle = {name for name, gradients in self.gradients.items() if not gradients.learnt} - self.named
+        over = bool(self.planned) and self.updates >= self.planned and self.patience == PATIENCE
+        late = over or made >= self.patience
+        if idle and (late or len(idle) == len(self.gradients)):
+            self.named |= idle
+            names = ", ".join(sorted(idle))
+            logger.warning(
+                "NO UPDATE of %s in %d calls of train_step: the trainer has to call backward() and"
+                " optimizers[name].step() for each model that is to learn; --freeze %s where none is wanted",
+                names,
+                self.calls,
+                " ".join(sorted(idle)),
+            )
+        if self.asked_loss and all(gradients.loss_of_step is None for gradients in self.gradients.values()):
+            logger.warning("--loss %s has no effect: the trainer never calls its loss", self.asked_loss)
+        self.asked_loss = ""
 
     def forget_losses(self) -> None:
         """Drop the losses that were computed since the last step, which belong to no update."""

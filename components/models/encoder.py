@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.features import history_of
+from ..data.pictures import pictures_of
 from ..errors import UserError
 
-IMAGES = "observation.images."
 FEATURES = "observation.features"
 
 
@@ -49,7 +49,7 @@ class ObservationEncoder(nn.Module):
         self, spec: dict[str, Any], make: Callable[[int, int, int], nn.Module], options: EncoderOptions
     ) -> None:
         super().__init__()
-        self.cameras = [key for key in sorted(spec) if key.startswith(IMAGES)]
+        self.cameras = [key for key in sorted(pictures_of(spec)) if key.startswith("observation.")]
         shapes = [tuple(spec[key]["shape"]) for key in self.cameras]
         if options.share_weights and len(set(shapes)) > 1:
             found = ", ".join(f"{key} {shape}" for key, shape in zip(self.cameras, shapes, strict=True))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.features import vector_observations, width
+from ..data.pictures import pictures_of
 from ..errors import UserError
 from .heads import HeadOptions, Mixture
 
@@ -91,7 +92,7 @@ def flat_sizes(spec: dict[str, Any], model: str) -> tuple[list[str], int, tuple[
     Raises:
         UserError: no action or vector observation in the data, or pictures without an encoder.
     """
-    if pictures := [key for key in spec if key.startswith("observation.images.")]:
+    if pictures := [key for key in pictures_of(spec) if key.startswith("observation.")]:
         raise UserError(
             f"the model {model!r} takes no pictures, and the data has {pictures[0]!r}; the trainer needs a model"
             " 'encoder', such as cnn"

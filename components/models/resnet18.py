@@ -6,11 +6,12 @@ Weights from ImageNet keep the BatchNorm that they were trained with, frozen, as
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..contracts import Place, reads_weights
 from ..errors import UserError
 from .encoder import EncoderOptions, ObservationEncoder
 
@@ -24,7 +25,7 @@ class ResNet18(EncoderOptions):
 
     keypoints: int = 32
     """Number of keypoints; a picture is described by their coordinates."""
-    weights: str = ""
+    weights: Annotated[str, Place()] = ""
     """safetensors file of ImageNet weights with torchvision's names (conv1.weight, bn1.weight, layer1.0. ...)."""
 
     def build(self, spec: dict[str, Any]) -> nn.Module:
@@ -39,7 +40,7 @@ class ResNet18(EncoderOptions):
     def network(self, channels: int, height: int, width: int) -> nn.Module:
         """`[n, C, H, W]` in [0, 1] -> `[n, features]`."""
         network = SpatialResNet(channels, self.keypoints, self.features, pretrained=bool(self.weights))
-        if self.weights:
+        if self.weights and reads_weights():
             load_imagenet(network.backbone, Path(self.weights).expanduser(), channels)
         return network
 

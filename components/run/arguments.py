@@ -18,6 +18,8 @@ from ..acting.policy import Inference
 from ..errors import UserError, nearest, one_line
 from . import command_line as cli
 from . import debug
+from .inheritance import read_inherited
+from .places import located
 from .record import read_args
 
 
@@ -92,22 +94,31 @@ def parse(options: Any, argv: list[str], registries: dict[str, dict[str, type]])
     names_only = _names_of(options, registries)
     names: Any = cli.parse_names(names_only, argv)
     stored: dict[str, Any] = {}
+    beside: list[str] = []  # what is given beside --resume
+    typed, plugins = argv, names.plugins
     if resumed := names.resume:
         stored = read_args(Path(resumed), made_by=Path(inspect.getfile(options)).name)
-        asked = {option: getattr(names, option) or stored["args"][option] for option in registries}
+        asked = {option: getattr(names, option) or stored["args"].get(option) for option in registries}
         _refuse_changes(resumed, stored["args"], asked, set())
-        argv = [*stored["argv"], *cli.without(argv, "--resume")]
+        cli.import_for(Path(resumed), stored["args"]["plugins"], plugins)
+        beside = cli.without(argv, "--resume")
+        argv = [*cli.without(stored["argv"], "--plugins", several=True), *beside]
         names = cli.parse_names(names_only, argv)
-    cli.import_plugins(names.plugins)
+    else:
+        cli.import_plugins(plugins)
     trainer = cli.pick(registries["trainer"], "trainer", names.trainer or options.trainer)
     defaults = _Defaults(options, registries, names, trainer)
     args = cli.parse(options, argv, defaults.complete(), quiet=os.environ.get("RANK", "0") != "0")
     check_bounds(args)
+    args, same, moved = located(args, stored.get("args", {}), beside)
     if args.debug:
         always = {name: rule.debug for name, rule in rules_of(options).items() if rule.always}
         args = debug.alone(args, always)
     if resumed:
-        may_change = {name for name, rule in rules_of(options).items() if rule.resume}
+        for option in ("env", "dataset"):
+            cli.check_reach(Path(resumed), option, getattr(args, f"{option}_options"), typed, plugins)
+        may_change = {"plugins", *same, *(name for name, rule in rules_of(options).items() if rule.resume)}
+        may_change |= moved if read_inherited(Path(resumed)).get("data") else set()  # other data will be refused
         _refuse_changes(resumed, stored["args"], asdict(args), may_change)
         args.resume = resumed
     args.argv, args.stored, args.defaults = argv, stored, defaults.of_trainer
@@ -198,7 +209,8 @@ class _Defaults:
 def _refuse_changes(run: str, stored: dict[str, Any], asked: dict[str, Any], may_change: Container[str]) -> None:
     """Refuse changed options on a resume, but for those of `may_change`. Raises UserError listing them."""
     stored, asked = (_flat(json.loads(json.dumps(options))) for options in (stored, asked))
-    changed = [key for key in asked if key.split(".")[0] not in may_change and asked[key] != stored.get(key)]
+    fixed = [key for key in asked if key not in may_change and key.split(".")[0] not in may_change]
+    changed = [key for key in fixed if asked[key] != stored.get(key)]
     if changed:
         lines = [f"{key.replace('_options', '')} {stored.get(key)} -> {asked[key]}" for key in changed]
         raise UserError(

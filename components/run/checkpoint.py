@@ -7,14 +7,14 @@ A checkpoint is written to a temporary folder and becomes valid when that folder
 checkpoint is the newest one whose manifest verifies. Names that start with a dot are temporary, stale or damaged.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,116 +24,18 @@ from torch import Tensor
 
 from .. import contracts, parallel
 from ..data.random_state import derive_seed, get_random_state, seed_all, set_random_state
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, one_line
 from ..optimizers import kept_length
+from ..records import Manifest, check_folder, check_regular, misfit, too_deep
+from .files import as_json, fingerprint, flatten, read_tree, sync, unflatten, write_json, write_tree
+from .pieces import DamagedError, Parts, Records, keep, leave_out, recover
 
 logger = logging.getLogger(__name__)
 FORMAT = 2
 STEP_NAME = re.compile(r"step-(\d{9,})")
 
 
-class DamagedError(Exception):
-    """A checkpoint whose files do not match its manifest."""
-
-
-@dataclass
-class Parts:
-    """Large pieces of a process's state that never change: one file each, which the next checkpoint links."""
-
-    kept: Sequence[str] = ()
-    """Names of the pieces that an earlier checkpoint has."""
-    new: dict[str, Any] = field(default_factory=dict)
-    """Name -> tree of the pieces to write."""
-
-
-# ---- a tree of tensors and JSON values in one safetensors file -----------------------------------------------------
-
-
-def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
-    """Split a tree into its tensors and JSON that records their places. Dicts keep int keys, tuples stay tuples.
-
-    Raises:
-        TypeError: a value that could not be restored without pickle; names its place.
-    """
-    tensors: dict[str, Tensor] = {}
-
-    def walk(node: Any, place: str) -> Any:
-        if isinstance(node, Tensor):
-            tensors[place] = node.detach().cpu().contiguous().clone()  # shared memory is stored once for each name
-            return {"tensor": place}
-        if isinstance(node, dict):
-            if not all(isinstance(key, (str, int)) for key in node):
-                raise TypeError(f"{place or 'state'}: keys must be str or int")
-            return {
-                "dict": [[key, walk(value, f"{place}/{key}" if place else str(key))] for key, value in node.items()]
-            }
-        if isinstance(node, (list, tuple)):
-            items = [walk(value, f"{place}/{i}" if place else str(i)) for i, value in enumerate(node)]
-            return {"tuple": items} if isinstance(node, tuple) else items
-        if node is None or isinstance(node, (bool, int, float, str)):
-            return node
-        raise TypeError(f"{place or 'state'}: {type(node).__name__} is neither tensor nor JSON value")
-
-    return tensors, walk(tree, "")
-
-
-def unflatten(tensors: dict[str, Tensor], tree: Any) -> Any:
-    """The inverse of `flatten`."""
-    if isinstance(tree, list):
-        return [unflatten(tensors, item) for item in tree]
-    if isinstance(tree, dict):
-        ((kind, value),) = tree.items()
-        if kind == "tensor":
-            return tensors[value]
-        if kind == "tuple":
-            return tuple(unflatten(tensors, item) for item in value)
-        return {key: unflatten(tensors, item) for key, item in value}
-    return tree
-
-
-def write_tree(path: Path, tree: Any) -> dict[str, list[int]]:
-    """Write a tree and fsync it; returns the shapes of its tensors by their places."""
-    from safetensors.torch import save_file
-
-    tensors, description = flatten(tree)
-    save_file(tensors, path, metadata={"tree": json.dumps(description)})
-    sync(path)
-    return {place: list(tensor.shape) for place, tensor in tensors.items()}
-
-
-def read_tree(path: Path) -> Any:
-    """Read a tree that `write_tree` wrote; the tensors are copies, so the file may be removed."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        return unflatten(tensors, json.loads(file.metadata()["tree"]))
-
-
-def sync(path: Path) -> None:
-    """fsync a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, indent=1) + "\n"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically: a reader finds the old one or the new one."""
-    temporary = path.with_name(f".{path.name}-new")
-    try:
-        with open(temporary, "w") as file:
-            file.write(_as_json(value))
-        sync(temporary)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+__all__ = ["Checkpoints", "DamagedError", "flatten", "read_tree", "save", "unflatten", "verify", "write_tree"]
 
 
 # ---- saving --------------------------------------------------------------------------------------------------------
@@ -182,8 +84,9 @@ def save(
     try:
         _on_all(before)
         _on_all(writer.prepare)
-        _on_all(partial(writer.write, shared, of_rank))
-        _on_all(partial(writer.commit, info, keep_last, best))
+        _on_all(partial(writer.write, shared, of_rank, keep_last))
+        pieces = [name for names in parallel.gather(writer.pieces) for name in names]
+        _on_all(partial(writer.commit, {"pieces": pieces, "best": best, **info}, keep_last, best))
     except Exception:
         shutil.rmtree(writer.temporary, ignore_errors=True)  # frees the space on a full disk
         raise
@@ -197,25 +100,27 @@ class _Writer:
         self.final = root / f"step-{step:09d}"
         self.temporary = root / f".tmp-{self.final.name}"
         self.shapes: dict[str, dict[str, list[int]]] = {}
+        self.pieces: list[str] = []  # file names of this process's
 
     def prepare(self) -> None:
         """Rank 0 removes the remains of earlier saves, and makes the temporary folder."""
         if self.rank == 0:
             self.root.mkdir(parents=True, exist_ok=True)
-            for stale in [*self.root.glob(".tmp-*"), *self.root.glob(".old-*")]:
-                shutil.rmtree(stale, ignore_errors=True)
+            _remove_stale(self.root)
             self.temporary.mkdir()
 
-    def write(self, shared: dict[str, Any], of_rank: dict[str, Any]) -> None:
+    def write(self, shared: dict[str, Any], of_rank: dict[str, Any], keep_last: int) -> None:
         """Write this process's file and parts; rank 0 also writes the shared state."""
         of_rank = dict(of_rank)
-        earlier = [*(path for path in reversed(steps(self.root)) if path < self.final), self.final]  # or itself
+        earlier = [path for path in reversed(steps(self.root)) if path < self.final]
+        before = earlier[0] if earlier and keep_last > 1 else None
+        records: Records = {path: _files(path) for path in (self.final, *earlier)}  # or itself, when it is renewed
         for key, state in of_rank.items():
             if isinstance(state, dict) and isinstance(parts := state.get("parts"), Parts):
                 of_rank[key] = state | {"parts": [*parts.kept, *parts.new]}
+                self.pieces += [f"{name}.safetensors" for name in of_rank[key]["parts"]]
                 for name in parts.kept:
-                    source = next(path for path in earlier if (path / f"{name}.safetensors").exists())
-                    link(source, self.temporary, name)
+                    keep(f"{name}.safetensors", records, before, self.temporary)
                 for name, tree in parts.new.items():
                     write_tree(self.temporary / f"{name}.safetensors", tree)
         write_tree(self.temporary / f"rank-{self.rank}.safetensors", of_rank)
@@ -231,7 +136,7 @@ class _Writer:
         manifest["shapes"] = self.shapes
         known = _known_fingerprints(self.root)
         files = sorted(self.temporary.iterdir())
-        manifest["files"] = {path.name: known.get(path.stat().st_ino) or _fingerprint(path) for path in files}
+        manifest["files"] = {path.name: known.get(path.stat().st_ino) or fingerprint(path) for path in files}
         manifest["sha256"] = _own_hash(manifest)
         write_json(self.temporary / "manifest.json", manifest)
         sync(self.temporary)
@@ -243,25 +148,37 @@ class _Writer:
         _prune(self.root, keep_last)
 
 
-def link(folder: Path, to: Path, name: str) -> None:
-    """Hard-link a file of an earlier checkpoint into another one; copy it where the disk has no hard links."""
-    source, target = folder / f"{name}.safetensors", to / f"{name}.safetensors"
+def _files(folder: Path) -> dict[str, list[Any]]:
+    """File name -> fingerprint, as the manifest of a checkpoint has them; {} if there is none that can be read."""
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-        sync(target)
+        return dict(json.loads((folder / "manifest.json").read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _known_fingerprints(root: Path) -> dict[int, list[Any]]:
-    """Inode -> fingerprint of the newest checkpoint's files, so that a linked file is not read again."""
-    for folder in reversed(steps(root)):
-        try:
-            files = json.loads((folder / "manifest.json").read_text())["files"]
-            return {(folder / name).stat().st_ino: entry for name, entry in files.items()}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return {}
+    """Inode -> fingerprint of the checkpoints' files, so that a linked file is not read again."""
+    known: dict[int, list[Any]] = {}
+    for folder in steps(root):
+        for name, entry in _files(folder).items():
+            with contextlib.suppress(OSError):
+                known[(folder / name).stat().st_ino] = entry
+    return known
+
+
+def _remove_stale(root: Path) -> None:
+    """Remove what saves that did not come to their end have left."""
+    for stale in [*root.glob(".tmp-*"), *root.glob(".old-*")]:
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def tidy(root: Path, best: int | None, keep_last: int) -> None:
+    """Do what the last save did not come to do after its checkpoint was valid."""
+    with contextlib.suppress(OSError):  # a full disk: the next save does it
+        _remove_stale(root)
+        if best is not None:
+            link_best(root, best)
+        _prune(root, keep_last)
 
 
 def link_best(root: Path, step: int) -> None:
@@ -290,11 +207,6 @@ def _shapes(state: dict[str, Any]) -> dict[str, list[int]]:
     return {key: list(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
 
 
-def _fingerprint(path: Path) -> list[Any]:
-    with open(path, "rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
 def _own_hash(manifest: dict[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
@@ -311,50 +223,100 @@ def steps(root: Path) -> list[Path]:
 
 def verify(folder: Path) -> dict[str, Any]:
     """Return the manifest. Raises DamagedError naming the file that is missing, changed or unexpected."""
-    path = folder / "manifest.json"
+    manifest, pieces = examine(folder)
+    if pieces:
+        raise DamagedError(f"{folder / pieces[0]}: missing, or size or hash does not match")
+    return manifest
+
+
+def examine(folder: Path, pieces: bool = True) -> tuple[dict[str, Any], list[str]]:
+    """Return the manifest, and the names of the pieces that are missing or changed, unless `pieces` is false.
+
+    Raises:
+        DamagedError: any other file is missing, changed or unexpected; names it.
+    """
+    path, damaged = folder / "manifest.json", []
     try:
+        check_regular(path)
         text = path.read_text()
         manifest = json.loads(text)
-        if manifest["sha256"] != _own_hash(manifest) or text != _as_json(manifest):
+        if too_deep(manifest) or (problem := misfit(manifest, Manifest)):
+            raise DamagedError(f"{path}: {'it is nested too deeply' if too_deep(manifest) else problem}")
+        if manifest["sha256"] != _own_hash(manifest) or text != as_json(manifest):
             raise DamagedError(f"{path}: the manifest's hash does not match")
-        names = {entry.name for entry in folder.iterdir()} - {"manifest.json"}
-        if names != set(manifest["files"]):
-            odd = sorted(names ^ set(manifest["files"]))[0]
-            raise DamagedError(f"{folder / odd}: {'unexpected' if odd in names else 'missing'}")
+        parts = set(manifest.get("pieces", ()))
+        names = {entry.name for entry in folder.iterdir() if entry.name[0] != "."} - {"manifest.json"}
+        if odd := sorted((names ^ set(manifest["files"])) - parts):
+            raise DamagedError(f"{folder / odd[0]}: {'unexpected' if odd[0] in names else 'missing'}")
+        check_folder(folder)
         for name, expected in manifest["files"].items():
-            if _fingerprint(folder / name) != list(expected):
-                raise DamagedError(f"{folder / name}: size or hash does not match")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            if name in parts and not pieces:
+                continue
+            if name not in names or fingerprint(folder / name) != list(expected):
+                if name not in parts:
+                    raise DamagedError(f"{folder / name}: size or hash does not match")
+                damaged.append(name)
+    except UserError as error:
+        raise DamagedError(str(error)) from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path}: {type(error).__name__}: {error}") from error
-    return manifest
+    return manifest, damaged
 
 
 def newest(root: Path, set_aside: bool = True) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint that verifies, and its manifest; damaged ones are reported and renamed to a dot name.
 
+    A damaged piece is recovered from another checkpoint. If every checkpoint lacks one, the newest that lacks nothing
+    else is used without its damaged pieces. With `set_aside` false, nothing is changed, and pieces are not looked at.
+
     Raises:
         UserError: there is none, or all are damaged; a run never starts from scratch silently.
     """
-    damaged = []
+    damaged: list[tuple[Path, str]] = []
+    found: tuple[Path, dict[str, Any]] | None = None
+    lacking: tuple[Path, dict[str, Any], list[str]] | None = None
     for folder in reversed(steps(root)):
         try:
-            return folder, verify(folder)
+            manifest, pieces = examine(folder, pieces=set_aside)
+            if pieces:
+                pieces = recover(folder, manifest["files"], pieces, _others(root, folder))
+            if not pieces:
+                found = folder, manifest
+                break
+            lacking = lacking or (folder, manifest, pieces)
+            raise DamagedError(f"{folder / pieces[0]}: missing, or size or hash does not match")
         except DamagedError as error:
-            damaged.append(str(error))
+            damaged.append((folder, str(error)))
             logger.warning("damaged checkpoint, trying the one before: %s", error)
-            if set_aside:
-                aside = folder.with_name(f".damaged-{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)  # from an earlier resume
-                os.rename(folder, aside)
+    if found is None and lacking is not None:
+        leave_out(lacking[0], lacking[2])
+        found = lacking[:2]
+    for folder, _ in damaged if set_aside else ():
+        if found is None or folder > found[0]:
+            aside = folder.with_name(f".damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)  # from an earlier resume
+            os.rename(folder, aside)
+    if found is not None:
+        return found
     if damaged:
-        raise UserError(f"{root}: every checkpoint is damaged ({damaged[0]}); start a new run in another folder")
+        raise UserError(f"{root}: every checkpoint is damaged ({damaged[0][1]}); start a new run in another folder")
     raise UserError(f"{root}: no checkpoint here; expected folders such as step-000001000")
+
+
+def _others(root: Path, folder: Path) -> list[Path]:
+    """The other checkpoints, newest first, and those that were set aside: some of their files may be whole."""
+    found = [path for path in root.iterdir() if re.fullmatch(r"(\.damaged-)?step-\d{9,}", path.name)]
+    return sorted((path for path in found if path != folder), key=lambda path: path.name, reverse=True)
 
 
 def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     """`newest` for a resumed run; None when the run was stopped before its first checkpoint: nothing is lost."""
-    ever_saved = steps(root) or (root.is_dir() and any(root.glob(".damaged-*")))
-    return newest(root) if ever_saved else None
+    return newest(root) if ever_saved(root) else None
+
+
+def ever_saved(root: Path) -> bool:
+    """Whether there is a checkpoint, or was one that is damaged."""
+    return bool(steps(root)) or (root.is_dir() and any(root.glob(".damaged-*")))
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
@@ -385,27 +347,37 @@ def load_weights(module: torch.nn.Module, name: str, run: Path) -> None:
     odd = differences(shapes, _shapes(module.state_dict()))
     if odd:
         raise UserError(f"{folder}: model {name!r} does not fit: {'; '.join(odd[:5])}")
-    module.load_state_dict(read_tree(folder / f"{stored}.safetensors"))
+    with one_line(f"{folder}: model {name!r} cannot be loaded"):
+        module.load_state_dict(read_tree(folder / f"{stored}.safetensors"))
 
 
-def initialise(models: torch.nn.ModuleDict, init_from: str, load: Sequence[str], freeze: Sequence[str]) -> None:
+def initialise(models: torch.nn.ModuleDict, args: Any, inherited: Any) -> None:
     """Load trained weights of all models (`--init-from RUN`) or of single ones (`--load NAME=RUN`), and freeze models.
+
+    Args:
+        args: Also with the models' options; one that names a file of weights has had its effect.
+        inherited: `Inheritance` of the run: what a new run loads is kept there, and a resumed one loads from there.
 
     Raises:
         UserError: an unknown model name, or weights that do not fit.
     """
-    sources = dict.fromkeys(models, init_from) if init_from else {}
-    for entry in load:
+    sources = dict.fromkeys(models, args.init_from) if args.init_from else {}
+    for entry in args.load:
         name, equals, run = entry.partition("=")
         if not equals:
             raise UserError(f"--load {entry}: expected NAME=RUN, such as policy=runs/x")
         sources[name] = run
-    for name in (*sources, *freeze):
+    for name in (*sources, *args.freeze):
         if name not in models:
             raise UserError(f"no model {name!r} to load or freeze; {nearest(name, list(models))}")
-    for name, run in sources.items():
-        load_weights(models[name], name, Path(run))
-    for name in freeze:
+    if inherited.has_weights:
+        inherited.load_weights(models)
+    else:
+        for name, run in sources.items():
+            load_weights(models[name], name, Path(run))
+        named = [n for n, (_, o) in args.models.items() if any(getattr(o, p) for p in contracts.places_of(o))]
+        inherited.keep_weights({name: models[name] for name in [*sources, *named]})
+    for name in args.freeze:
         models[name].requires_grad_(False)
 
 
@@ -418,7 +390,8 @@ class Checkpoints:
     A part has `state_dict()` and `load_state_dict(state)` for state that is the same on all processes, `rank_state()`
     and `load_rank_state(state)` for state of one process, or both. When the number of processes has changed, the state
     of one process is dropped, except for parts with `load_rank_states(states of all former processes)`. The method
-    `saved()` of a part, if any, is called once a checkpoint is valid.
+    `saved()` of a part, if any, is called once a checkpoint is valid; `rewrite()`, when a piece that it has kept turns
+    out to be damaged in all of them.
 
     Args:
         run: Has the step and the folder.
@@ -451,12 +424,18 @@ class Checkpoints:
         shared |= {f"optimizer-{name}": optimizer.state_dict() for name, optimizer in learner.optimizers.items()}
         own = contracts.state_of(learner.trainer)
         shared["trainer"] = {"loss": learner.loss.state_dict(), "own": own, "updates": learner.updates, "parts": states}
-        of_rank = {name: part.rank_state() for name, part in self.parts.items() if hasattr(part, "rank_state")}
-        of_rank["random"] = get_random_state()
         config = {name: value for name, value in run.config.items() if name != "run_dir"}
         info = {"trainer": self.args.trainer, "config": config}
+        arguments = (info, self.args.keep_last, run.rank, best, run.settle)
         try:
-            save(self.root, run.step, shared, of_rank, info, self.args.keep_last, run.rank, best, run.settle)
+            try:
+                save(self.root, run.step, shared, self._of_rank(), *arguments)
+            except Exception as error:
+                if not any(parallel.gather(isinstance(error, DamagedError))):
+                    raise
+                run.say(f"an earlier checkpoint has lost a piece, which is written again: {error}")
+                self._tell("rewrite")
+                save(self.root, run.step, shared, self._of_rank(), *arguments)
         except Exception as error:
             self.failed += 1
             run.say(f"CHECKPOINT AT STEP {run.step} FAILED, {self.failed} in a row, older ones are kept: {error}")
@@ -464,10 +443,18 @@ class Checkpoints:
                 raise
             return
         self.failed = 0
-        run.saved()
+        self._tell("saved")
+
+    def _of_rank(self) -> dict[str, Any]:
+        """The state of this process."""
+        found = {name: part.rank_state() for name, part in self.parts.items() if hasattr(part, "rank_state")}
+        return found | {"random": get_random_state()}
+
+    def _tell(self, name: str) -> None:
+        """Call a method of the parts that have it."""
         for part in self.parts.values():
-            if hasattr(part, "saved"):
-                part.saved()
+            if hasattr(part, name):
+                getattr(part, name)()
 
     def restore(self) -> None:
         """Resume from the newest valid checkpoint; a run that was stopped before its first one starts at step 0.
@@ -476,15 +463,20 @@ class Checkpoints:
             UserError: all checkpoints are damaged, do not fit, or are beyond `--steps`.
         """
         run, steps = self.run, self.args.steps
+        states = {"run": None}
         if found := parallel.on_first(run.rank, lambda: latest(self.root)):
             run.step = found[1]["step"]
-            for name, state in self.load(*found).items():
-                self.parts[name].load_state_dict(state)
-            self._load_ranks(*found)
+            with one_line(f"{found[0]} cannot be resumed"):  # its hashes are right, so it was not written by this run
+                states = self.load(*found)
+                for name, state in states.items():
+                    self.parts[name].load_state_dict(state)
+                self._load_ranks(*found)
+            if run.first:
+                tidy(self.root, found[1].get("best"), self.args.keep_last)
         if run.step > steps:
             raise UserError(f"--steps {steps} is below step {run.step}, which {run.path} has reached")
-        run.rewind(run.step)
-        run.say(f"resumed at step {run.step}{kept_length(self.learner.optimizers, steps)}")
+        parallel.on_first(run.rank, lambda: run.rewind(run.step, counted="run" in states))
+        run.say(f"resumed at step {run.step}{kept_length(self.learner.optimizers, self.learner.planned)}")
 
     def load(self, folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         """Load the learner's state; returns the state of the parts.
@@ -540,9 +532,10 @@ class Checkpoints:
 
 
 def _rank_state(folder: Path, rank: int) -> dict[str, Any]:
-    """The state that one process saved; its parts are read lazily, one by one."""
+    """The state that one process saved; its parts are read lazily, one by one, and None where they are left out."""
     states = read_tree(folder / f"rank-{rank}.safetensors")
     for state in states.values():
         if isinstance(state, dict) and "parts" in state:
-            state["parts"] = (read_tree(folder / f"{name}.safetensors") for name in state["parts"])
+            paths = [folder / f"{name}.safetensors" for name in state["parts"]]
+            state["parts"] = (read_tree(path) if path.exists() else None for path in paths)
     return states

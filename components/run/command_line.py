@@ -33,6 +33,38 @@ def import_plugins(modules: Sequence[str]) -> None:
             raise UserError(f"--plugins {name}: {type(error).__name__}: {error} ({where(error)})") from error
 
 
+def import_for(run: Path, recorded: Sequence[str], given: Sequence[str]) -> None:
+    """Import the plugins that this command line names, for a run that was made with others, too.
+
+    A run folder may be a stranger's, so nothing that it names is imported by itself.
+
+    Raises:
+        UserError: a plugin of the run is not named; or as of `import_plugins`.
+    """
+    if missing := [name for name in recorded if name not in given]:
+        add = f"--plugins {' '.join(dict.fromkeys([*given, *missing]))}"
+        raise UserError(f"{run} needs plugins, and imports none by itself; if you trust it, add {add}")
+    import_plugins(given)
+
+
+def check_reach(run: Path, option: str, factory: Any, argv: Sequence[str], plugins: Sequence[str]) -> None:
+    """Refuse options of a run by which an environment or dataset would import a module, or open or write a file.
+
+    Args:
+        factory: It may have `reaches()`, which returns (option, module or "", what it does) of each such option.
+        argv: This command line; what it sets is the user's.
+        plugins: Modules that it names.
+
+    Raises:
+        UserError: names the option, and how to confirm it.
+    """
+    for name, module, what in getattr(factory, "reaches", list)():
+        word = f"--{option}.{name.replace('_', '-')}"
+        if not given(argv, word[2:]) and module not in plugins:
+            how = f"--plugins {module}" if module else f"{word} again"
+            raise UserError(f"{run} has {word} {getattr(factory, name)!r}, which {what}; if you trust it, add {how}")
+
+
 def pick(registry: dict[str, type], option: str, name: str) -> type:
     """Look up the component that `option` names. Raises UserError with the nearest names."""
     if name not in registry:
@@ -59,13 +91,14 @@ def given(argv: Sequence[str], option: str) -> bool:
     return any(word.partition("=")[0].replace("_", "-") in names for word in argv)
 
 
-def without(argv: Sequence[str], option: str) -> list[str]:
-    """The command line without an option and its value."""
+def without(argv: Sequence[str], option: str, several: bool = False) -> list[str]:
+    """The command line without an option and its value, or its `several` values."""
     words, skip = [], False
     for word in argv:
+        skip = skip and not (several and word.startswith("--"))
         if not skip and word.partition("=")[0] != option:
             words.append(word)
-        skip = word == option
+        skip = word == option or (several and skip)
     return words
 
 

@@ -5,23 +5,43 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError, plain
+from ..records import Evaluation, Line, check_regular, misfit, read_json, too_deep
+
 PANELS = 15
 
 
 def step_of(line: str) -> float:
     """The step of a line of a .jsonl file; infinite for an incomplete or damaged line."""
+    return float("inf") if (record := read_line(line, Line)) is None else float(record["step"])
+
+
+def read_line(line: str, schema: Any) -> dict[str, Any] | None:
+    """The object in a line of a .jsonl file; None for an incomplete or damaged line."""
     try:
-        return float(int(json.loads(line)["step"])) if line.endswith("\n") else float("inf")
-    except (ValueError, KeyError, TypeError, OverflowError):
-        return float("inf")
+        record = json.loads(line) if line.endswith("\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return None if too_deep(record) or misfit(record, schema) else record
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, without incomplete or damaged lines."""
+    """The objects of a .jsonl file, without incomplete or damaged lines, such as evaluations without a return.
+
+    Raises:
+        UserError: no file, but a pipe, socket or device.
+    """
     if not path.exists():
         return []
+    check_regular(path)
+    schema = Evaluation if path.name == "eval.jsonl" else Line
     lines = path.read_text(errors="replace").splitlines(True)
-    return [json.loads(line) for line in lines if step_of(line) < float("inf")]
+    return [record for line in lines if (record := read_line(line, schema)) is not None]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a line can be drawn."""
+    return not misfit(value, float)
 
 
 def diverging(run: Path) -> str:
@@ -30,16 +50,15 @@ def diverging(run: Path) -> str:
     No value exceeds that of the largest reward in every step, max |r| / (1 - discount); twice that bound is reported.
     """
     try:
-        options = json.loads((run / "args.json").read_text())["args"]["trainer_options"]
-        discount = float(options["discount"])
-    except (OSError, ValueError, KeyError, TypeError):
+        discount = read_json(run / "args.json")["args"]["trainer_options"]["discount"]
+    except (UserError, KeyError, TypeError):
         return ""
-    lines = [line for line in read_lines(run / "metrics.jsonl") if "train/reward_abs_max" in line]
-    if not lines or discount >= 1:
+    lines = [line for line in read_lines(run / "metrics.jsonl") if is_number(line.get("train/reward_abs_max"))]
+    if not lines or not is_number(discount) or discount >= 1:
         return ""
     bound = max(line["train/reward_abs_max"] for line in lines) / (1 - discount)
     for key in ("train/q", "train/v"):
-        values = [line[key] for line in lines[-max(1, len(lines) // 10) :] if key in line]
+        values = [line[key] for line in lines[-max(1, len(lines) // 10) :] if is_number(line.get(key))]
         if values and not max(abs(value) for value in values) <= 2 * bound:
             return f"{key.removeprefix('train/')} reaches {values[-1]:.3g}, rewards allow {bound:.3g}"
     return ""
@@ -71,7 +90,7 @@ def draw_curves(runs: list[Path], path: Path) -> None:
     for axis in axes[len(panels) :]:
         axis.axis("off")
     if len(runs) > 1:
-        legend = [Line2D([], [], color=colors[run], label=run.name) for run in runs]
+        legend = [Line2D([], [], color=colors[run], label=literal(run.name)) for run in runs]
         where = axes[len(panels) if crowded else 0]
         where.legend(handles=legend, fontsize=7, loc="upper left" if crowded else "best")
     save_figure(figure, path, dpi=100)
@@ -101,16 +120,18 @@ def _grid(count: int) -> tuple[Any, list[Any]]:
 
 def _draw_run(axis: Any, name: str, lines: list[dict[str, Any]], label: str, color: Any) -> None:
     """One run's curve of one metric, with the band from its least to its largest value, or of its interval."""
-    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    lines = [line for line in lines if is_number(line.get(name))]
+    points = [(line["step"], line[name]) for line in lines]
     if not points:
         return
     x, y = zip(*points, strict=True)
     axis.plot(x, y, marker="o" if len(x) < 20 else None, markersize=3, linewidth=1.2, label=label, color=color)
     ends = (f"{name}_min", f"{name}_max")
-    if band := [(line["step"], *(line[end] for end in ends)) for line in lines if ends[0] in line]:
+    banded = [line for line in lines if all(is_number(line.get(end)) for end in ends)]
+    if band := [(line["step"], *(line[end] for end in ends)) for line in banded]:
         axis.fill_between(*zip(*band, strict=True), alpha=0.15, color=color)
     if name == "success_rate":
-        low, high = zip(*(line["success_ci"] for line in lines if line.get(name) is not None), strict=True)
+        low, high = zip(*(line["success_ci"] or [line[name]] * 2 for line in lines), strict=True)
         axis.fill_between(x, low, high, alpha=0.2, color=color)
         axis.set_ylim(-0.02, 1.02)
 
@@ -121,7 +142,7 @@ def _finish_panel(axis: Any, name: str, diverged: bool) -> None:
     if "loss" in name and min(shown, default=0) > 0:
         axis.set_yscale("log")
     title = name.replace("_", " ") + (" DIVERGING" if diverged else "")
-    axis.set_title(title, fontsize=9, color="red" if diverged else "black")
+    axis.set_title(literal(title), fontsize=9, color="red" if diverged else "black")
     axis.set_xlabel("step", fontsize=8)
     axis.tick_params(which="both", labelsize=7)
     axis.grid(alpha=0.3)
@@ -135,6 +156,11 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
     figure.savefig(temporary, dpi=dpi, format="png")
     os.replace(temporary, path)
     plt.close(figure)
+
+
+def literal(text: str) -> str:
+    """A text that matplotlib draws as it is, not as a formula."""
+    return plain(text).replace("$", r"\$")
 
 
 def _mean_of(key: str) -> str:

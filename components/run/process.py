@@ -1,6 +1,5 @@
 """How a process stops and ends: signals, the end of its launcher, exit codes."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -12,15 +11,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..envs.vector import hurry
-from ..errors import UserError, where
+from ..errors import SignalledExit, UserError, plain, where
+from .screen import steady
 
 ALONE = 5.0  # seconds in which rank 0 reports an error that it has, too
 PATIENCE = 10.0  # seconds by which an environment that does not return may delay a stop
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the run to save and stop; a second SIGTERM or Ctrl-C exits immediately.
+    """SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C ask the run to save and stop; a second SIGTERM or Ctrl-C exits immediately.
 
+    SIGHUP comes when the terminal is closed; under `nohup`, which ignores it, the run continues.
     Before it is `armed` (while the run is being built), the first signal exits, too. Worker processes inherit the
     handlers when they are forked: in them, SIGTERM exits and Ctrl-C is ignored, since the parent handles it.
     """
@@ -29,8 +30,10 @@ class StopRequest:
         self.asked, self.armed, self.asked_at, self.pid = False, False, 0.0, os.getpid()
         self.last_words: Callable[[], None] = lambda: None  # called before a second signal exits
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                signal.signal(number, self._ask)
+            for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows lacks some
+                if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                    signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
         if os.getpid() != self.pid:
@@ -38,12 +41,12 @@ class StopRequest:
                 os._exit(128 + number)
             return
         if not self.armed:
-            raise SystemExit(128 + number)
+            raise SignalledExit(128 + number)
         if not self.asked:
             self.asked, self.asked_at = True, time.monotonic()
             hurry(PATIENCE)
         # `timeout` and some launchers send the same signal to a process and then to its group: it counts once.
-        elif number != signal.SIGUSR1 and time.monotonic() - self.asked_at > 0.1:
+        elif number in (signal.SIGTERM, signal.SIGINT) and time.monotonic() - self.asked_at > 0.1:
             self.last_words()
             leave(128 + number)
 
@@ -91,6 +94,7 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
 
     Exit codes: 0 for success, 1 for a failed run, 2 for a UserError; each error is reported in one line.
     """
+    steady()
     end_with_launcher()
     first = os.environ.get("RANK", "0") == "0"
     code = 1
@@ -111,8 +115,7 @@ def run_script(main: Callable[[list[str]], int]) -> NoReturn:
         who = "" if first else f"process {os.environ['RANK']}: "
         print(f"error: {who}{type(error).__name__}: {in_one_line(error)} ({where(error)})", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # the reader may be gone
-            stream.flush()
+        stream.flush()
     leave(code)
 
 
@@ -134,4 +137,4 @@ def report_alone(error: UserError, rank: int | str) -> None:
 def in_one_line(error: BaseException) -> str:
     """The first line of an error's message, and its notes."""
     first = (str(error).strip().splitlines() or ["no message"])[0]
-    return "; ".join([first, *getattr(error, "__notes__", ())])
+    return plain("; ".join([first, *getattr(error, "__notes__", ())]))

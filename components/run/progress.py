@@ -5,6 +5,8 @@ import sys
 import time
 from typing import Any
 
+from ..errors import plain
+
 
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss."""
@@ -45,9 +47,9 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line, above the bar."""
         if self.bar is not None:
-            self.bar.write(text)
+            self.bar.write(plain(text))
         elif self.shown:
-            print(text, flush=True)
+            print(plain(text), flush=True)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -5,10 +5,8 @@ import fcntl
 import inspect
 import json
 import logging
-import math
 import os
 import sys
-import threading
 import time
 import traceback
 from dataclasses import asdict
@@ -17,16 +15,18 @@ from typing import Any
 
 from ..acting.evaluation import headline, scores
 from ..acting.policy_folder import save_policy
-from ..errors import StoppedError, UserError
+from ..errors import StoppedError, UserError, plain
 from ..parallel import gather, on_first, world_size
-from .checkpoint import sync, write_json
-from .curves import draw_curves, step_of
+from ..records import RunRecord, StatusRecord, check_folder, read_record
+from .curves import draw_curves
+from .files import write_json
+from .inheritance import Inheritance
+from .logs import Logs
 from .process import StopRequest, in_one_line, leave, report_alone, wait_for_first
 from .progress import Progress
 from .provenance import environment
 from .tracking import Tracker
-
-LOGS = ("metrics.jsonl", "eval.jsonl", "episodes.jsonl")
+from .watch import Watch
 
 
 class Run:
@@ -39,17 +39,21 @@ class Run:
         path: Existing run folder.
         rank: Of this process.
         hang_timeout: Seconds without a `beat` after which the process ends itself; 0 for never.
+        resumed: Whether it is a run to resume.
 
     Raises:
-        UserError: on every process, when another run holds the folder.
+        UserError: on every process, when another run holds the folder, or what it began with is damaged.
     """
 
-    def __init__(self, path: Path, rank: int, hang_timeout: float = 0.0) -> None:
+    def __init__(self, path: Path, rank: int, hang_timeout: float = 0.0, resumed: bool = False) -> None:
         self.path, self.rank, self.first = path, rank, rank == 0
-        self.begun, self.step, self.hang_timeout = False, 0, hang_timeout
+        self.inherited = Inheritance(path, rank, resumed)  # what it began with
+        self.begun, self.step = False, 0
+        self.watch = Watch(path, rank, hang_timeout, self._hangs)
         self.config: dict[str, Any] = {}
         self.ended: list[dict[str, Any]] = []  # episodes that are not written yet
-        self.unwritten: list[tuple[str, dict[str, Any]]] = []
+        self.evaluations, self.unevaluated = 0, ""  # that succeeded; why the last one failed, if none did
+        self.logs = Logs(path, self.say)
         self.lock: Any = None
         on_first(rank, self._take_lock)  # if the folder is in use, no process touches it
         self.tracker, self.progress = Tracker(path), Progress(0, 0, shown=self.first)
@@ -67,7 +71,7 @@ class Run:
         start_logging(rank)
         name = f"{args.trainer}-{args.subject}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = on_first(rank, lambda: args.resume or claim(args.run_dir, name))
-        return cls(Path(path), rank, args.hang_timeout)
+        return cls(Path(path), rank, args.hang_timeout, bool(args.resume))
 
     def already_finished(self, steps: int) -> bool:
         """Whether the run has already made so many steps; if so, reports it."""
@@ -79,19 +83,23 @@ class Run:
 
     def _take_lock(self) -> None:
         self.lock = lock(self.path)
+        self.inherited.open()
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.hang_timeout = 0.0
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        self.watch.end()
         self.progress.close()
-        if error is not None:
+        if isinstance(error, StoppedError):  # after the last checkpoint: what is left is done by the resumed run
+            self.preempted()
+        elif error is not None:
             self._failed(error)
         self.cleanup.close()
         self.tracker.finish()
         if self.lock is not None:
             self.lock.close()
+        return isinstance(error, StoppedError)
 
     def _failed(self, error: BaseException) -> None:
         """Record why the run ended."""
@@ -107,15 +115,16 @@ class Run:
         if self.begun:
             self._status("failed", f"{type(error).__name__}: {in_one_line(error)}")
         elif self.first:
-            discard(self.path)
+            discard(self.path, self.inherited)
 
     def _write_error(self, text: str) -> None:
         with contextlib.suppress(OSError):  # the disk may be full, or the folder gone
-            (self.path / f"error-rank{self.rank}.txt").write_text(text)
+            path = self.path / f"error-rank{self.rank}.txt"
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def beat(self) -> None:
         """Record that the run makes progress; the loops call this at every step."""
-        self.alive_at = time.monotonic()
+        self.watch.beat()
 
     def tick(self) -> None:
         """`beat`, for long work inside a step. Raises StoppedError when a stop was requested."""
@@ -123,21 +132,12 @@ class Run:
         if self.stop.asked:
             raise StoppedError("stopped by a signal")
 
-    def _watch(self) -> None:
-        """In a thread: end the process when it hangs, and record where."""
-        main = threading.main_thread().ident
-        while self.hang_timeout > 0:
-            time.sleep(min(1.0, self.hang_timeout / 4))
-            silent = time.monotonic() - self.alive_at
-            if 0 < self.hang_timeout < silent:
-                frames = sys._current_frames()
-                stack = traceback.extract_stack(frames[main]) if main in frames else traceback.StackSummary()
-                place = f"{stack[-1].filename}:{stack[-1].lineno}" if stack else "an unknown place"
-                reason = f"hangs at {place}: no progress for {silent:.0f} s (--hang-timeout)"
-                self._write_error("".join(stack.format()) + f"process {self.rank} {reason}\n")
-                self._status("failed", f"process {self.rank} {reason}")
-                print(f"error: process {self.rank} {reason}", file=sys.stderr, flush=True)
-                leave(1)
+    def _hangs(self, reason: str, stack: str, alone: bool) -> None:
+        """In the watch's thread: record why, and end the process; `alone` if the first one cannot record it."""
+        self._write_error(f"{stack}{reason}\n")
+        self._status("failed", reason, anyway=alone)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        leave(1)
 
     def advance(self, steps: int) -> None:
         """Count completed steps."""
@@ -166,6 +166,7 @@ class Run:
         record |= {"env": env, "seed": args.seed, "world_size": world_size(), "mixed_precision": precision}
         entries = {o: [config[o]] for o in REGISTRIES} | {"model": [entry for entry, _ in args.models.values()]}
         chosen = [REGISTRIES[o][entry] for o, names in entries.items() for entry in names if entry in REGISTRIES[o]]
+        kept = {key: args.stored[key] for key in ("command", "started") if key in args.stored}  # of the run's beginning
         if self.first:
             for stale in self.path.glob("error-rank*.txt"):
                 stale.unlink()
@@ -173,16 +174,16 @@ class Run:
             if args.resume:
                 self.compare_machine(surroundings)
             try:
-                write_json(self.path / "args.json", record | surroundings)
+                self.inherited.write()
+                write_json(self.path / "args.json", record | surroundings | kept)
             except OSError as error:
-                raise UserError(f"{self.path} cannot be written ({error.strerror}); make it writable") from error
+                problem = f"{self.path / 'args.json'} cannot be written ({error.strerror})"
+                raise UserError(f"{problem}; free space on its disk, or make it writable") from error
             if args.track:
                 self.tracker.start(config, args.track_project, args.track_name, args.track_group)
         self.progress = Progress(args.steps, self.step, shown=self.first)
         self.begun, self.stop.armed = True, True
-        self.beat()
-        if self.hang_timeout > 0:
-            threading.Thread(target=self._watch, daemon=True).start()
+        self.watch.start()
         self._status("running")
         self.say(f"{self.path}: {world_size()} process(es), {size}")
 
@@ -190,8 +191,8 @@ class Run:
         """Report changes since the run began that change the last bits of its numbers: threads, CPU, torch."""
         before = read_args(self.path)
         for group, name in (("machine", "threads"), ("machine", "cpu"), ("packages", "torch")):
-            if before[group][name] != now[group][name]:
-                self.say(f"{name} was {before[group][name]} and is {now[group][name]}: the last bits will differ")
+            if before[group].get(name) != now[group][name]:
+                self.say(f"{name} was {before[group].get(name)} and is {now[group][name]}: the last bits will differ")
 
     def say(self, *lines: str) -> None:
         """Print lines on the first process, without the empty ones."""
@@ -209,7 +210,7 @@ class Run:
         """Add a line for the current step to `metrics.jsonl` and the screen."""
         record = {"step": self.step} | record
         if self.first:
-            self._append("metrics.jsonl", record)
+            self.logs.append("metrics.jsonl", record)
             self.tracker.log(record, record["step"])
         self.progress.update(record["step"], record)
 
@@ -223,8 +224,18 @@ class Run:
         """Add a line to `episodes.jsonl` for each episode of any process that ended since the last call."""
         for episode in (episode for part in gather(self.ended) for episode in part):
             if self.first:
-                self._append("episodes.jsonl", episode)
+                self.logs.append("episodes.jsonl", episode)
         self.ended = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been written to the logs, and what became of the evaluations."""
+        logs = self.logs.state_dict()
+        return {"logs": logs, "evaluations": self.evaluations, "unevaluated": self.unevaluated}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of `state_dict`."""
+        self.logs.load_state_dict(state["logs"])
+        self.evaluations, self.unevaluated = state["evaluations"], state["unevaluated"]
 
     def rank_state(self) -> dict[str, Any]:
         """The episodes of this process that are not written yet."""
@@ -234,41 +245,31 @@ class Run:
         """Restore the state of `rank_state`."""
         self.ended = state["episodes"]
 
+    def load_rank_states(self, states: list[dict[str, Any]]) -> None:
+        """Restore the states of all former processes, on the first one."""
+        self.ended = [episode for state in states for episode in state["episodes"]] if self.first else []
+
     def evaluated(self, result: dict[str, Any] | None, problem: str = "") -> None:
         """Add a line to `eval.jsonl` and the screen, or report why the evaluation failed."""
         if result is None:
+            self.unevaluated = "" if self.evaluations else problem
             self.say(f"the evaluation at step {self.step} failed, training continues: {problem}")
             return
+        self.evaluations, self.unevaluated = self.evaluations + 1, ""
         if self.first:
-            self._append("eval.jsonl", result)
+            self.logs.append("eval.jsonl", result)
             self.tracker.log(scores(result), result["step"])
         self.say(f"step {result['step']}: {headline(result)}")
 
-    def _append(self, name: str, record: dict[str, Any]) -> None:
-        """Append a line; while the disk is full, keep it."""
-        self.unwritten.append((name, record))
-        try:
-            self._write_lines()
-        except OSError as error:
-            if len(self.unwritten) == 1:
-                self.say(f"{self.path / name} CANNOT BE WRITTEN ({error.strerror}), its lines are kept and retried")
-
-    def _write_lines(self) -> None:
-        while self.unwritten:
-            name, record = self.unwritten[0]
-            append_line(self.path / name, record, wait=False)
-            del self.unwritten[0]
-
     def settle(self) -> None:
         """Write and fsync the logs; called before a checkpoint becomes valid. Raises OSError: the disk is full."""
-        self._write_lines()
-        for name in LOGS:
-            if (self.path / name).exists():
-                sync(self.path / name)
+        self.logs.settle()
 
     def saved(self) -> None:
         """Record that a checkpoint of this step is valid."""
         self._status("running")
+        if self.first:
+            self.inherited.drop_weights()
 
     def leave_policy(self, policy: Any, evaluator: Any, args: Any) -> None:
         """Write the policy, and a video of it where the environment renders."""
@@ -281,22 +282,30 @@ class Run:
     def preempted(self) -> None:
         """Record that the run was stopped before its last step, on request."""
         self._status("preempted", "stopped by a signal")
-        self.say(f"stopped at step {self.step}; continue with --resume {self.path}")
+        plugins = " ".join(["", "--plugins", *self.config["plugins"]]) if self.config.get("plugins") else ""
+        self.say(f"stopped at step {self.step}; continue with --resume {self.path}{plugins}")
 
     def finished(self) -> None:
-        """Record that the run reached its last step, and draw its curves."""
+        """Record that the run reached its last step, and draw its curves.
+
+        Raises:
+            RuntimeError: every evaluation has failed, so that the run has not shown what it was to show.
+        """
         if self.first:
             draw_curves([self.path], self.path / "curves.png")
             for film in (self.path / "videos").glob(f"*{self.step}.mp4"):
                 self.tracker.video(film, self.step)
+        if self.unevaluated:
+            again = f"evaluate it again by python -m components.evaluate {self.path}"
+            raise RuntimeError(f"no evaluation succeeded ({again}): {self.unevaluated}")
         self._status("finished")
         self.progress.close()
         self.say(f"finished: {self.path}")
 
-    def _status(self, state: str, reason: str = "") -> None:
+    def _status(self, state: str, reason: str = "", anyway: bool = False) -> None:
         if state != "running":
             self.stop.last_words = lambda: None  # a later signal does not overwrite how the run ended
-        if self.first:
+        if self.first or anyway:
             path, status = self.path / "status.json", {"state": state, "step": self.step, "reason": reason}
             try:
                 write_json(path, status)
@@ -308,51 +317,33 @@ class Run:
                 except OSError:
                     self.say(f"{path} CANNOT BE WRITTEN ({error.strerror})")
 
-    def rewind(self, step: int) -> None:
-        """Drop lines of later steps, and an incomplete last line, from the .jsonl files before a resume at `step`."""
-        for name in LOGS if self.first else ():
-            path = self.path / name
-            if path.exists():
-                text = path.read_text(errors="replace")
-                kept = "".join(line for line in text.splitlines(True) if step_of(line) <= step)
-                if kept != text:
-                    temporary = path.with_name(f".{name}-new")
-                    temporary.write_text(kept)
-                    os.replace(temporary, path)
+    def rewind(self, step: int, counted: bool) -> None:
+        """Take back what the logs have from after the checkpoint of `step`, which `counted` the lines, or did not."""
+        if self.first:
+            self.logs.rewind(step, counted)
+
+
+class Plain(logging.Formatter):
+    """Writes the control characters of a message, which may quote a file, as escapes; lines stay lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(plain, super().format(record).split("\n")))
 
 
 def start_logging(rank: int) -> None:
-    """Show the log messages of components: all on the first process, errors alone on the others."""
+    """Show the log messages of components, as plain text: all on the first process, errors alone on the others."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(Plain("%(message)s"))
     logging.getLogger("components").setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 
 def last_line(path: Path) -> str:
     """The last line of a text file; "" if it cannot be read."""
     try:
-        return ([""] + path.read_text(errors="replace").splitlines())[-1]
+        return ([""] + path.read_text(encoding="utf-8", errors="replace").splitlines())[-1]
     except OSError:
         return ""
-
-
-def append_line(path: Path, record: dict[str, Any], wait: bool = True) -> None:
-    """Append one JSON object as a line, completely or not at all; with `wait`, fsync it."""
-    line = json.dumps(finite(record), allow_nan=False) + "\n"
-    before = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "a") as file:
-            file.write(line)
-    except OSError:
-        with contextlib.suppress(FileNotFoundError):
-            os.truncate(path, before)
-        raise
-    if wait:
-        sync(path)
-
-
-def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """Replace numbers that are not finite by None, since JSON has no NaN."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def claim(wanted: str, default_name: str) -> str:
@@ -385,9 +376,10 @@ def claim(wanted: str, default_name: str) -> str:
     return str(path)
 
 
-def discard(path: Path) -> None:
+def discard(path: Path, inherited: Inheritance) -> None:
     """Remove the folder of a run that did not begin, unless it holds other files."""
     if not (path / "args.json").exists():
+        inherited.discard()
         (path / ".lock").unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a folder with other files stays
             path.rmdir()
@@ -401,28 +393,35 @@ def lock(path: Path) -> Any:
     Raises:
         UserError: another process holds it.
     """
-    file = open(path / ".lock", "a+")  # noqa: SIM115  (held for life)
+    try:
+        file = open(path / ".lock", "a+")  # noqa: SIM115  (held for life)
+    except OSError as error:
+        raise UserError(
+            f"{path / '.lock'} cannot be written ({error.strerror}); free space, or make it writable"
+        ) from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.seek(0)
         raise UserError(f"{path} is in use by process {file.read().strip() or '?'}; wait for it or stop it") from error
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk: the number is for people, the lock is held without it
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), str(os.getpid()).encode())
     return file
 
 
 def read_args(run: Path, made_by: str = "") -> dict[str, Any]:
-    """Read a run's `args.json`. Raises UserError: no run, a damaged file, or a run of another script."""
+    """Read a run's `args.json`.
+
+    Raises:
+        UserError: no run, a damaged file, a link out of the folder, or a run of another script.
+    """
     path = run / "args.json"
     if not path.exists():
         raise UserError(f"{run}: no run here (args.json is missing)")
-    try:
-        record = json.loads(path.read_text())
-        script, *_ = record["script"], record["args"]["seed"], [word.split() for word in record["argv"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    check_folder(run)
+    record = read_record(path, RunRecord, "copy it from the run again; its last checkpoint has the options, too")
+    script = record["script"]
     if made_by and script != made_by:
         raise UserError(f"{run} is a run of {script}; continue with: python {script} --resume {run}")
     return record
@@ -431,7 +430,6 @@ def read_args(run: Path, made_by: str = "") -> dict[str, Any]:
 def read_status(run: Path) -> dict[str, Any]:
     """A run's `status.json`; if it is missing (the run was killed before) or damaged, state "unknown" at step 0."""
     try:
-        status = json.loads((run / "status.json").read_text())
-        return {"state": str(status["state"]), "step": int(status["step"]), "reason": str(status["reason"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_record(run / "status.json", StatusRecord, "")
+    except UserError:
         return {"state": "unknown", "step": 0, "reason": ""}

@@ -52,6 +52,8 @@ class DQN(Counting):
         "env.id": "CartPole-v1",
     }
 
+    spans = {"exploration_steps": "environment steps"}
+
     @dataclass(frozen=True)
     class Config:
         """Deep Q-network; CleanRL's values for classic control."""

@@ -18,12 +18,13 @@ replaces a schedule that executes corrections with a growing probability.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..contracts import Place
 from ..data.augmentation import random_shift
 from ..models.encoder import detached, encoded
 from ..parallel import global_mean
@@ -47,6 +48,8 @@ class Residual(RLPD):
         **networks("temperature", initial=0.02),
     }
 
+    spans = RLPD.spans | {"penalty_updates": "updates"}
+
     @dataclass(frozen=True)
     class Config(RLPD.Config):
         """A residual policy on top of a frozen one."""
@@ -57,7 +60,7 @@ class Residual(RLPD):
         """Final weight; with the default scale, that of TD3+BC for the distance from its data."""
         penalty_updates: int = 20_000
         """Updates of the critics over which the weight falls, by a constant factor per update."""
-        base: str = ""
+        base: Annotated[str, Place()] = ""
         """Run folder of the policy that is corrected."""
         scale: float = 0.3
         """Largest correction, as a fraction of half the range of an action."""

@@ -41,6 +41,8 @@ class RLPD(Counting, SAC):
         **networks("critic", members=10, layer_norm=True),
     }
 
+    spans = {"policy_starts": "updates"}
+
     @dataclass(frozen=True)
     class Config(SAC.Config):
         """Reinforcement learning with prior data; the authors' values."""

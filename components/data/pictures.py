@@ -1,0 +1,170 @@
+"""What a picture is: the one rule of readers, environments, replay, a user's dataset and `Policy.act`.
+
+A picture is uint8 from 0 to 255 or float from 0 to 1, `[C, H, W]` or `[H, W, C]` with 1, 3 or 4 channels, or `[H, W]`.
+A stack of S pictures has one axis more in front, or S times as many channels. The shape, the bounds of a space, a
+file's metadata or a policy's record tell these apart. Pictures are stored as uint8 `[C, H, W]`, stacks as
+`[S * C, H, W]`.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+IMAGES = "observation.images."
+CHANNELS = (1, 3, 4)
+RULE = "a picture is uint8 0 to 255 or float 0 to 1, [C, H, W] or [H, W, C] with 1, 3 or 4 channels, or a stack of such"
+SLACK = 1e-5  # by which rounding may take a float beyond its bounds
+
+
+def is_picture(key: str, dtype: Any) -> bool:
+    """Whether `key` names pictures, in an item, a batch or a spec: bytes below `observation.images.`."""
+    return key.removeprefix("next.").startswith(IMAGES) and dtype_name(dtype) == "uint8"
+
+
+def pictures_of(spec: dict[str, dict[str, Any]]) -> list[str]:
+    """The keys of a spec that are pictures."""
+    return [key for key, feature in spec.items() if is_picture(key, feature.get("dtype"))]
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a type of numpy or torch, such as uint8."""
+    return str(dtype).removeprefix("torch.")
+
+
+def camera_of(name: str) -> str:
+    """The camera that a feature is named after: `top` of observation.images.top, `image` of observation.image."""
+    return name.removeprefix(IMAGES).removeprefix("observation.")
+
+
+# ---- layout --------------------------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """The axes of pictures of one shape."""
+
+    shape: tuple[int, ...]  # of a picture, or of a stack
+    stored: tuple[int, int, int]  # [C, H, W], or [S * C, H, W]
+    last: bool  # whether the channels are the last axis
+
+    def __call__(self, pictures: Any) -> Any:
+        """An array or tensor `[..., *shape]` as `[..., C, H, W]`; a view where no axis moves."""
+        leading = pictures.shape[: pictures.ndim - len(self.shape)]
+        if self.last:
+            pictures = pictures.movedim(-1, -3) if isinstance(pictures, Tensor) else np.moveaxis(pictures, -1, -3)
+        return pictures.reshape(*leading, *self.stored)
+
+
+@lru_cache(maxsize=1024)
+def find_layout(shape: tuple[int, ...], says: str = "") -> Layout | None:
+    """The layout of a picture, or of a stack, of this shape; None where the shape does not tell.
+
+    Args:
+        says: What the data says of the axes of each picture, "CHW" or "HWC"; "" for nothing.
+    """
+    if min(shape, default=0) < 1 or not 2 <= len(shape) <= 4:
+        return None
+    if len(shape) == 2:
+        return Layout(shape, (1, *shape), False)
+    axis = says.index("C") if says else _channel_axis(shape[-3:])
+    if axis is None or (len(shape) == 4 and not says and shape[-3:][axis] not in CHANNELS):
+        return None
+    channels, height, width = np.roll(shape[-3:], axis // 2).tolist()
+    return Layout(shape, (channels * (shape[0] if len(shape) == 4 else 1), height, width), axis == 2)
+
+
+def _channel_axis(shape: tuple[int, ...]) -> int | None:
+    """0 or 2, or None where both or none can be the channels."""
+    fits = [axis for axis in (0, 2) if shape[axis] in CHANNELS]
+    if fits:
+        return fits[0] if len(fits) == 1 else None
+    axis = 0 if shape[0] <= shape[2] else 2  # of stacked frames: an axis that is clearly shorter than both sides
+    channels, height, other = shape[axis], shape[1], shape[2 - axis]
+    return axis if channels < height and (2 * channels <= other or height == other) else None
+
+
+def layout_of(shape: tuple[int, ...], place: str, says: str = "") -> Layout:
+    """`find_layout`. Raises UserError: the shape does not tell, or is none of a picture."""
+    if (layout := find_layout(tuple(map(int, shape)), says)) is None:
+        problem = f"{place} has shape {list(shape)}, which is no picture or may have two layouts"
+        raise UserError(f"{problem}; transpose it, or make it a vector of one axis: {RULE}")
+    return layout
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+
+def as_bytes(pictures: Any, place: str, top: float = 1.0) -> Any:
+    """uint8 pictures unchanged; floats from 0 to `top` as round(255 x / top).
+
+    Raises:
+        UserError: another type, or values outside these bounds.
+    """
+    name = dtype_name(pictures.dtype)
+    if name == "uint8":
+        return pictures
+    is_float = name.startswith(("float", "bfloat"))
+    if not is_float and top == 1:
+        raise UserError(f"{place} holds {name}: {RULE}")
+    low, high = (float(pictures.min()), float(pictures.max())) if 0 not in pictures.shape else (0.0, 0.0)
+    if not (low >= -SLACK * top and high <= top + SLACK * top):  # NaN fails too
+        raise UserError(f"{place} has values from {low:.6g} to {high:.6g}, expected 0 to {top:g}: {RULE}")
+    if isinstance(pictures, Tensor):
+        return (pictures.float() * (255 / top)).round().to(torch.uint8)
+    return np.rint(np.asarray(pictures, np.float32) * np.float32(255 / top)).astype(np.uint8)
+
+
+def top_of_space(shape: tuple[int, ...], dtype: Any, low: Any = None, high: Any = None) -> float | None:
+    """The largest value of the pictures that a space holds, 255 or 1; None for a space of other numbers.
+
+    uint8 of two axes or more is a picture, and so is a Box from exactly 0 to 1 or 255 that has a channel axis.
+    """
+    if dtype_name(dtype) == "uint8":
+        return 255.0 if len(shape) >= 2 else None
+    layout = find_layout(tuple(shape)) if len(shape) in (3, 4) and low is not None else None
+    if layout is None or shape[-1 if layout.last else -3] not in CHANNELS:
+        return None
+    return declared_top(dtype, low, high)
+
+
+def declared_top(dtype: Any, low: Any, high: Any) -> float | None:
+    """255 or 1 where the bounds are exactly 0 and that; None otherwise."""
+    low, high = np.asarray(low), np.asarray(high)
+    if not (low == 0).all():
+        return None
+    if (high == 255).all():
+        return 255.0
+    return 1.0 if dtype_name(dtype).startswith("float") and (high == 1).all() else None
+
+
+def as_recorded(pictures: Tensor, shape: tuple[int, ...], key: str) -> tuple[Tensor, bool]:
+    """Pictures as a policy's record has them, uint8 `[N, C, H, W]`, and whether they came as a batch.
+
+    Args:
+        pictures: One picture or N of them, in any layout of the rule that fits the record.
+        shape: (C, H, W) of the record.
+        key: Its key, for messages.
+
+    Raises:
+        UserError: another shape, type or range.
+    """
+    channels, height, width = shape
+    shape = (channels, height, width)
+    kinds = [Layout(shape, shape, False), Layout((height, width, channels), shape, True)]
+    for c in CHANNELS:
+        if channels % c == 0 and channels > c:  # a stack, as an environment gives it
+            kinds.append(Layout((channels // c, c, height, width), shape, False))
+            kinds.append(Layout((channels // c, height, width, c), shape, True))
+    if channels == 1:
+        kinds.append(Layout((height, width), shape, False))
+    for layout in kinds:
+        if tuple(pictures.shape[-len(layout.shape) :]) == layout.shape:
+            batched = pictures.ndim - len(layout.shape)
+            if batched in (0, 1):
+                found = layout(as_bytes(pictures, f"the observation {key!r}"))
+                return (found, True) if batched else (found[None], False)
+    raise UserError(f"the policy expects {key!r} of shape {shape}, found {tuple(pictures.shape)}: {RULE}")

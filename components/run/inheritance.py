@@ -1,0 +1,199 @@
+"""What a run begins with and does not compute itself, kept in its folder, so that it needs nothing else to go on.
+
+    inherited/record.json    fingerprint of its data, normalisation, shift and scale of its rewards
+    inherited/weights/       initial weights that come from other runs or files, until the first checkpoint holds them
+    inherited/base/          a frozen policy that is corrected; policy-<hash>/ one that made the data
+
+A new run fills the folder before it begins. A resumed run reads it and nothing else; a run of an older version, which
+has none, reads the others once more and keeps what it found.
+"""
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..acting.policy_folder import normalisation_of
+from ..contracts import weights_follow
+from ..data.fingerprint import changes, fingerprint
+from ..data.normalisation import Normaliser
+from ..errors import UserError
+from ..parallel import on_first
+from ..records import Inherited, read_record
+from .checkpoint import ever_saved, read_tree, write_json, write_tree
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+NAME, RECORD = "inherited", "record.json"
+REMEDY = "without this file the run goes on unchecked"
+PARTS = {"statistics": "stats", "bounds": "bounds"}  # of a normalisation: name in the record -> in `spec`
+CONTENTS = re.compile(r"record\.json|\.record\.json-new|weights|\.weights-new|base|\.?policy-[0-9a-f]{8}.*")
+
+
+class Inheritance:
+    """The folder `inherited/` of a run.
+
+    Args:
+        run: Run folder.
+        rank: Of this process; the first one writes.
+        resumed: Whether the run has begun before.
+    """
+
+    def __init__(self, run: Path, rank: int, resumed: bool) -> None:
+        self.run, self.folder, self.rank, self.resumed = run, run / NAME, rank, resumed
+        self.values: dict[str, Any] = {}  # of the record, on the first process
+
+    def open(self) -> None:
+        """On the first process: read the record of a resumed run, or remove what a start that failed has left.
+
+        Raises:
+            UserError: a damaged record, or a folder of this name with other files.
+        """
+        if self.resumed:
+            self.values = read_inherited(self.run)
+        elif self.folder.exists():
+            if odd := [path.name for path in self.folder.iterdir() if not CONTENTS.fullmatch(path.name)]:
+                raise UserError(f"{self.folder} holds other files ({odd[0]}); choose another --run-dir")
+            self.discard()
+
+    def write(self) -> None:
+        """On the first process, when the run begins: write the record. Raises OSError."""
+        self.folder.mkdir(exist_ok=True)
+        write_json(self.folder / RECORD, {"format": 1, **self.values})
+
+    def discard(self) -> None:
+        """Remove everything, of a run that did not begin."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # ---- values ----
+
+    def keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """A JSON value as it was when the run began, on every process; `make` gives it then, on the first one."""
+
+        def value() -> Any:
+            if name not in self.values:
+                self.values[name] = json.loads(json.dumps(make()))
+            return self.values[name]
+
+        return on_first(self.rank, value)
+
+    def same_data(self, built: dict[str, Any]) -> dict[str, Any]:
+        """What a dataset's factory returned, if it is the data that the run began with.
+
+        Raises:
+            UserError: other data; one line that names both.
+        """
+
+        def check() -> None:
+            now, before = fingerprint(built), self.values.setdefault("data", None)
+            self.values["data"] = before or now
+            if before is None and self.resumed:
+                logger.warning("%s: an older version began it, without a record of its data: not checked", self.run)
+            if before and (found := described(lambda: changes(before, now), self.folder)):
+                raise UserError(
+                    f"the data changed since the run began: {found}; restore it, or start a new run with"
+                    f" --init-from {self.run}"
+                )
+
+        on_first(self.rank, check)
+        return built
+
+    def normaliser(self, spec: dict[str, Any], modes: dict[str, str]) -> Normaliser:
+        """The normaliser of the run's data. On a resume its modes and statistics are those of the beginning.
+
+        Args:
+            spec: Of the data; the statistics of the beginning replace those in it.
+            modes: As asked for.
+        """
+        kept = self.keep("normalisation", lambda: _normalisation(Normaliser(spec, modes).modes, spec))
+        return Normaliser(spec, described(lambda: _applied(kept, spec), self.folder))
+
+    def normalisation(self, before: str, spec: dict[str, Any]) -> dict[str, str]:
+        """Modes by which the run that this one begins from normalises, and into `spec` its statistics; {} for no run.
+
+        Args:
+            before: Folder of that run; "" for none.
+            spec: Of the environments' transitions.
+
+        Raises:
+            UserError: no policy there, or keys of other shapes.
+        """
+        kept = self.keep("normalisation", lambda: _normalisation(normalisation_of(before, spec), spec))
+        modes = described(lambda: _applied(kept, spec), self.folder)
+        return modes if before else {}
+
+    # ---- weights and folders ----
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the run has weights of its own: in a checkpoint, or those that it began with."""
+        return self.resumed and (ever_saved(self.run / "checkpoints") or (self.folder / "weights").is_dir())
+
+    def weights_follow(self) -> AbstractContextManager[None]:
+        """A context to build the models in; those of a resumed run open no file of initial weights."""
+        return weights_follow(self.has_weights)
+
+    def keep_weights(self, models: dict[str, nn.Module]) -> None:
+        """Keep initial weights that come from elsewhere."""
+        if self.rank == 0 and models:
+            temporary = self.folder / ".weights-new"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            for name, model in models.items():
+                write_tree(temporary / f"model-{name}.safetensors", model.state_dict())
+            temporary.rename(self.folder / "weights")
+
+    def load_weights(self, models: nn.ModuleDict) -> None:
+        """Load the weights that the run began with, unless a checkpoint has later ones."""
+        if not ever_saved(self.run / "checkpoints"):
+            for path in sorted((self.folder / "weights").glob("model-*.safetensors")):
+                models[path.stem.removeprefix("model-")].load_state_dict(read_tree(path))
+
+    def drop_weights(self) -> None:
+        """Remove the initial weights, once a checkpoint holds the models."""
+        shutil.rmtree(self.folder / "weights", ignore_errors=True)
+
+    def copied(self, name: str, source: Callable[[], Path]) -> Path:
+        """A folder that is copied when the run begins, and read from then on; call it on the first process first."""
+        kept, older = self.folder / name, self.run / name  # where older versions kept it
+        if self.resumed and older.exists() and not kept.exists():
+            return older
+        if self.rank == 0 and not kept.exists():
+            shutil.copytree(source(), kept)
+        return kept
+
+
+def read_inherited(run: Path) -> dict[str, Any]:
+    """The record of a run; {} for one of an older version. Raises UserError: it is damaged."""
+    path = run / NAME / RECORD
+    if not path.exists():
+        return {}
+    record = read_record(path, Inherited, REMEDY)
+    return {key: value for key, value in record.items() if key != "format"}
+
+
+def described(read: Callable[[], T], folder: Path) -> T:
+    """The result of `read`, which reads a value of the record. Raises UserError: it is not what was written."""
+    try:
+        return read()
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{folder / RECORD}: damaged ({type(error).__name__}: {error}); {REMEDY}") from error
+
+
+def _normalisation(modes: dict[str, str], spec: dict[str, Any]) -> dict[str, Any]:
+    kept = {part: {key: of[name] for key, of in spec.items() if name in of} for part, name in PARTS.items()}
+    return {"modes": modes, **kept}
+
+
+def _applied(kept: dict[str, Any], spec: dict[str, Any]) -> dict[str, str]:
+    """Put the recorded statistics into `spec`; returns the recorded mode of every key."""
+    for part, name in PARTS.items():
+        for key, stats in kept[part].items():
+            spec[key][name] = dict(stats)
+    return {key: kept["modes"].get(key, "none") for key in spec}

@@ -1,0 +1,158 @@
+"""Options without effect, and trainers that do not train, are said once, in one line with the remedy."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import toy
+from components import TRAINER_REGISTRY, UserError
+from components.optimizers import Adam, kept_length
+from components.run.overlooked import check_launch, no_effect
+from components.trainers.dqn import DQN
+from components.trainers.residual import Residual
+
+Script = Callable[..., Path]
+
+
+def notes(trainer: type = toy.Minimal, planned: int = 100, online: bool = False, **options: Any) -> list[str]:
+    """What is said of a run of 100 steps with these options."""
+    given = options.pop("given", ())
+    optimizer = options.pop("optimizer", Adam())
+    built = Adam(**vars(optimizer) | {"schedule_steps": optimizer.schedule_steps or planned})
+    parameter = torch.nn.Parameter(torch.zeros(2, 2))
+    learner = SimpleNamespace(
+        trainer=object.__new__(trainer), planned=planned, patience=0, optimizers={"policy": built.build([parameter])}
+    )
+    config: Any = trainer.Config() if hasattr(trainer, "Config") else None  # type: ignore[attr-defined]
+    args = {"trainer_options": config, "optimizer_options": optimizer, "steps": 100, "loss": "mse", "resume": ""}
+    args |= {
+        "save_every": 10,
+        "save_minutes": 5.0,
+        "eval_every": 10,
+        "eval_episodes": 5,
+        "track": False,
+        "workers": None,
+    }
+    args |= {"load": (), "freeze": (), "init_from": "", "models": {}, "batch_size": 16, "dataset": "none"}
+    if online:
+        args |= {"save_dataset": "", "dataset_ratio": 0.5, "buffer_size": 1000}
+    batches = None if online else SimpleNamespace(resident=True)
+    whole = SimpleNamespace(**args | options, given=lambda name: name in given)
+    return no_effect(whole, learner, batches)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"trainer": DQN, "online": True},
+            "--trainer.exploration-steps 250000 is longer than the run of 100 environment",
+        ),
+        ({"trainer": Residual, "online": True}, "--trainer.policy-starts 5000 is longer than the run of 100 updates"),
+        (
+            {"optimizer": Adam(schedule="cosine", schedule_steps=20)},
+            "--optimizer.schedule-steps 20 is shorter than the",
+        ),
+        (
+            {"optimizer": Adam(schedule="linear", schedule_steps=900)},
+            "--optimizer.schedule-steps 900 is longer than the",
+        ),
+        ({"optimizer": Adam(warmup_steps=500)}, "--optimizer.warmup-steps 500 is as long as the run of 100 updates"),
+        ({"optimizer": Adam(schedule_steps=5), "given": ["optimizer.schedule-steps"]}, "on a constant learning rate"),
+        (
+            {"optimizer": Adam(schedule="onecycle", warmup_steps=5), "given": ["optimizer.warmup-steps"]},
+            "--optimizer.warmup-steps has no effect on the schedule onecycle",
+        ),
+        ({"save_every": 101, "save_minutes": 0.0}, r"no checkpoint before the end \(--save-every 101"),
+        ({"save_every": 0, "save_minutes": 0.0}, r"no checkpoint before the end \(--save-every 0, --save-minutes 0\)"),
+        (
+            {"eval_every": 500, "given": ["eval-every"]},
+            "--eval-every 500 is more than --steps 100: evaluated at the end",
+        ),
+        ({"given": ["track-project"]}, "--track-project has no effect without --track"),
+        ({"given": ["save-what"], "online": True}, "--save-what has no effect without --save-dataset"),
+        ({"optimizer": Adam(lr_scale=("encoder=2",))}, "--optimizer.lr-scale encoder has no effect"),
+        ({"workers": 3}, "--workers 3 has no effect: this data is in memory"),
+        ({"freeze": ("encoder",)}, "--freeze encoder: it stays at random weights; load others with --load encoder=RUN"),
+        ({"dataset": "toy", "dataset_ratio": 0.0, "online": True}, "--dataset.ratio 0: the dataset has no part in any"),
+        ({"buffer_size": 9, "online": True}, "--buffer-size 9 is less than --batch-size 16: a batch repeats"),
+    ],
+)
+def test_an_option_without_effect_is_said(options: dict[str, Any], said: str) -> None:
+    lines = notes(**options)
+    assert [line for line in lines if re.search(said, line)], lines
+    assert all("\n" not in line for line in lines)
+
+
+def test_what_has_its_effect_is_not_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert notes() == notes(online=True) == notes(planned=3000) == []
+    assert notes(optimizer=Adam(schedule="cosine", warmup_steps=10)) == []
+    assert notes(freeze=("policy",), load=("policy=runs/x",)) == notes(freeze=("policy",), init_from="runs/x") == []
+    assert notes(workers=3, resume="runs/x") == []  # it was said when the run began
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as each launch sets it
+    assert notes() == []
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    assert notes() == ["--dynamo_backend of the launch has no effect; use --compile"]
+
+
+def test_accumulation_that_only_the_launcher_knows_is_refused(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
+    check_launch(1)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    check_launch(4)
+    with pytest.raises(UserError, match="--gradient_accumulation_steps 4 .* the script --grad-accumulation 4$"):
+        script("--trainer", "bc", "--steps", 2)
+
+
+def test_a_finished_schedule_says_its_rate_and_what_to_do() -> None:
+    optimizer = Adam(lr=1e-3, schedule="cosine", schedule_steps=1000).build([torch.nn.Parameter(torch.zeros(2, 2))])
+    said = (
+        "keeps its length of 1000 updates, its last value holds: 2.5e-09; for a new schedule start a new run with --in"
+    )
+    assert said in kept_length({"policy": optimizer}, 2000)
+    assert kept_length({"policy": optimizer}, 1000) == kept_length({}, 9) == ""
+
+
+class Forgets(toy.Minimal):
+    """Leaves out a step, or the gradient, of its only model or of one of two."""
+
+    needs = {"policy": "mlp", "critic": "toy_critic"}
+    what, late = "step", 0
+
+    def train_step(self, data: dict[str, Any], iterations: int) -> dict[str, Any]:  # type: ignore[override]
+        loss = (self.models["policy"](data["observation.state"]) - data["action"]).square().mean()
+        if self.what != "backward":
+            loss.backward()
+        if self.what in ("critic", "backward"):
+            self.optimizers["policy"].step()
+        if self.what == "critic" and self.late and iterations >= self.late:
+            both = torch.cat([data["observation.state"], data["action"]], 1)
+            self.models["critic"](both).square().mean().backward()
+            self.optimizers["critic"].step()
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize(
+    ("what", "late", "said"),
+    [
+        ("step", 0, "NO UPDATE of critic, policy in 10 calls of train_step"),
+        ("backward", 0, "NO UPDATE of critic, policy in 10 calls"),
+        ("critic", 0, "NO UPDATE of critic in 30 calls"),
+        ("critic", 22, ""),
+    ],
+)
+def test_a_model_that_never_learns_is_named_once(
+    script: Script, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str, late: int, said: str
+) -> None:
+    monkeypatch.setitem(TRAINER_REGISTRY, "forgets", Forgets)
+    monkeypatch.setattr(Forgets, "what", what)
+    monkeypatch.setattr(Forgets, "late", late)
+    script("--trainer", "forgets", "--steps", 30, "--log-every", 10, "--loss", "mse")
+    found = [record.getMessage() for record in caplog.records if "NO UPDATE" in record.message]
+    assert len(found) == bool(said) and all(line.startswith(said) for line in found), found
+    unused = [record.message for record in caplog.records if "--loss mse has no effect" in record.message]
+    assert len(unused) == 1  # it has a loss of its own
