@@ -112,12 +112,20 @@ class RunRecord(TypedDict):
     git_commit: str | None
 
 
+class Normalisation(TypedDict):
+    """How a run's data is normalised: key -> mode, statistics, range of its actions."""
+
+    modes: dict[str, str]
+    statistics: dict[str, dict[str, Numbers]]
+    bounds: dict[str, dict[str, Numbers]]
+
+
 class Inherited(TypedDict):
     """`inherited/record.json`: what a run began with."""
 
     format: int
     data: NotRequired[dict[str, Any] | None]
-    normalisation: NotRequired[dict[str, dict[str, Any]]]
+    normalisation: NotRequired[Normalisation]
     rewards: NotRequired[tuple[float, float]]
 
 

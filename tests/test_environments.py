@@ -10,6 +10,7 @@ import gymnasium.wrappers.vector as several
 import numpy as np
 import pytest
 import torch
+from gymnasium.wrappers.utils import RunningMeanStd
 from torch import nn
 
 from components import UserError
@@ -261,6 +262,32 @@ class Whole:
     def close(self) -> None: ...
 
 
+class Tensors(Whole):
+    """The same with tensors, whose rewards have a gradient."""
+
+    def step(self, action: np.ndarray) -> Any:
+        seen, reward, *flags, info = super().step(action)
+        return torch.tensor(seen), torch.tensor(reward, requires_grad=True), *map(torch.tensor, flags), info
+
+
+def test_a_vector_environment_may_return_tensors() -> None:
+    check_collected(lambda n, seed: Tensors(n, "next", "NEXT_STEP"), 30)
+
+
+def test_a_reset_that_would_be_followed_by_another_is_refused() -> None:
+    """Gymnasium's processes without shared memory forget only in a step that an episode has ended."""
+
+    class Async:
+        metadata, shared_memory, num_envs = {"autoreset_mode": "NextStep"}, False, 2
+
+        @property
+        def unwrapped(self) -> Any:
+            return self
+
+    with pytest.raises(UserError, match="may reset again in the step after a reset"):
+        Stepper(Async())
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -402,7 +429,16 @@ def test_nested_observations_are_refused_in_an_evaluation() -> None:
 # ---- wrappers, exits, numbers --------------------------------------------------------------------------------------
 
 
+class Standardised(gym.Wrapper):
+    """A user's own, with Gymnasium's statistics under another name."""
+
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.moments = RunningMeanStd(shape=(4,))
+
+
 WRAPPERS: list[tuple[Any, str]] = [
+    (Standardised, "the wrapper Standardised.*--normalise-observations"),
     (single.NormalizeObservation, "--normalise-observations"),
     (lambda env: single.RecordEpisodeStatistics(single.NormalizeReward(env)), "--normalise-rewards"),
     (lambda env: single.ClipReward(env, -1, 1), "the wrapper ClipReward.*--reward-scale or --reward-shift"),

@@ -318,6 +318,41 @@ def test_zarr_floats_are_pictures_of_either_range_and_poses_are_none(tmp_path: P
     assert everything(build(path, validation=0, keys=("pose",)))["observation.state"].shape == (10, 32)
 
 
+def test_chunks_that_zarr_leaves_out_are_read_as_the_fill_value_where_that_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """zarr stores no chunk that holds its fill value alone, such as rewards that are all zero or dark pictures."""
+    arrays = {"reward": np.zeros(10, np.float32), "img": np.zeros((10, 6, 8, 3), np.uint8)}
+    for name, key in (("reward", "reward"), ("img", "observation.images.img")):
+        path = zarr_of(tmp_path / name, state=POSES, action=ACTIONS, **{name: arrays[name]})
+        options: dict[str, Any] = {"cameras": ("img",)} if name == "img" else {}
+        with pytest.raises(UserError, match=rf"data/{name}: the chunk .* is missing; .*--dataset.fill-missing"):
+            build(path, **options)
+        read = everything(build(path, validation=0, fill_missing=True, **options))[key]
+        assert len(read) == 10 and not read.any()
+        assert f"data/{name}: not all chunks are stored; they are read as 0" in caplog.text
+    metadata = path / "data" / "img" / ".zarray"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"fill_value": None}))
+    with pytest.raises(UserError, match="the array has no fill value"):
+        build(path, fill_missing=True, cameras=("img",))
+
+
+def test_arrays_of_pictures_are_recognised_by_type_and_shape_in_every_reader(tmp_path: Path) -> None:
+    """Bytes and floats, where the file says no more of them; without a camera, nothing would be left to observe."""
+    pictures = np.random.default_rng(0).integers(0, 256, (10, 6, 8, 3)).astype(np.uint8)
+    wanted, ends = np.moveaxis(pictures, -1, 1), np.arange(10) % 5 == 4
+    for name, values in (("bytes", pictures), ("floats", (wanted / 255).astype(np.float32))):
+        lerobot = lerobot_of(tmp_path / f"l{name}", {"observation.images.camera": values, "action": ACTIONS})
+        d4rl = make_d4rl(tmp_path / f"{name}.hdf5", 10, observations=values, actions=ACTIONS, timeouts=ends)
+        np.savez(tmp_path / f"{name}.npz", observations=values, actions=ACTIONS, terminals=ends[:, None])
+        for path in (lerobot, d4rl, tmp_path / f"{name}.npz"):
+            rows = np.flatnonzero(~ends) if path.suffix == ".npz" else np.arange(10)
+            batch = everything(build(path, validation=0, cameras=("camera",)))
+            assert np.array_equal(batch["observation.images.camera"].numpy(), wanted[rows]), path
+            with pytest.raises(UserError, match="choose .*--dataset.cameras"):
+                build(path)
+
+
 # ---- ALOHA ---------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +413,11 @@ def test_aloha_episodes_are_those_of_the_files(jpeg: bool, tmp_path: Path, caplo
     assert stored["not used"] == "qvel ([14], see --dataset.keys)"
     cached = build(path, validation=0, cameras=("all",), cache="disk", cache_dir=str(tmp_path / "c"))
     assert torch.equal(everything(cached)["observation.images.top"], pictures)
+    (path / "episode_11.hdf5").write_bytes(b"not opened")
+    high = {"cameras": ("high",), "rename": ("observation.images.top=high",)}
+    some = build(path, validation=0, episodes=("9:11", "!9"), cache="disk", cache_dir=str(tmp_path / "c"), **high)
+    assert some["dataset"].episodes.numbers == [10]
+    assert torch.equal(everything(some)["observation.images.high"], pictures[sum(lengths[:10]) : sum(lengths[:11])])
 
 
 def test_aloha_files_that_are_damaged_get_one_line(tmp_path: Path) -> None:

@@ -197,8 +197,11 @@ def test_a_run_normalises_as_when_it_began(script: Script, monkeypatch: pytest.M
     script("--resume", run, "--steps", 9)
     again = json.loads((run / "policy" / "policy.json").read_text())
     assert again["normalisation"] == {"action": "min_max"} and again["spec"]["action"]["stats"]["max"] == [9, 9]
-    for damage in ("{", "[]", '{"data": 3}', '{"normalisation": {"modes": 1}}', '{"data": {"dataset": {}}}'):
-        record.write_text(damage)
+    odd = [("statistics", "min", [-9, [-9]]), ("statistics", "max", "x"), ("bounds", "max", [10**400, 1, 2])]
+    parts = [{**stored["normalisation"], part: {"action": {name: value}}} for part, name, value in odd]
+    for damage in ("{", "[]", '{"data": 3}', '{"normalisation": {"modes": 1}}', '{"data": {"dataset": {}}}', *parts):
+        text = damage if isinstance(damage, str) else json.dumps({"format": 1, "normalisation": damage})
+        record.write_text(text)
         with pytest.raises(UserError, match=r"record.json: damaged .*without this file the run goes on unchecked"):
             script("--resume", run, "--steps", 12)
 

@@ -12,8 +12,8 @@ import torch
 from components import DATASET_BUILDER_REGISTRY, UserError, register
 from components.data.batches import Batches
 from components.data.normalisation import statistics
-from components.datasets.episodes import build_episodes
-from components.datasets.mixture import Mixture, MixtureDataset
+from components.datasets.episodes import Episodes, build_episodes
+from components.datasets.mixture import Mixture, MixtureDataset, align
 from conftest import FIXTURES, learned
 
 
@@ -135,6 +135,10 @@ def test_the_loss_of_each_source_is_in_the_log(script: Callable[..., Path]) -> N
         (("nope=x:1",), "no dataset 'nope'"),
         (("mixture:1",), "no dataset 'mixture'"),
         (("rows,cuont=3:1",), "cuont"),
+        (("rows,count=many:1",), "count is 'many', expected a whole number"),
+        (("ogbench=nope.npz,task=2,val_file=False:1",), "nope.npz: no such file"),
+        (("zarr=x,cache=dsk:1",), "cache is 'dsk'; nearest: disk"),
+        (("zarr=x,fill_missing=maybe:1",), "fill_missing is 'maybe', expected true or false"),
         (("rows:0.5", "rows,wide=2:0.5"), r"'action' has shape \(1,\) in 0-rows, \(2,\) in 1-rows"),
     ],
 )
@@ -142,6 +146,20 @@ def test_bad_input_sources_that_make_no_sense(sources: tuple[str, ...], message:
     with pytest.raises(UserError, match=message) as error:
         MixtureDataset(sources).build()
     assert "\n" not in str(error.value)
+
+
+def test_names_that_end_in_numbers_are_names_where_they_are_in_another_order() -> None:
+    """joint.1 before joint.0; but joint.0 and joint.1, or flattened ones, tell no more than their places."""
+
+    def source(names: list[str]) -> Episodes:
+        columns, at, after = {"action": torch.tensor([[1.0, 2.0]])}, torch.tensor([0]), torch.tensor([-1])
+        return Episodes("x", torch.tensor([1]), columns, {}, at, after, names={"action": names})
+
+    for names, wanted in ((["joint.1", "joint.0"], [2.0, 1.0]), (["1", "0"], [2.0, 1.0]), (["a.0", "b.0"], [1.0, 2.0])):
+        plain = [name.replace("1", "x").replace("0", "1").replace("x", "0") for name in names]
+        sources = {"first": source(plain), "second": source(names)}
+        align(sources, by_place=False)
+        assert sources["second"].columns["action"].tolist() == [wanted], names
 
 
 def test_transitions_of_a_mixture_are_those_of_its_sources() -> None:

@@ -16,10 +16,11 @@ from torch import nn
 
 import offline_trainer
 import toy
-from components import LOSS_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, load_policy
+from components import LOSS_BUILDER_REGISTRY, REGISTRIES, TRAINER_REGISTRY, UserError, load_policy
 from components.learning.gradients import Finite, Gradients
 from components.learning.metrics import Metrics
 from components.run import checkpoint
+from components.run.arguments import parse
 from components.run.curves import read_lines
 from components.run.record import lock
 from conftest import ROOT, Launches, command, difference, learned, states, weights
@@ -417,6 +418,36 @@ def test_resume_refuses_what_would_be_another_run(script: Script, options: tuple
     run = script("--trainer", "bc", "--steps", 5)
     with pytest.raises(UserError, match=message):
         script("--resume", run, "--steps", 9, *options)
+
+
+def test_resume_keeps_what_the_run_recorded_when_defaults_have_changed(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later version has other defaults and further options; the record is compared with the checkpoint's."""
+    run = script("--trainer", "bc", "--steps", 1)
+    path, whole = run / "args.json", json.loads((run / "args.json").read_text())
+
+    def resumed(*options: str, **recorded: Any) -> Any:
+        path.write_text(json.dumps(whole | {"args": whole["args"] | recorded}))
+        return parse(offline_trainer.Args, ["--resume", str(run), *options], REGISTRIES)
+
+    for option, value in (("loss", "l1"), ("optimizer", "sgd"), ("optimizer.lr", 0.5), ("grad-clip", 7.0)):
+        monkeypatch.setitem(TRAINER_REGISTRY["bc"].defaults, option, value)
+    args = resumed()
+    assert (args.loss, args.optimizer, args.optimizer_options.lr, args.grad_clip) == ("mse", "adamw", 1e-3, 0.0)
+    older = {key: value for key, value in whole["args"]["optimizer_options"].items() if key != "warmup_steps"}
+    assert resumed(optimizer_options=older).optimizer_options.warmup_steps == 0
+    for options, recorded, message in (
+        (("--optimizer.warmup-steps", "5"), older, "cannot change: optimizer.warmup_steps 0 -> 5"),
+        ((), older | {"lr": 0.1}, "cannot change: optimizer.lr 0.001 -> 0.1"),
+        (
+            (),
+            older | {"lr": "fast"},
+            "args.json: damaged .* args.optimizer_options.lr is 'fast'; expected a number",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            resumed(*options, optimizer_options=recorded)
 
 
 def test_resume_goes_back_behind_a_damaged_checkpoint(script: Script, caplog: pytest.LogCaptureFixture) -> None:

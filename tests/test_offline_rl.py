@@ -288,6 +288,8 @@ def test_modes_of_groups_and_of_keys_that_share_statistics() -> None:
     normaliser = Normaliser(spec, {"action": "scale"})
     assert float(normaliser.undo("action", torch.tensor(1.25))) == 5.0
     assert normaliser.with_ranges(spec)["action"]["range"] == [[-0.75], [1.25]]
+    spec["action"]["stats"]["max"] = spec["action"]["stats"]["max"][0]  # of all dimensions
+    assert normaliser.with_ranges(spec)["action"]["range"] == [[-0.75], [1.25]]
 
 
 def test_what_is_asked_of_one_key_leaves_the_others_as_they_suit_the_trainer(script: Script) -> None:

@@ -536,7 +536,7 @@ def test_pictures_and_choices_are_written_too(tmp_path: Path) -> None:
         made.add(step | {"reward": torch.tensor([float(t)]), "action": torch.tensor([t % 3])})
     episodes = recording.collected([made.transitions()], spec, gym.spaces.Discrete(3), (0.0, 1.0))
     said = recording.write(episodes, str(tmp_path / "data"), "minari", ("pictures", toy.Pictures(True)), "a test", 10.0)
-    assert said.endswith("2 episodes, 7 steps as minari")
+    assert "2 episodes, 7 steps as minari" in said
     data = everything(build(tmp_path / "data", validation=0.0, cameras=("all",)))
     assert data["observation.images.camera"][:, 0, 0, 0].tolist() == [0, 10, 20, 30, 40, 50, 60]
     assert data["action"].flatten().tolist() == [0, 1, 2, 0, 1, 2, 0] and data["terminated"].nonzero().tolist() == [[3]]

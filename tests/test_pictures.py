@@ -1,5 +1,6 @@
 """Pictures: decoded lazily or once into a store, by workers or not, and changed at random on the device."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from components import DATASET_BUILDER_REGISTRY, UserError, load_policy
@@ -19,6 +21,7 @@ from components.data.items import as_kept
 from components.data.pictures import as_bytes, as_recorded, find_layout, layout_of
 from components.datasets import frames
 from components.datasets.lerobot import LeRobotDataset
+from components.datasets.untrusted import decode_picture
 from components.envs.observations import observation_batch
 from components.envs.vector import Environments
 from components.experience.collection import Collector, describe_env
@@ -283,7 +286,7 @@ def test_frames_are_stacked_in_act_as_the_environment_gives_them() -> None:
 def test_bad_input_an_encoder_without_pictures(script: Script) -> None:
     for words in (["--model", "cnn"], ["--model", "encoder=resnet18", "mlp"]):
         with pytest.raises(
-            UserError, match=r"--model (cnn|encoder=resnet18) encodes pictures, and there are none; see"
+            UserError, match=r"--model (cnn|encoder=resnet18) encodes pictures, and there are none; leave"
         ):
             script("--trainer", "bc", *words, "--steps", 2)
 
@@ -335,6 +338,29 @@ def test_a_store_that_is_damaged_or_out_of_date_is_made_again(video: Path, tmp_p
     assert not torch.equal(other, wanted) and len(stores(folder)) == 2
     gripper = LeRobotDataset(path=str(video), cameras=("gripperPOV",)).build()["dataset"]
     assert torch.equal(other, images(gripper, torch.arange(9)))
+
+
+def test_a_store_belongs_to_its_pictures_whatever_they_are_called(tmp_path: Path) -> None:
+    """Two cameras of one file under the same name, by --dataset.rename."""
+    import h5py
+
+    values = np.random.default_rng(0).integers(0, 256, (2, 6, 16, 16, 3)).astype(np.uint8)
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        file["data/demo_0/actions"] = np.zeros((6, 2))
+        file["data/demo_0/obs/left"], file["data/demo_0/obs/right"] = values
+    for camera, pictures in zip(("left", "right"), values, strict=True):
+        options = {"cameras": ("front",), "cache": "disk", "cache_dir": str(tmp_path / "cache")}
+        built = build(tmp_path / "x.hdf5", validation=0, rename=(f"{camera}=front",), **options)
+        assert np.array_equal(images(built["dataset"], torch.arange(6)).numpy(), np.moveaxis(pictures, -1, 1)), camera
+    assert len(stores(tmp_path / "cache")) == 2
+
+
+def test_a_picture_of_more_than_eight_bits_is_refused() -> None:
+    """Pillow would make every depth above 255 white."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 1200, np.uint16)).save(file, "PNG")
+    with pytest.raises(UserError, match=r"x: its channel has more than 8 bits \(I;16\): a picture is uint8"):
+        decode_picture(file.getvalue(), (1, 8, 8), "x")
 
 
 def test_a_run_that_dies_while_decoding_leaves_no_store(

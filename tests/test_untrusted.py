@@ -614,6 +614,15 @@ def unwritten(folder: Path, rows: int = 30_000_000, **options: Any) -> tuple[Pat
     return folder / "data.hdf5", {"name": "d4rl"}
 
 
+def unwritten_files(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Episodes of ALOHA that were never written, each below the limit of a file."""
+    for number in range(9):
+        with h5py.File(folder / f"episode_{number}.hdf5", "w") as file:
+            for name in ("action", "observations/qpos"):
+                file.create_dataset(name, (200_000, 5), "f4")
+    return folder, {"name": "aloha"}
+
+
 def same_group(folder: Path) -> tuple[Path, dict[str, Any]]:
     """Tens of thousands of names for one demonstration."""
     with h5py.File(folder / "demos.hdf5", "w", libver="latest") as file:
@@ -644,6 +653,7 @@ UNSTORED: dict[str, tuple[Make, str]] = {
     "HDF5 that was never written": (unwritten, "observations declares 0.48 GB .*, but stores 0.0 MB"),
     "HDF5 in pieces of a row": (lambda d: unwritten(d, 1_000_000, chunks=1), "declares .*, but stores 0.0 MB"),
     "HDF5 of bytes": (lambda d: unwritten(d, 4_000_000, dtype="u1"), "declares .*, but stores 0.0 MB"),
+    "HDF5 in several files": (unwritten_files, "episode_2.hdf5: /action declares 4.0 MB .*, but stores 0.0 MB"),
     "one demonstration many times": (same_group, "20000 demonstrations in .* most are the same"),
     "npz of another compression": (bz2_npz, "only plain and deflated members"),
     "npz without values": (
@@ -659,6 +669,14 @@ UNSTORED: dict[str, tuple[Make, str]] = {
 def test_what_is_declared_and_not_stored_is_refused(case: str, tmp_path: Path) -> None:
     make, message = UNSTORED[case]
     refused(make(tmp_path), message)
+
+
+def test_a_file_may_declare_as_much_again_as_it_has() -> None:
+    """Such as rewards that were never written, beside 50 MB of observations."""
+    untrusted.Ledger(50_000_000).add("x", (6_000_000,), 8, 0)
+    for size in (40_000_000, 0):
+        with pytest.raises(UserError, match="x declares 48.0 MB"):
+            untrusted.Ledger(size).add("x", (6_000_000,), 8, 0)
 
 
 def test_a_table_of_equal_rows_is_refused(lerobot: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import contracts
 from ..data.features import history_of
 from ..data.normalisation import Normaliser
-from ..data.pictures import as_recorded, is_picture, pictures_of
+from ..data.pictures import RULE, as_recorded, is_picture, pictures_of
 from ..errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -378,8 +378,8 @@ def check_encoder(args: Any, spec: dict[str, Any]) -> None:
         if getattr(MODEL_BUILDER_REGISTRY.get(entry), "role", "") == "encoder":
             found = ", ".join(key for key in spec if key.startswith("observation."))
             raise UserError(
-                f"--model {word} encodes pictures, and there are none; see --dataset.cameras, or leave it out;"
-                f" found: {found or 'no observations'}"
+                f"--model {word} encodes pictures, and there are none; leave it out, or see --dataset.cameras;"
+                f" found: {found or 'no observations'}; {RULE}"
             )
 
 

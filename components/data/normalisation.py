@@ -153,7 +153,8 @@ class Normaliser:
         described = dict(spec)
         for key, feature in spec.items():
             if {"min", "max"} <= set(feature.get("stats", ())) and not is_picture(key, feature.get("dtype")):
-                bounds = torch.tensor([feature["stats"]["min"], feature["stats"]["max"]])
+                low, high = np.broadcast_arrays(feature["stats"]["min"], feature["stats"]["max"])  # one may be a scalar
+                bounds = torch.tensor(np.stack([low, high]), dtype=torch.float32)
                 if key in self.modes:
                     bounds = (bounds - self.offset[key].cpu()) / self.scale[key].cpu()
                 described[key] = feature | {"range": bounds.tolist()}

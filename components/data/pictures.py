@@ -18,6 +18,7 @@ from ..errors import UserError
 IMAGES = "observation.images."
 CHANNELS = (1, 3, 4)
 RULE = "a picture is uint8 0 to 255 or float 0 to 1, [C, H, W] or [H, W, C] with 1, 3 or 4 channels, or a stack of such"
+SIDE = 4  # pixels; floats of smaller sides are numbers, such as poses
 SLACK = 1e-5  # by which rounding may take a float beyond its bounds
 
 
@@ -31,9 +32,10 @@ def pictures_of(spec: dict[str, dict[str, Any]]) -> list[str]:
     return [key for key, feature in spec.items() if is_picture(key, feature.get("dtype"))]
 
 
+@lru_cache(maxsize=1024)
 def dtype_name(dtype: Any) -> str:
     """The name of a type of numpy or torch, such as uint8."""
-    return str(dtype).removeprefix("torch.")
+    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
 
 
 def camera_of(name: str) -> str:
@@ -53,9 +55,10 @@ class Layout(NamedTuple):
 
     def __call__(self, pictures: Any) -> Any:
         """An array or tensor `[..., *shape]` as `[..., C, H, W]`; a view where no axis moves."""
-        leading = pictures.shape[: pictures.ndim - len(self.shape)]
+        leading, n = pictures.shape[: pictures.ndim - len(self.shape)], pictures.ndim
         if self.last:
-            pictures = pictures.movedim(-1, -3) if isinstance(pictures, Tensor) else np.moveaxis(pictures, -1, -3)
+            axes = (*range(n - 3), n - 1, n - 3, n - 2)  # numpy's moveaxis is slow
+            pictures = pictures.permute(axes) if isinstance(pictures, Tensor) else pictures.transpose(axes)
         return pictures.reshape(*leading, *self.stored)
 
 
@@ -118,15 +121,29 @@ def as_bytes(pictures: Any, place: str, top: float = 1.0) -> Any:
     return np.rint(np.asarray(pictures, np.float32) * np.float32(255 / top)).astype(np.uint8)
 
 
+def holds_pictures(shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether rows of an array, of which a file says no more, are pictures: bytes, or floats with an axis of channels.
+
+    Args:
+        shape: Of a row.
+    """
+    if dtype_name(dtype) == "uint8":
+        return len(shape) >= 2
+    layout = find_layout(shape) if dtype_name(dtype).startswith("float") and len(shape) == 3 else None
+    return layout is not None and layout.stored[0] in CHANNELS and min(layout.stored[1:]) > SIDE
+
+
 def top_of_space(shape: tuple[int, ...], dtype: Any, low: Any = None, high: Any = None) -> float | None:
     """The largest value of the pictures that a space holds, 255 or 1; None for a space of other numbers.
 
-    uint8 of two axes or more is a picture, and so is a Box from exactly 0 to 1 or 255 that has a channel axis.
+    A picture is uint8 of two axes or more, or a Box from exactly 0 to 1 or 255 with a channel axis and sides over SIDE.
     """
+    if len(shape) < 2:
+        return None
     if dtype_name(dtype) == "uint8":
-        return 255.0 if len(shape) >= 2 else None
+        return 255.0
     layout = find_layout(tuple(shape)) if len(shape) in (3, 4) and low is not None else None
-    if layout is None or shape[-1 if layout.last else -3] not in CHANNELS:
+    if layout is None or shape[-1 if layout.last else -3] not in CHANNELS or min(layout.stored[1:]) <= SIDE:
         return None
     return declared_top(dtype, low, high)
 

@@ -7,18 +7,19 @@ here. The files have no rewards, and no observation after the last action. The a
 robot.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..data.pictures import IMAGES, Layout, layout_of
+from ..data.pictures import IMAGES, Layout, camera_of, layout_of
 from ..errors import UserError, nearest, require
-from .episodes import Episodes, Reader, chosen_cameras, flat_names, steps_only, tell_unused
+from .episodes import Episodes, Reader, choose_episodes, chosen_cameras, flat_names, steps_only, tell_unused
 from .frames import Frames, HDF5Frames, HDF5Jpegs
 from .untrusted import (
+    Ledger,
     check_chunks,
     check_hdf5,
     check_memory,
@@ -27,6 +28,7 @@ from .untrusted import (
     hdf5,
     inside,
     open_hdf5,
+    own_numbers,
     read_hdf5,
 )
 
@@ -54,7 +56,10 @@ class AlohaDataset(Reader):
         files = episode_files(path)
         if not files:
             raise UserError(f"--dataset.path {path}: no episode_<k>.hdf5 in it; expected {WHAT}")
-        return self.finish(read(path, files, self))
+        numbers = own_numbers([file.stem for file in files])
+        places = choose_episodes(self.episodes, numbers, str(path))  # the files of others are not opened
+        episodes = read(path, [files[place] for place in places], self)
+        return self.finish(replace(episodes, numbers=[numbers[place] for place in places]))
 
 
 def episode_files(path: Path) -> list[Path]:
@@ -72,8 +77,8 @@ def read(path: Path, files: list[Path], options: AlohaDataset) -> Episodes:
         names = options.renamed(first, files[0], {"observation.state": "qpos"})
         shapes = {name: first[old].shape for name, old in names.items()}
         simulated = bool(file.attrs.get("sim", False))
-    cameras = {name.removeprefix(IMAGES): old for name, old in names.items() if name.startswith(IMAGES)}
-    vectors = [name for name in names if not name.startswith(IMAGES) and name != "action"]
+    cameras = {camera_of(name): old for name, old in names.items() if old.startswith(IMAGES)}
+    vectors = [name for name, old in names.items() if not old.startswith(IMAGES) and name != "action"]
     if "action" not in names:
         raise UserError(f"{files[0]}: no action; found: {', '.join(first)}; name it with --dataset.rename OLD=action")
     for key in options.keys:
@@ -83,12 +88,13 @@ def read(path: Path, files: list[Path], options: AlohaDataset) -> Episodes:
     if not options.keys and not chosen:
         raise UserError(f"{path}: no observations are chosen; see --dataset.keys and --dataset.cameras")
     wanted = {name: (names[name], shapes[name][1:]) for name in ("action", *options.keys)}
-    lengths, parts = [], []
+    lengths, parts, ledger = [], [], Ledger(sum(number.stat().st_size for number in files))
     for number in files:
-        with open_hdf5(number) as file:
+        with open_hdf5(number, ledger) as file:
             parts.append(episode(file, wanted, [cameras[name] for name in chosen]))
         lengths.append(len(parts[-1]["action"]))
     ends = torch.tensor(lengths).cumsum(0)
+    check_memory(2 * sum(array.nbytes for part in parts for array in part.values()), str(path))
     columns = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in wanted}
     observations: dict[str, Any] = {}
     if options.keys:

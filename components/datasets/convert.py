@@ -86,7 +86,10 @@ def write(episodes: Episodes, dest: Path, options: Options) -> str:
         raise UserError(f"{dest}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return f"{dest}: {len(episodes.ends)} episodes, {len(episodes.at)} steps as {options.format}"
+    told = {"texts of tasks": episodes.tasks, "names of dimensions": episodes.names, "fps": episodes.stored.get("fps")}
+    lost = ", ".join(what for what, found in told.items() if found) if options.format == "minari" else ""
+    note = f"; without {lost}, for which Minari has no place" if lost else ""
+    return f"{dest}: {len(episodes.ends)} episodes, {len(episodes.at)} steps as {options.format}{note}"
 
 
 def episode_slices(episodes: Episodes) -> Iterator[slice]:

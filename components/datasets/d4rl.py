@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.pictures import IMAGES, layout_of
+from ..data.pictures import IMAGES, as_bytes, holds_pictures, layout_of
 from ..errors import UserError
 from .environment import recoverable
 from .episodes import (
@@ -121,9 +121,10 @@ def read(path: Path, options: D4RLDataset) -> Episodes:
     names = {k: flat_names(k.removeprefix("observation."), shape) for k, shape in shapes.items() if len(shape) != 1}
     columns = {"action": _vectors(arrays["actions"]), "reward": as_tensor(arrays["rewards"]), "terminated": terminated}
     key, convert = "observation.state", _vectors
-    if arrays["observations"].dtype == np.uint8 and arrays["observations"].ndim > 2:
-        layout = layout_of(arrays["observations"].shape[1:], f"{path}: 'observations'")
-        key, convert = IMAGES + "camera", lambda array: as_tensor(layout(array))
+    if holds_pictures(arrays["observations"].shape[1:], arrays["observations"].dtype):
+        place = f"{path}: 'observations'"
+        layout = layout_of(arrays["observations"].shape[1:], place)
+        key, convert = IMAGES + "camera", lambda array: as_tensor(layout(as_bytes(array, place)))
         names.pop("observation.state", None)
     found = ["camera"] if key != "observation.state" else []
     if not chosen_cameras(options.cameras, found, str(path)) and found:

@@ -373,7 +373,8 @@ class Reader(Scales):
     """Cameras whose pictures are loaded, or all; none by default."""
     episodes: tuple[str, ...] = ()
     """Episodes that are used, all by default: numbers and ranges such as 0:40 as in Python, and '!7' to leave one out
-    (or '!5:8'). They are the data's own numbers where it has some (LeRobot, robomimic, Minari), else places from 0."""
+    (or '!5:8'). They are the data's own numbers where it has some (LeRobot, robomimic, Minari,
+    ALOHA), else places from 0."""
     rename: tuple[str, ...] = ()
     """OLD=NEW of features that the file has by another name, such as actions=action state=observation.state."""
     cache: Literal["none", "memory", "disk"] = "none"
@@ -429,7 +430,7 @@ class Reader(Scales):
         """The result of `build` for `episodes`; `held_out` `[E]` is a validation split that the data brings along."""
         lazy = {key: store for key, store in episodes.observations.items() if isinstance(store, Frames)}
         episodes.files = {key: store.fingerprint() for key, store in lazy.items()}
-        episodes.observations |= stored(lazy, self.cache, self.cache_dir, episodes.name, episodes.numbers)
+        episodes.observations |= stored(lazy, self.cache, self.cache_dir, episodes.name, episodes.files)
         window = (self.obs_steps, self.action_steps)
         return self.with_scale(build(self.scaled(episodes), *window, self.validation, self.seed, held_out))
 

@@ -57,7 +57,10 @@ class Frames:
         return self.count * math.prod(self.shape)
 
     def fingerprint(self) -> str:
-        """Number, shape, and a checksum of the files: of all their sizes, and of `PARTS` parts in some of them."""
+        """Number, shape, and a checksum of the files: of all their sizes, and of `PARTS` parts in some of them.
+
+        A subclass adds which pictures of the files these are, so that no other ones have the same fingerprint.
+        """
         present = [path for path in self.files if path.is_file()]
         sizes = [path.stat().st_size for path in present]
         check, some = zlib.crc32(json.dumps(sizes).encode()), present[:: max(len(present) // MOST_FILES, 1)]
@@ -103,6 +106,9 @@ class SomeFrames(Frames):
     def __init__(self, whole: Frames, rows: np.ndarray) -> None:
         super().__init__(len(rows), whole.shape, whole.files)
         self.whole, self.rows = whole, rows
+
+    def fingerprint(self) -> str:
+        return f"{self.whole.fingerprint()} {digest(self.rows)}"
 
     def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
         self.whole.decode(self.rows[rows], out)
@@ -157,6 +163,9 @@ class VideoFrames(Frames):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
+
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()} {digest(self.file_of)} {digest(self.times)}"
 
     def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
         order = np.lexsort((self.times[rows], self.file_of[rows]))
@@ -243,6 +252,9 @@ class HDF5Frames(Frames):
         self.names, self.array_of, self.row_of = list(names), array_of, row_of
         self.layout, self.top = layout, top
 
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()} {zlib.crc32(json.dumps(self.names).encode()):08x} {digest(self.row_of)}"
+
     def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
         file_of = self.array_of[rows] if len(self.files) > 1 else np.zeros(len(rows), np.int64)
         for number in np.unique(file_of):
@@ -272,11 +284,11 @@ class HDF5Jpegs(HDF5Frames):
 # ---- stores --------------------------------------------------------------------------------------------------------
 
 
-def stored(frames: dict[str, Frames], mode: str, folder: str, name: str, numbers: Sequence[int] = ()) -> dict[str, Any]:
+def stored(frames: dict[str, Frames], mode: str, folder: str, name: str, prints: dict[str, str]) -> dict[str, Any]:
     """Decode all pictures once, by `--dataset.cache`: into "memory" or on "disk"; "none" leaves them as they are.
 
     Args:
-        numbers: Those of the episodes that the pictures belong to; a store on disk is of these alone.
+        prints: Key -> fingerprint; a store on disk belongs to one, whatever the camera is called.
 
     Returns:
         key -> `[M, C, H, W]` uint8; with "disk", pages of the file are read when they are used.
@@ -300,7 +312,7 @@ def stored(frames: dict[str, Frames], mode: str, folder: str, name: str, numbers
             stores[key] = torch.from_numpy(store)
         return stores
     return {
-        key: _on_disk(camera, Path(folder or "~/.cache/tendon").expanduser(), key, name, numbers)
+        key: _on_disk(camera, Path(folder or "~/.cache/tendon").expanduser(), key, name, prints[key])
         for key, camera in frames.items()
     }
 
@@ -313,14 +325,12 @@ def _in_order(camera: Frames) -> Iterator[tuple[int, np.ndarray]]:
         yield start, camera.read(np.arange(start, min(start + AT_ONCE, len(camera)))).numpy()
 
 
-def _on_disk(camera: Frames, folder: Path, key: str, name: str, numbers: Sequence[int]) -> Tensor:
+def _on_disk(camera: Frames, folder: Path, key: str, name: str, fingerprint: str) -> Tensor:
     """The store of one camera in `folder`, made where it is missing; a killed run leaves no incomplete store."""
     stamps = [
         [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in camera.files if path.exists()
     ]
-    some = [] if list(numbers) == list(range(len(numbers))) else [list(numbers)]
-    digest = hashlib.sha256(json.dumps([key, len(camera), camera.shape, stamps, *some]).encode()).hexdigest()[:20]
-    path = folder / f"frames-{digest}.u8"
+    path = folder / f"frames-{hashlib.sha256(json.dumps([fingerprint, stamps]).encode()).hexdigest()[:20]}.u8"
     if not (path.exists() and path.stat().st_size == camera.nbytes):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.pictures import CHANNELS, IMAGES, Layout, as_bytes, camera_of, layout_of
+from ..data.pictures import CHANNELS, IMAGES, Layout, as_bytes, camera_of, holds_pictures, layout_of
 from ..errors import UserError, require
 from ..records import Size, misfit
 from .episodes import (
@@ -435,7 +435,7 @@ def vector_features(features: dict[str, Any]) -> list[str]:
         for key, feature in features.items()
         if (key == "action" or key.startswith(("observation.", "next.observation.")))
         and feature["dtype"].startswith(NUMBERS)
-        and (key == "action" or not axes_of(feature))
+        and (key == "action" or not of_pictures(feature))
     ]
 
 
@@ -443,7 +443,7 @@ def picture_features(meta: Meta, asked: Sequence[str]) -> dict[str, str]:
     """Camera -> its feature. Raises UserError: two features of the same camera, where some camera is asked for."""
     pictured: dict[str, str] = {}
     for key, feature in meta.features.items():
-        if key.startswith("next.") or not (feature["dtype"] in ("image", "video") or axes_of(feature)):
+        if key == "action" or key.startswith("next.") or not of_pictures(feature):
             continue
         name = camera_of(key)
         if name in pictured and asked:
@@ -451,6 +451,13 @@ def picture_features(meta: Meta, asked: Sequence[str]) -> dict[str, str]:
             raise UserError(f"{meta.root}: {both} would both be the camera {name!r}; see --dataset.rename OLD=NEW")
         pictured[name] = key
     return pictured
+
+
+def of_pictures(feature: dict[str, Any]) -> bool:
+    """Whether a feature is of pictures: encoded, or numbers by the names of the axes, or else by type and shape."""
+    kind = feature["dtype"]
+    plain = bool(axes_of(feature)) or (kind.startswith(NUMBERS) and holds_pictures(tuple(feature["shape"]), kind))
+    return kind in ("image", "video") or plain
 
 
 def axes_of(feature: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -81,8 +81,8 @@ class MixtureDataset:
         total = sum(weight for _, weight, _ in named)
         shares = [weight / total for _, weight, _ in named]
         parts = []
-        for name, (_, _, factory) in zip(names, named, strict=True):
-            logger.info("source %s: %s", name, type(factory).__name__)
+        for name, share, (_, _, factory) in zip(names, shares, named, strict=True):
+            logger.info("source %s: %s, %.3g %% of each batch", name, type(factory).__name__, 100 * share)
             parts.append(as_kept(factory.build(**kwargs | {"params": vars(factory)})))
         datasets = [part["dataset"] for part in parts]
         known = {n: d.episodes for n, d in zip(names, datasets, strict=True) if isinstance(d, EpisodeDataset)}
@@ -140,14 +140,14 @@ class MixtureDataset:
         for setting in settings:
             option, equals, text = setting.partition("=")
             try:
-                values[option.replace("-", "_")] = json.loads(text)
+                values[option.replace("-", "_")] = json.loads(text.lower() if text in ("True", "False") else text)
             except ValueError:
                 values[option.replace("-", "_")] = text
         cls = DATASET_BUILDER_REGISTRY[name]
         known = {field.name: field.default for field in fields(cls)} if is_dataclass(cls) else {}
-        for option, value in values.items():  # of options that take several words
-            if isinstance(known.get(option), tuple) and not isinstance(value, list):
-                values[option] = tuple(str(value).split())
+        kinds = get_type_hints(cls) if known else {}
+        for option, value in values.items():
+            values[option] = typed(value, known.get(option), kinds.get(option), f"{source}: {option}")
         if values and not known:
             raise UserError(f"--dataset.sources {source}: {name} has no options")
         shared: dict[str, Any] = {"obs_steps": self.obs_steps, "action_steps": self.action_steps, "seed": self.seed}
@@ -155,6 +155,21 @@ class MixtureDataset:
         shared |= {"cache": self.cache} if name != "metaworld" else {}  # whose option of this name is a folder
         shared = {option: value for option, value in shared.items() if option in known}
         return Path(path).name or name, weight, options_of(cls, shared | values) if known else cls()
+
+
+def typed(value: Any, default: Any, hint: Any, place: str) -> Any:
+    """The value of a source's option in the type of its default. Raises UserError: it has another one."""
+    kind = type(default)
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        raise UserError(f"--dataset.sources {place} is {value!r:.40}; {nearest(str(value), get_args(hint))}")
+    if kind is tuple:  # an option of several words
+        return value if isinstance(value, list) else tuple(str(value).split())
+    if kind is str:
+        return str(value)
+    wants = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind)
+    if wants and type(value) is not kind and not (kind is float and type(value) is int):
+        raise UserError(f"--dataset.sources {place} is {value!r:.40}, expected {wants}")
+    return value
 
 
 class Mixture(Batched):
@@ -286,7 +301,9 @@ def align(sources: dict[str, Episodes], by_place: bool) -> None:
     for key in dict.fromkeys(key for data in sources.values() for key in data.names):
         if not all(key in data.columns or key in data.observations for data in sources.values()):
             continue  # it is left out
-        named = {name: data.names[key] for name, data in sources.items() if not numbered(data.names.get(key, []))}
+        given = {name: data.names[key] for name, data in sources.items() if data.names.get(key)}
+        telling = [set(found) for found in given.values() if not numbered(found)]
+        named = {name: found for name, found in given.items() if not numbered(found) or set(found) in telling}
         if not named:
             continue
         first, order = next(iter(named.items()))
@@ -306,8 +323,13 @@ def align(sources: dict[str, Episodes], by_place: bool) -> None:
 
 
 def numbered(names: Sequence[str]) -> bool:
-    """Whether names tell no more than places, such as "state.0"; also where there are none."""
-    return all(name.rpartition(".")[2].isdigit() for name in names)
+    """Whether names tell no more than places: "pose.0", "pose.1", ... in this order."""
+    places: dict[str, int] = {}
+    for prefix, _, number in (name.rpartition(".") for name in names):
+        if number != str(places.setdefault(prefix, 0)):
+            return False
+        places[prefix] += 1
+    return True
 
 
 def reorder(data: Episodes, key: str, places: list[int]) -> None:

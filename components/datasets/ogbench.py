@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..data.pictures import IMAGES, layout_of
+from ..data.pictures import IMAGES, as_bytes, holds_pictures, layout_of
 from ..envs.metaworld import draw_off_screen
 from ..errors import UserError, nearest, require
 from .episodes import Episodes, Reader, as_tensor, choose_episodes, chosen_cameras, flat_names, tell_unused, with_final
@@ -37,11 +37,6 @@ def names_in(path: Path) -> list[str]:
     """The names of the arrays of a npz file; none where it is no zip file."""
     names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
     return [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
-
-
-def _pictures(array: np.ndarray) -> bool:
-    """Whether observations `[N, ...]` are pictures."""
-    return array.dtype == np.uint8 and array.ndim > 2
 
 
 @dataclass(frozen=True)
@@ -93,11 +88,12 @@ class OGBenchDataset(Reader):
             if "masks" in rows:
                 columns["terminated"] = torch.from_numpy(rows["masks"][~last] == 0)
         observations: dict[str, Any] = {}
-        if _pictures(rows["observations"]):
-            shapes.pop("observation.state")
-            layout = layout_of(rows["observations"].shape[1:], f"{path}: 'observations'")
-            for camera in chosen_cameras(self.cameras, ["camera"], str(path)):
-                observations[IMAGES + camera] = layout(torch.from_numpy(rows["observations"])).contiguous()
+        if holds_pictures(shapes["observation.state"], rows["observations"].dtype):
+            place = f"{path}: 'observations'"
+            layout = layout_of(shapes.pop("observation.state"), place)
+            if not chosen_cameras(self.cameras, ["camera"], str(path)):
+                raise UserError(f"{path}: its observations are pictures; choose them with --dataset.cameras camera")
+            observations[IMAGES + "camera"] = as_tensor(layout(as_bytes(rows["observations"], place)))
         else:
             chosen_cameras(self.cameras, [], str(path))
             state = rows["observations"].reshape(len(last), -1).astype(np.float32)
@@ -134,6 +130,8 @@ class OGBenchDataset(Reader):
                 raise UserError(f"{file}: no {name!r}; found: {have}; expected {WHAT}; see --dataset.rename OLD=NEW")
         count = len(rows["observations"]) if rows["observations"].ndim else 0
         for name, array in rows.items():
+            if name in FLAGS and array.ndim == 2 and array.shape[1] == 1:
+                array = rows[name] = array.reshape(-1)
             if array.ndim < 1 or (name in FLAGS and array.ndim > 1) or len(array) != count:
                 raise UserError(
                     f"{file}: {name!r} has shape {array.shape}; expected {count} rows like the observations"

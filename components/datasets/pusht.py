@@ -53,6 +53,8 @@ class PushTDataset(Reader):
             )
         rows = int(ends[-1])
         for name, width in WIDTHS.items():
+            if arrays[name].size == rows * width and len(arrays[name]) == rows:
+                arrays[name] = arrays[name].reshape(rows, width)
             if arrays[name].shape != (rows, width):
                 raise UserError(f"{path}: {name!r} has shape {arrays[name].shape}, expected {(rows, width)}")
         columns = {"observation.state": as_tensor(arrays["state"]), "action": as_tensor(arrays["action"])}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.pictures import IMAGES, camera_of, find_layout, layout_of
+from ..data.pictures import IMAGES, camera_of, holds_pictures, layout_of
 from ..errors import UserError, nearest
 from .episodes import (
     Episodes,
@@ -91,7 +91,8 @@ class RobomimicDataset(Reader):
             marks = (known.get("actions", "actions"), "states")
             names = [name for name in names if any(hdf5(data, f"{name}/{mark}") for mark in marks)]
             if not names:
-                raise UserError(f"{path}: no demonstrations; expected {WHAT}")
+                have = "found in data/: " + (", ".join(known) or "nothing")
+                raise UserError(f"{path}: no demonstrations; {have}; expected {WHAT}; see --dataset.rename OLD=NEW")
             held_out: Tensor | None = None
             valid: set[str] = set()
             if self.split:
@@ -152,8 +153,9 @@ class RobomimicDataset(Reader):
         members = hdf5(file, f"{demos[0]}/obs")
         observed = {key: hdf5(file, f"{demos[0]}/obs/{old}") for key, old in known.items() if old in members}
         observed = {key: array for key, array in observed.items() if hasattr(array, "ndim")}
-        found = {camera_of(k).removesuffix("_image"): k for k, array in observed.items() if _is_camera(k, array)}
-        cameras = chosen_cameras([camera_of(c).removesuffix("_image") for c in self.cameras], list(found), str(path))
+        found = _cameras(observed)
+        asked = [name if name in found else name.removesuffix("_image") for name in map(camera_of, self.cameras)]
+        cameras = chosen_cameras(asked, list(found), str(path))
         vectors = [key for key in observed if key not in found.values()]
         keys = self.keys or self._default_keys(file, [key for key in vectors if observed[key].ndim <= 3])
         for key in keys:
@@ -361,11 +363,14 @@ def _width(array: Any) -> Any:
     return shape[0] if len(shape) == 1 else shape
 
 
-def _is_camera(name: str, array: Any) -> bool:
-    """Whether an observation `[T, ...]` is a camera: bytes of two axes or more, or floats that are named an image."""
-    if array.dtype == np.uint8:
-        return array.ndim > 2
-    return name.endswith("_image") and array.ndim == 4 and find_layout(array.shape[1:]) is not None
+def _cameras(observed: dict[str, Any]) -> dict[str, str]:
+    """Camera -> its observation, named without `_image` at the end where no other has that name."""
+    pictured = [key for key, array in observed.items() if holds_pictures(array.shape[1:], array.dtype)]
+    found: dict[str, str] = {}
+    for key in sorted(pictured, key=lambda key: key.endswith("_image")):
+        short = camera_of(key).removesuffix("_image")
+        found[camera_of(key) if short in found else short] = key
+    return found
 
 
 def _found(names: Any) -> str:

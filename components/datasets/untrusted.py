@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.pictures import RULE
 from ..errors import UserError, require
 from ..records import allowed_folders, check_regular, leaves, read_json
 
@@ -55,10 +56,14 @@ def existing(path: str, what: str) -> Path:
 
 
 class Ledger:
-    """Counts what a dataset declares and does not store, so that a small file cannot ask for all memory, or minutes."""
+    """Counts what a dataset declares and does not store, so that a small file cannot ask for all memory, or minutes.
 
-    def __init__(self) -> None:
-        self.unstored = 0.0
+    Args:
+        size: Bytes of the file, which it may declare once more, such as rewards that were never written.
+    """
+
+    def __init__(self, size: int = 0) -> None:
+        self.unstored, self.most = 0.0, max(size, UNSTORED)
 
     def add(self, place: str, shape: Sequence[int], itemsize: int, stored: int, chunks: int = 0) -> None:
         """Count an array of this shape, before anything of it is allocated.
@@ -73,7 +78,7 @@ class Ledger:
         rows = shape[0] if len(shape) else 1
         size = max(math.prod(shape) * itemsize, ROW * rows if not math.prod(shape) else 0, CHUNK * chunks)
         self.unstored += max(size - RATIO * stored, 0)
-        if self.unstored > UNSTORED:
+        if self.unstored > self.most:
             raise UserError(
                 f"{place} declares {gigabytes(size)} (shape {tuple(shape)}), but stores {gigabytes(stored)};"
                 " is the copy complete?"
@@ -125,8 +130,11 @@ LEDGERS: dict[str, Ledger] = {}  # of the files that were opened last, by their 
 
 
 @contextmanager
-def open_hdf5(path: Path) -> Any:
+def open_hdf5(path: Path, ledger: Ledger | None = None) -> Any:
     """Open an HDF5 file to read; any error of it, also one during reading, becomes a one-line message.
+
+    Args:
+        ledger: That of a dataset of several files; by default, the file has its own.
 
     Raises:
         UserError: h5py is missing, or the file is no HDF5, truncated or damaged.
@@ -137,7 +145,7 @@ def open_hdf5(path: Path) -> Any:
     check_regular(path)
     try:
         with h5py.File(path, "r") as file:
-            LEDGERS[file.filename] = Ledger()
+            LEDGERS[file.filename] = ledger or Ledger(path.stat().st_size)
             yield file
     except UserError:
         raise
@@ -459,6 +467,8 @@ def decode_picture(data: bytes, shape: tuple[int, int, int], place: str) -> np.n
             if (picture.height, picture.width) != shape[1:]:
                 found = f"{picture.height} x {picture.width}"
                 raise UserError(f"{place}: a picture of {found}, but the metadata says {shape[1]} x {shape[2]}")
+            if picture.mode[0] in "IF":  # which Pillow would cut off at 255
+                raise UserError(f"{place}: its channel has more than 8 bits ({picture.mode}): {RULE}")
             pixels = np.asarray(picture.convert(modes[shape[0]]))
     except UserError:
         raise

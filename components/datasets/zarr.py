@@ -3,7 +3,7 @@
 Layout: `data/X` `[N, ...]` (state, action, img, keypoint, ...) and `meta/episode_ends` `[E]`, the row after each
 episode's last one. The package zarr decodes, but it never opens the store: it reads metadata and chunks from memory,
 after they were checked here. So a store cannot refer to other files or contain pickled objects, and a missing chunk is
-an error, where zarr itself would return a fill value.
+an error, where zarr itself would return a fill value, as the option `fill_missing` does.
 """
 
 import bz2
@@ -11,6 +11,7 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import lzma
 import math
 import os
@@ -25,16 +26,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.pictures import CHANNELS, IMAGES, as_bytes, camera_of, find_layout, layout_of
+from ..data.pictures import IMAGES, as_bytes, camera_of, holds_pictures, layout_of
 from ..errors import UserError, nearest, require
 from .episodes import Episodes, Reader, as_tensor, chosen_cameras, flat_names, steps_only, tell_unused
 from .frames import Frames
-from .untrusted import ROW, Ledger, check_memory, existing, inflated, inside
+from .untrusted import CHUNK, ROW, Ledger, check_memory, existing, inflated, inside
 
+logger = logging.getLogger(__name__)
 METADATA = (".zarray", "zarr.json")  # of an array in format 2 and 3
 METADATA_LIMIT = 1 << 20  # bytes; real metadata takes less than a thousand
+# zarr leaves out chunks that contain nothing else than the fill value.
+INCOMPLETE = "is the copy complete? If the missing ones held the fill value alone, --dataset.fill-missing reads them so"
 PACKERS = {2: ("blosc", "zlib", "gzip", "lz4", "zstd", "bz2", "lzma"), 3: ("blosc", "gzip", "zstd")}
-SIDE = 4  # pixels; floats of smaller sides are numbers, such as poses
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class ZarrDataset(Reader):
 
     keys: tuple[str, ...] = ("state",)
     """Arrays of data/ that are concatenated to observation.state in this order."""
+    fill_missing: bool = False
+    """Read chunks that are not stored as the array's fill value. zarr leaves out chunks that contain nothing else; but
+    in a copy that is incomplete, they are lost."""
 
     def build(self, **kwargs: Any) -> dict[str, Any]:
         """Return {"dataset", "validation", "norm_stats"}.
@@ -55,7 +61,7 @@ class ZarrDataset(Reader):
         """
         path = existing(self.path, "a zarr store (a folder or .zip) with data/ and meta/episode_ends")
         require("zarr.buffer", '"zarr>=3.1"')
-        store = Store(path)
+        store = Store(path, self.fill_missing)
         held = store.shapes("data")
         files = self.renamed(held, path, {"observation.state": "state"})
         shapes = {name: held[old] for name, old in files.items()}
@@ -109,10 +115,7 @@ def is_camera(store: "Store", name: str, shape: tuple[int, ...], floats: bool = 
         dtype = Array(store, f"data/{name}").dtype if len(shape) > 1 else np.dtype(bool)
     except UserError:  # of a kind that is not read, which is said when it is chosen
         return False
-    if dtype == np.uint8:
-        return True
-    layout = find_layout(shape) if floats and dtype.kind == "f" and len(shape) == 3 else None
-    return layout is not None and layout.stored[0] in CHANNELS and min(layout.stored[1:]) > SIDE
+    return (floats or dtype == np.uint8) and holds_pictures(shape, dtype)
 
 
 def _episode_ends(array: "Array", n: int) -> Tensor:
@@ -134,10 +137,11 @@ class Store:
 
     Args:
         root: The folder or zip file.
+        fill: Whether chunks may be missing.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, fill: bool) -> None:
+        self.root, self.fill = root, fill
         self._archive: zipfile.ZipFile | None = None
         self._process = 0
         for name in self.files("") if root.is_file() else ():
@@ -226,11 +230,7 @@ class Store:
         size = stored = 0
         for name in names:
             array, files = Array(self, name), self.sizes(name)
-            chunks = math.prod(-(-rows // step) for rows, step in zip(array.shape, array.chunks, strict=True))
-            if chunks > len(files):
-                raise UserError(
-                    f"{array.place}: of its {chunks} chunks, {len(files)} are stored; is the copy complete?"
-                )
+            array.check_count(len(files))
             width = math.prod(array.shape[1:]) * array.dtype.itemsize
             size += array.shape[0] * max(width, ROW if not width else 0)
             stored += sum(files.values())
@@ -289,13 +289,31 @@ class Array:
         self.sums = len(codecs) - len(packers)  # checksums, of 4 bytes each
         self.trailing = 4 * (self.sums if not packers else len(codecs) - 1 - codecs.index(packers[0]))
         self.chunk_bytes = math.prod(self.chunks) * self.dtype.itemsize
-        check_memory(2 * self.chunk_bytes, f"{self.place} with chunks of shape {self.chunks}")
+        self.told = False  # that chunks are missing
         self._held: dict[str, Any] = {}
         self._array: Any = None
         self._process = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_array": None, "_held": {}}
+
+    def check_count(self, files: int) -> None:
+        """Refuse an array that has more chunks than its folder has files, or far more where some may be missing."""
+        chunks = math.prod(-(-rows // step) for rows, step in zip(self.shape, self.chunks, strict=True))
+        if chunks > files and not self.store.fill:
+            raise UserError(f"{self.place}: of its {chunks} chunks, {files} are stored; {INCOMPLETE}")
+        if chunks > files:
+            Ledger().add(f"{self.place}: its list of missing chunks", (chunks - files,), CHUNK, 0)
+
+    def missing(self, key: str) -> None:
+        """Refuse a missing chunk, unless it may be missing and the metadata say what it contains. Raises UserError."""
+        if not self.store.fill:
+            raise UserError(f"{self.place}: the chunk {key} is missing; {INCOMPLETE}")
+        if self.meta.get("fill_value") is None:
+            raise UserError(f"{self.place}: the chunk {key} is missing, and the array has no fill value; copy it again")
+        if not self.told:
+            logger.warning("%s: not all chunks are stored; they are read as %s", self.place, self.meta["fill_value"])
+        self.told = True
 
     def chunk_names(self, firsts: list[int] | None = None) -> Any:
         """The names of the chunks within the array's folder: at `firsts` along the first axis, or all of them."""
@@ -314,11 +332,13 @@ class Array:
         count = self.shape[0] if rows is None else len(rows)
         size = count * math.prod(self.shape[1:]) * self.dtype.itemsize
         check_memory(2 * size, f"{self.place} of shape {self.shape}")
+        check_memory(2 * self.chunk_bytes, f"{self.place} with chunks of shape {self.chunks}")
         array = self._opened()
         keys = self.chunk_names(None if rows is None else np.unique(rows // self.chunks[0]).tolist())
         try:
             for key in keys:
-                self._held[key] = Buffer.from_bytes(self._chunk(key))
+                if (chunk := self._chunk(key)) is not None:
+                    self._held[key] = Buffer.from_bytes(chunk)
             return np.asarray(array[...] if rows is None else array.oindex[rows])
         except UserError:
             raise
@@ -342,12 +362,13 @@ class Array:
             self._held.clear()
         return self._array
 
-    def _chunk(self, key: str) -> bytes:
-        """A chunk in stored form, after a check of the size that it unpacks to."""
+    def _chunk(self, key: str) -> bytes | None:
+        """A chunk in stored form, after a check of the size that it unpacks to; None where it is missing."""
         limit = self.chunk_bytes + 4 * self.sums
         data = self.store.read(f"{self.name}/{key}", limit + limit // 64 + (1 << 16))  # incompressible data grows
         if data is None:
-            raise UserError(f"{self.place}: the chunk {key} is missing; is the copy complete?")
+            self.missing(key)
+            return None
         if _unpacked(self.packer, data[: len(data) - self.trailing], limit) > limit:
             raise UserError(f"{self.place}: the chunk {key} unpacks to more than the {limit} bytes that it declares")
         return data
@@ -368,17 +389,19 @@ class ZarrFrames(Frames):
     def __init__(self, array: Array) -> None:
         self.array, self.layout = array, layout_of(array.shape[1:], array.place)
         there, files = set(array.store.files(array.name)), [array.store.root]
-        if math.prod(-(-rows // step) for rows, step in zip(array.shape, array.chunks, strict=True)) > len(there):
-            raise UserError(f"{array.place}: a chunk is missing; is the copy complete?")
+        array.check_count(len(there))
         for key in array.chunk_names():
             if (name := f"{array.name}/{key}") not in there:
-                raise UserError(f"{array.place}: the chunk {key} is missing; is the copy complete?")
-            if array.store.root.is_dir():
+                array.missing(key)
+            elif array.store.root.is_dir():
                 files.append(array.store.root / name)
         super().__init__(array.shape[0], self.layout.stored, files)
         some = min(array.chunks[0], len(self))
         ends = np.unique([*range(some), *range(len(self) - some, len(self))])
         self.top = 255.0 if array.dtype == np.uint8 or np.nanmax(array.read(ends)) > 1 else 1.0
+
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()} {self.array.name}"
 
     def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
         chunks = rows // self.array.chunks[0]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .observations import observation_batch
+from .observations import array_of, observation_batch
 from .vector import FaultyEnvError, check_finite
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def copied(observation: Any, space: Any = None) -> dict[str, np.ndarray]:
             except UserError as own:
                 raise FaultyEnvError(i, f"returned what its space excludes: {own}") from error
         raise
-    return {key: value if value.dtype == np.float32 else np.array(value) for key, value in named.items()}
+    return {key: value if value.dtype.kind == "f" else np.array(value) for key, value in named.items()}
 
 
 @dataclass
@@ -83,11 +83,13 @@ class Step:
     successor: dict[str, np.ndarray]
     """The observation after the action, also of an episode's last step; the same object where no episode differs."""
     reward: np.ndarray
-    """`[N]` float64."""
+    """`[N]` float64, 0 where the step only reset."""
     terminated: np.ndarray
     """`[N]` bool."""
     truncated: np.ndarray
     """`[N]` bool."""
+    ended: np.ndarray
+    """`[N]` bool, where this was the last step of an episode, terminated or truncated."""
     valid: np.ndarray
     """`[N]` bool, False where the step only reset."""
     begins: np.ndarray
@@ -95,17 +97,11 @@ class Step:
     info: dict[str, Any]
     """As the vector environment's own."""
 
-    @property
-    def ended(self) -> np.ndarray:
-        """`[N]` bool, where this was the last step of an episode."""
-        return self.terminated | self.truncated
-
-    def check(self, rows: np.ndarray) -> None:
-        """Raise FaultyEnvError for the first of `rows` `[N]` bool with a number that is not finite in float32."""
-        at = np.flatnonzero(rows)
-        check_finite(self.observation, self.reward, at)
+    def check(self, rows: np.ndarray | None = None) -> None:
+        """Raise FaultyEnvError for the first row, of `rows` `[N]` bool if given, that is not finite in float32."""
+        check_finite(self.observation, self.reward, rows)
         if self.successor is not self.observation:
-            check_finite(self.successor, self.reward, at)
+            check_finite(self.successor, self.reward, rows)
 
 
 class Stepper:
@@ -117,12 +113,20 @@ class Stepper:
     Args:
         envs: A vector environment, or `Environments`.
         renews: Whether to reset the environments whose episode has ended, under DISABLED.
+
+    Raises:
+        UserError: a vector environment whose `reset` does not begin episodes.
     """
 
     def __init__(self, envs: Any, renews: bool = True) -> None:
         self.envs, self.renews = envs, renews
         self.space = getattr(envs, "single_observation_space", None)
         self.mode, self.settled, self.guessed, self.masked = autoreset_mode(envs), False, False, False
+        if self.mode == "nextstep" and _base(envs, "shared_memory") is False:
+            raise UserError(
+                "AsyncVectorEnv(shared_memory=False) under NEXT_STEP may reset again in the step after a reset, by a "
+                "fault of Gymnasium; expected shared memory, or another autoreset_mode"
+            )
         self.resetting = np.zeros(envs.num_envs, dtype=bool)  # under NEXT_STEP: rows whose next step only resets
         self.latest: dict[str, np.ndarray] = {}
         self.trusted = keeps_last(envs)
@@ -147,16 +151,19 @@ class Stepper:
             raise UserError(f"the vector environment's info is a {type(info).__name__}; expected a dict of [N] arrays")
         before, resetting, n = self.latest, self.resetting, self.envs.num_envs
         after, earned = self._named(observation), _rows(reward, "reward", n)
-        flags = _rows(terminated, "terminated", n), _rows(truncated, "truncated", n)
-        step = Step(after, after, earned, *flags, ~resetting, resetting, info)
-        ended = step.ended
-        if (ended & resetting).any() or (self.guessed and step.reward[resetting].any()):
+        terminated, truncated = _rows(terminated, "terminated", n), _rows(truncated, "truncated", n)
+        ended = terminated | truncated
+        step = Step(after, after, earned, terminated, truncated, ended, ~resetting, resetting, info)
+        ends = ended.any()
+        if (ends and (ended & resetting).any()) or (self.guessed and earned[resetting].any()):
             raise UserError(
                 "the vector environment was taken for NEXT_STEP, but made a step where it should only have reset; "
                 + HONEST
             )
-        self.resetting = np.zeros(n, dtype=bool)
-        if ended.any():
+        if self.mode == "nextstep":
+            earned[resetting] = 0.0
+            self.resetting = np.zeros(n, dtype=bool)
+        if ends:
             self._end(step, before)
         self.latest = step.observation
         return step
@@ -205,7 +212,7 @@ class Stepper:
                 f"than that of the step, as under SAME_STEP; {HONEST}"
             )
         elif self.mode == "nextstep":
-            self.resetting = step.ended
+            self.resetting = step.ended.copy()
         elif self.renews:
             step.observation, step.begins = self._renewed(step), step.begins | step.ended
 
@@ -288,7 +295,7 @@ def _row(values: Any, i: int) -> Any:
 
 
 def _batch(value: Any) -> Any:
-    return {key: _batch(part) for key, part in value.items()} if isinstance(value, dict) else np.asarray(value)[None]
+    return {key: _batch(part) for key, part in value.items()} if isinstance(value, dict) else array_of(value)[None]
 
 
 def _alike(one: dict[str, np.ndarray], other: dict[str, np.ndarray], rows: np.ndarray) -> bool:
@@ -299,7 +306,7 @@ def _alike(one: dict[str, np.ndarray], other: dict[str, np.ndarray], rows: np.nd
 
 def _rows(values: Any, name: str, n: int) -> np.ndarray:
     """A copy of one array of a step, `[N]`: float64 rewards, or flags. Raises UserError: another shape or type."""
-    array = np.asarray(values)
+    array = array_of(values)
     kinds, expected = ("bui", "bool") if name != "reward" else ("buif", "float")
     if array.shape != (n,) or array.dtype.kind not in kinds:
         raise UserError(

@@ -6,6 +6,7 @@ Environments, datasets and collection share these names, so that a policy reads 
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..data.pictures import IMAGES, as_bytes, camera_of, declared_top, find_layout, layout_of, top_of_space
 from ..errors import UserError
@@ -28,13 +29,20 @@ def observation_batch(observation: Any, space: Any = None) -> dict[str, np.ndarr
     """
     named: dict[str, np.ndarray] = {}
     for name, value, part, says in _leaves(observation, space):
-        array = np.asarray(value)
+        array = array_of(value)
         top = _picture_top(name, array, part)
         key = _vector_key(name) if top is None else IMAGES + camera_of(name or "camera")
         if key in named:
             raise UserError(f"two parts of the observation would both be {key!r}; rename one of them")
         named[key] = _vectors(array) if top is None else _pictures(key, array, top, says)
     return named
+
+
+def array_of(value: Any) -> np.ndarray:
+    """What an environment returned as an array; a tensor may be on a GPU, and have a gradient."""
+    if isinstance(value, np.ndarray):
+        return value
+    return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
 
 
 def _leaves(observation: Any, space: Any) -> list[tuple[str, Any, Any, str]]:

@@ -15,6 +15,7 @@ from ..errors import SignalledExit, UserError
 
 LONGEST = 1e7  # seconds, the longest timer that every system accepts
 LARGEST_BOUND = 1e30  # of an action; beyond it no range is meant, and squares of it overflow float32
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 LARGEST_INTEGER = 2.0**53  # the same of whole numbers: larger ones are not exact in float64
 
 
@@ -217,7 +218,7 @@ KEEPS_STATISTICS = {
     "NormalizeObservation": "--normalise-observations of online_trainer.py",
     "NormalizeReward": "--normalise-rewards of online_trainer.py",
 }
-STATISTICS = {"obs_rms": "NormalizeObservation", "return_rms": "NormalizeReward"}  # attributes, also of their copies
+REWARD_STATISTICS = ("return_rms", "ret_rms")  # attributes of copies of these wrappers; any other is of observations
 CHANGES_REWARDS = ("TransformReward", "VectorizeTransformReward")  # also ClipReward
 
 
@@ -235,7 +236,11 @@ def check_wrappers(envs: Any) -> None:
     for env in (envs, *single, *made):
         for layer in layers(env):
             names = [kind.__name__ for kind in type(layer).__mro__ if kind.__module__.startswith("gymnasium.wrappers")]
-            names += [STATISTICS[key] for key in getattr(layer, "__dict__", ()) if key in STATISTICS]
+            names += [
+                "NormalizeReward" if key in REWARD_STATISTICS else "NormalizeObservation"
+                for key, value in getattr(layer, "__dict__", {}).items()
+                if key in ("obs_rms", *REWARD_STATISTICS) or type(value).__name__ == "RunningMeanStd"
+            ]
             for name in names:
                 if name in KEEPS_STATISTICS:
                     raise UserError(
@@ -278,18 +283,22 @@ def executed(action: np.ndarray, space: Any) -> np.ndarray:
     """
     if not hasattr(space, "low"):
         return np.asarray(action, dtype=space.dtype) + space.start  # policies count from 0
-    exact = np.asarray(action, dtype=np.float64).reshape(len(action), *space.shape)
-    if not np.issubdtype(space.dtype, np.floating):
-        exact = np.rint(exact)
-    return np.clip(exact, space.low, space.high).astype(space.dtype)
+    exact = np.asarray(action).reshape(len(action), *space.shape)
+    if space.dtype.kind != "f":
+        exact = np.rint(exact.astype(np.float64))
+    return np.minimum(np.maximum(exact, space.low), space.high).astype(space.dtype, copy=False)
 
 
-def check_finite(observation: dict[str, np.ndarray], reward: np.ndarray, rows: Sequence[int] | np.ndarray) -> None:
-    """Raise FaultyEnvError for the first of `rows` whose observation or reward is not finite in float32."""
-    with np.errstate(over="ignore"):
-        arrays = {**observation, "reward": np.asarray(reward).astype(np.float32)}
-    for key, array in arrays.items():
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-            for row in rows:
-                if not np.isfinite(array[row]).all():
+def check_finite(observation: dict[str, np.ndarray], reward: np.ndarray, rows: np.ndarray | None = None) -> None:
+    """Raise FaultyEnvError for the first row whose observation or reward is not finite in float32.
+
+    Args:
+        rows: `[N]` bool, the rows that count; None for all.
+    """
+    finite = {key: np.isfinite(array) for key, array in observation.items() if array.dtype.kind == "f"}
+    finite["reward"] = np.abs(reward) <= FLOAT32_MAX  # False for NaN
+    for key, good in finite.items():
+        if not good.all():
+            for row in range(len(reward)) if rows is None else np.flatnonzero(rows):
+                if not good[row].all():
                     raise FaultyEnvError(int(row), f"returned a NaN or Inf in {key!r} (as float32)")

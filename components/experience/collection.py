@@ -102,7 +102,7 @@ class Collector:
             self.succeeded: list[bool | None] = [None] * n
             try:
                 self.observation, _ = self.stepper.reset(seed=self.seeds)
-                check_finite(self.observation, self.returns, range(n))
+                check_finite(self.observation, self.returns)
                 return
             except FaultyEnvError as fault:
                 self._replace(fault, None)
@@ -151,10 +151,11 @@ class Collector:
         shift, scale = self.rewards
         try:
             step = self.stepper.step(done)
-            step.check(step.valid)
-            learned = (step.reward + shift) * scale
-            if not step.valid.all() or (shift, scale) != (0, 1):
-                check_finite(step.observation, np.where(step.valid, learned, 0), range(len(done)))
+            step.check()
+            learned = step.reward
+            if self.rewards != (0, 1):
+                learned = (learned + shift) * scale
+                check_finite({}, learned)
         except FaultyEnvError as fault:
             self._replace(fault, done)
             self.start(self.started_at)
@@ -172,7 +173,7 @@ class Collector:
 
     def _count(self, reward: np.ndarray, ended: np.ndarray, valid: np.ndarray, info: Any) -> list[dict[str, float]]:
         """Update the episodes' counts; returns those that ended: return, length, and success where it is reported."""
-        self.returns += np.where(valid, reward, 0.0)
+        self.returns += reward
         self.lengths += valid
         episodes: list[dict[str, float]] = []
         if not (ended.any() or info.keys() & SUCCESSES or "final_info" in info):

@@ -9,15 +9,17 @@ import math
 import os
 import re
 from collections.abc import Container
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from .. import contracts
 from ..acting.policy import Inference
 from ..errors import UserError, nearest, one_line
+from ..records import misfit
 from . import command_line as cli
 from . import debug
+from .checkpoint import recorded_options
 from .inheritance import read_inherited
 from .places import located
 from .record import read_args
@@ -85,6 +87,8 @@ def check_bounds(options: Any) -> None:
 def parse(options: Any, argv: list[str], registries: dict[str, dict[str, type]]) -> Any:
     """Parse a script's command line; with `--resume`, the command line of that run and the arguments added to it.
 
+    What the command line of a resumed run leaves out is as the run recorded it, whatever the defaults are by now.
+
     Args:
         options: The script's `Args`. Its fields `<option>` and `<option>_options` choose from `registries[option]`.
 
@@ -98,17 +102,24 @@ def parse(options: Any, argv: list[str], registries: dict[str, dict[str, type]])
     typed, plugins = argv, names.plugins
     if resumed := names.resume:
         stored = read_args(Path(resumed), made_by=Path(inspect.getfile(options)).name)
+        _check_recorded(stored["args"], names_only, resumed)
         asked = {option: getattr(names, option) or stored["args"].get(option) for option in registries}
         _refuse_changes(resumed, stored["args"], asked, set())
         cli.import_for(Path(resumed), stored["args"]["plugins"], plugins)
         beside = cli.without(argv, "--resume")
         argv = [*cli.without(stored["argv"], "--plugins", several=True), *beside]
         names = cli.parse_names(names_only, argv)
+        for option in registries:  # chosen by a default then
+            known = stored["args"].get(option, "")
+            setattr(names, option, getattr(names, option) or (tuple(known) if option == "model" else known))
     else:
         cli.import_plugins(plugins)
     trainer = cli.pick(registries["trainer"], "trainer", names.trainer or options.trainer)
     defaults = _Defaults(options, registries, names, trainer)
-    args = cli.parse(options, argv, defaults.complete(), quiet=os.environ.get("RANK", "0") != "0")
+    default = defaults.complete()
+    if resumed:
+        default = _recorded(default, stored["args"], resumed)
+    args = cli.parse(options, argv, default, quiet=os.environ.get("RANK", "0") != "0")
     check_bounds(args)
     args, same, moved = located(args, stored.get("args", {}), beside)
     if args.debug:
@@ -119,7 +130,8 @@ def parse(options: Any, argv: list[str], registries: dict[str, dict[str, type]])
             cli.check_reach(Path(resumed), option, getattr(args, f"{option}_options"), typed, plugins)
         may_change = {"plugins", *same, *(name for name, rule in rules_of(options).items() if rule.resume)}
         may_change |= moved if read_inherited(Path(resumed)).get("data") else set()  # other data will be refused
-        _refuse_changes(resumed, stored["args"], asdict(args), may_change)
+        for before in (asdict(default), recorded_options(Path(resumed) / "checkpoints")):
+            _refuse_changes(resumed, before, asdict(args), may_change)
         args.resume = resumed
     args.argv, args.stored, args.defaults = argv, stored, defaults.of_trainer
     args.models = {name: (entry, getattr(args.model_options, name)) for name, entry in defaults.needs.items()}
@@ -206,11 +218,34 @@ class _Defaults:
         return contracts.options_of(component, values | small)
 
 
+def _recorded(options: Any, values: Any, run: str, place: str = "args") -> Any:
+    """Options with the values of a run's record; those that an older version did not have keep their defaults.
+
+    Raises:
+        UserError: a value that does not fit.
+    """
+    _check_recorded(values, type(options), run, place)
+    changes = {}
+    for name in (one.name for one in fields(options) if one.name in values):
+        default, value = getattr(options, name), values[name]
+        if is_dataclass(default):
+            changes[name] = _recorded(default, value, run, f"{place}.{name}")
+        else:
+            changes[name] = tuple(value) if isinstance(value, list) else value
+    with one_line(f"{run}/args.json"):
+        return replace(options, **changes)
+
+
+def _check_recorded(values: Any, kind: type, run: str, place: str = "args") -> None:
+    if problem := misfit(values, kind, place, finite=False):
+        raise UserError(f"{run}/args.json: damaged or incomplete: {problem}; its last checkpoint has the options, too")
+
+
 def _refuse_changes(run: str, stored: dict[str, Any], asked: dict[str, Any], may_change: Container[str]) -> None:
     """Refuse changed options on a resume, but for those of `may_change`. Raises UserError listing them."""
     stored, asked = (_flat(json.loads(json.dumps(options))) for options in (stored, asked))
     fixed = [key for key in asked if key not in may_change and key.split(".")[0] not in may_change]
-    changed = [key for key in fixed if asked[key] != stored.get(key)]
+    changed = [key for key in fixed if asked[key] != stored.get(key, asked[key])]
     if changed:
         lines = [f"{key.replace('_options', '')} {stored.get(key)} -> {asked[key]}" for key in changed]
         raise UserError(

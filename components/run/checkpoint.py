@@ -150,10 +150,21 @@ class _Writer:
 
 def _files(folder: Path) -> dict[str, list[Any]]:
     """File name -> fingerprint, as the manifest of a checkpoint has them; {} if there is none that can be read."""
+    return _manifest_of(folder).get("files", {})
+
+
+def _manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, whose files may not match it; {} if there is none that is whole."""
     try:
-        return dict(json.loads((folder / "manifest.json").read_text())["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        return manifest if not misfit(manifest, Manifest) and manifest["sha256"] == _own_hash(manifest) else {}
+    except (OSError, ValueError, RecursionError):
         return {}
+
+
+def recorded_options(root: Path) -> dict[str, Any]:
+    """The options of a run as its newest checkpoint with a whole manifest has them; {} if there is none."""
+    return next((found["config"] for folder in reversed(steps(root)) if (found := _manifest_of(folder))), {})
 
 
 def _known_fingerprints(root: Path) -> dict[int, list[Any]]:

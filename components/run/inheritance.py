@@ -21,6 +21,7 @@ from torch import nn
 
 from ..acting.policy_folder import normalisation_of
 from ..contracts import weights_follow
+from ..data.features import check_widths
 from ..data.fingerprint import changes, fingerprint
 from ..data.normalisation import Normaliser
 from ..errors import UserError
@@ -112,7 +113,8 @@ class Inheritance:
             modes: As asked for.
         """
         kept = self.keep("normalisation", lambda: _normalisation(Normaliser(spec, modes).modes, spec))
-        return Normaliser(spec, described(lambda: _applied(kept, spec), self.folder))
+        applied = described(lambda: _applied(kept, spec), self.folder)
+        return Normaliser(spec, applied)
 
     def normalisation(self, before: str, spec: dict[str, Any]) -> dict[str, str]:
         """Modes by which the run that this one begins from normalises, and into `spec` its statistics; {} for no run.
@@ -182,8 +184,9 @@ def described(read: Callable[[], T], folder: Path) -> T:
     """The result of `read`, which reads a value of the record. Raises UserError: it is not what was written."""
     try:
         return read()
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{folder / RECORD}: damaged ({type(error).__name__}: {error}); {REMEDY}") from error
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{folder / RECORD}: damaged ({kind}{error}); {REMEDY}") from error
 
 
 def _normalisation(modes: dict[str, str], spec: dict[str, Any]) -> dict[str, Any]:
@@ -196,4 +199,5 @@ def _applied(kept: dict[str, Any], spec: dict[str, Any]) -> dict[str, str]:
     for part, name in PARTS.items():
         for key, stats in kept[part].items():
             spec[key][name] = dict(stats)
+            check_widths(key, {**spec[key], "stats": stats})
     return {key: kept["modes"].get(key, "none") for key in spec}
