@@ -39,11 +39,11 @@ def pictures(rows: int, toy: bool) -> dict[str, torch.Tensor]:
 def our_plan(name: str, device: str, toy: bool) -> Peer:
     """One chunk for one observation by our policy, built from the registries as `tests/examples/plain.py` does."""
     from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY
+    from components.data.features import describe
 
     cls: Any = TRAINER_REGISTRY[name]
     batch = pictures(1, toy) if name == "act" else {STATE: torch.randn(1, *OBS), "action": torch.randn(1, 16, 2)}
-    spec: Any = {key: {"shape": tuple(value.shape[1:])} for key, value in batch.items()}
-    spec = {key: feature for key, feature in spec.items() if key != "action_is_pad"}
+    spec = describe({key: value[0] for key, value in batch.items() if key != "action_is_pad"}, {})
     size = {"size": "small" if toy else "paper"}
     models = torch.nn.ModuleDict()
     if name == "act":
