@@ -40,6 +40,7 @@ def signal_handlers() -> Iterator[None]:
     """The scripts install theirs; each test finds Python's own."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup pytest` ignores
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
