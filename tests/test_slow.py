@@ -104,7 +104,7 @@ def test_sac_solves_pendulum_and_its_episodes_are_cloned(tmp_path: Path) -> None
     options = ("--trainer", "bc", "--dataset", "minari", "--dataset.path", "data", "--run-dir", "clone")
     done = command(*LAUNCH, ROOT / "offline_trainer.py", *options, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
-    assert read_lines(tmp_path / "clone" / "eval.jsonl")[-1]["return_mean"] > -300
+    assert read_lines(tmp_path / "clone" / "eval.jsonl")[-1]["return_mean"] > -200
 
 
 SOLVED: dict[str, tuple[float, tuple[object, ...]]] = {

@@ -29,6 +29,7 @@ class BC:
         "optimizer.lr": 1e-3,
         "optimizer.schedule": "cosine",
         "steps": 6000,
+        "eval-every": 1000,
         "batch-size": 256,
     }
     accumulates = True
