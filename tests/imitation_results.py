@@ -58,7 +58,8 @@ def wanted(args: Args) -> making.Runs:
     for seed in range(3):
         for trainer in ("bc", "diffusion", "flow") if args.pusht else ():
             line = ["--trainer", trainer, "--dataset", "pusht", "--dataset.path", args.pusht, "--seed", str(seed)]
-            runs[f"pusht-{trainer}-{seed}"] = ("pusht", [*line, *PUSHT, *(REPLANS if trainer != "bc" else ("--loss", "l1"))])
+            own = REPLANS if trainer != "bc" else ("--loss", "l1")
+            runs[f"pusht-{trainer}-{seed}"] = ("pusht", [*line, *PUSHT, *own])
     return {name: (suite, [*line, *ONCE]) for name, (suite, line) in runs.items() if args.only in name}
 
 
