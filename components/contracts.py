@@ -314,6 +314,11 @@ def places_of(options: Any) -> dict[str, Place]:
     return {name: entry for name, entry in beside if isinstance(entry, Place) and hasattr(options, name)}
 
 
+def from_files(models: dict[str, tuple[str, Any]]) -> list[str]:
+    """The models, of name -> (entry, options), whose options name a file of initial weights."""
+    return [name for name, (_, options) in models.items() if any(getattr(options, p) for p in places_of(options))]
+
+
 _follow = False  # inside `weights_follow`
 
 

@@ -258,9 +258,14 @@ def read_record(path: Path, schema: Any, remedy: str) -> Any:
         record = read_json(path)
     except UserError as error:
         raise UserError(f"{error}; {remedy}" if remedy else str(error)) from error
-    if problem := ("it is nested too deeply" if too_deep(record) else misfit(record, schema)):
+    if problem := problem_of(record, schema):
         raise UserError(f"{path}: damaged or incomplete: {problem}; {remedy}")
     return record
+
+
+def problem_of(record: Any, schema: Any) -> str:
+    """What is wrong with a record, parsed from JSON, in a few words; "" for nothing."""
+    return "it is nested too deeply" if too_deep(record) else misfit(record, schema)
 
 
 # ---- values against types ------------------------------------------------------------------------------------------

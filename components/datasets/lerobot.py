@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..data.pictures import CHANNELS, IMAGES, Layout, as_bytes, camera_of, holds_pictures, layout_of
 from ..errors import UserError, require
-from ..records import Size, misfit
+from ..records import Size, problem_of
 from .episodes import (
     Episodes,
     Reader,
@@ -275,7 +275,7 @@ def read_meta(root: Path, options: LeRobotDataset) -> Meta:
     if not version.startswith(("v2.0", "v2.1", "v3.")):
         remedy = OLD if version.startswith("v1") else "LeRobot converts"
         raise UserError(f"{path}: version {version}; this reader knows v2.0, v2.1 and v3.0; {remedy}")
-    if problem := misfit(info, Info):
+    if problem := problem_of(info, Info):
         raise UserError(f"{path}: damaged or incomplete: {problem}; copy the dataset again")
     try:
         features, fps = dict(info["features"]), info["fps"]

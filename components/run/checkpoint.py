@@ -26,7 +26,7 @@ from .. import contracts, parallel
 from ..data.random_state import derive_seed, get_random_state, seed_all, set_random_state
 from ..errors import UserError, nearest, one_line
 from ..optimizers import kept_length
-from ..records import Manifest, check_folder, check_regular, misfit, too_deep
+from ..records import Manifest, check_folder, check_regular, problem_of
 from .files import as_json, fingerprint, flatten, read_tree, sync, unflatten, write_json, write_tree
 from .pieces import DamagedError, Parts, Records, keep, leave_out, recover
 
@@ -157,7 +157,7 @@ def _manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, whose files may not match it; {} if there is none that is whole."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        return manifest if not misfit(manifest, Manifest) and manifest["sha256"] == _own_hash(manifest) else {}
+        return manifest if not problem_of(manifest, Manifest) and manifest["sha256"] == _own_hash(manifest) else {}
     except (OSError, ValueError, RecursionError):
         return {}
 
@@ -251,8 +251,8 @@ def examine(folder: Path, pieces: bool = True) -> tuple[dict[str, Any], list[str
         check_regular(path)
         text = path.read_text()
         manifest = json.loads(text)
-        if too_deep(manifest) or (problem := misfit(manifest, Manifest)):
-            raise DamagedError(f"{path}: {'it is nested too deeply' if too_deep(manifest) else problem}")
+        if problem := problem_of(manifest, Manifest):
+            raise DamagedError(f"{path}: {problem}")
         if manifest["sha256"] != _own_hash(manifest) or text != as_json(manifest):
             raise DamagedError(f"{path}: the manifest's hash does not match")
         parts = set(manifest.get("pieces", ()))
@@ -386,8 +386,7 @@ def initialise(models: torch.nn.ModuleDict, args: Any, inherited: Any) -> None:
     else:
         for name, run in sources.items():
             load_weights(models[name], name, Path(run))
-        named = [n for n, (_, o) in args.models.items() if any(getattr(o, p) for p in contracts.places_of(o))]
-        inherited.keep_weights({name: models[name] for name in [*sources, *named]})
+        inherited.keep_weights({name: models[name] for name in [*sources, *contracts.from_files(args.models)]})
     for name in args.freeze:
         models[name].requires_grad_(False)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, plain
-from ..records import Evaluation, Line, check_regular, misfit, read_json, too_deep
+from ..records import Evaluation, Line, check_regular, misfit, problem_of, read_json
 
 PANELS = 15
 
@@ -22,7 +22,7 @@ def read_line(line: str, schema: Any) -> dict[str, Any] | None:
         record = json.loads(line) if line.endswith("\n") else None
     except (ValueError, RecursionError):
         return None
-    return None if too_deep(record) or misfit(record, schema) else record
+    return None if problem_of(record, schema) else record
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -27,7 +27,8 @@ from ..data.normalisation import Normaliser
 from ..errors import UserError
 from ..parallel import on_first
 from ..records import Inherited, read_record
-from .checkpoint import ever_saved, read_tree, write_json, write_tree
+from .checkpoint import ever_saved
+from .files import read_tree, write_json, write_tree
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -101,8 +101,8 @@ def _ignored(args: Any, learner: Any, batches: Any) -> list[str]:
     frozen = [name for name in scaled if name not in learner.optimizers]
     lines += [f"--optimizer.lr-scale {name} has no effect: {name!r} has nothing to train" for name in frozen]
     loaded = {entry.partition("=")[0] for entry in args.load}
-    named = {n for n, (_, o) in args.models.items() if any(getattr(o, p) for p in contracts.places_of(o))}
-    for name in [] if args.init_from else [n for n in args.freeze if n not in loaded | named]:
+    named = contracts.from_files(args.models)
+    for name in [] if args.init_from else [n for n in args.freeze if n not in {*loaded, *named}]:
         lines.append(f"--freeze {name}: it stays at random weights; load others with --load {name}=RUN")
     if (ratio := getattr(args, "dataset_ratio", None)) is not None and args.dataset != "none":
         lines += ["--dataset.ratio 0: the dataset has no part in any batch"] if ratio == 0 else []
