@@ -104,6 +104,11 @@ def in_turns(first: bool, action: Callable[[], T]) -> T:
     return result
 
 
+def starter() -> tuple[int, bool]:
+    """The arguments of `end_with_parent`, for a worker that the current thread starts."""
+    return os.getpid(), threading.current_thread() is threading.main_thread()
+
+
 def end_with_parent(parent: int, from_main_thread: bool) -> None:
     """End this worker process when its parent has ended, however that ended, and even if the worker hangs.
 

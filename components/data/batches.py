@@ -1,7 +1,6 @@
 """Batches as a function of (seed, step): no state to save, exact resume, the same data on any number of processes."""
 
 import os
-import threading
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from functools import lru_cache, partial
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from ..parallel import end_with_parent
+from ..parallel import end_with_parent, starter
 from .features import to_tensor
 from .random_state import derive_seed
 
@@ -147,8 +146,7 @@ class Batches:
         parts = self.indices(start) if parts is None else parts
         # A separate generator: otherwise a loader draws from the global one when it starts, also on a resume.
         loading: dict[str, Any] = {"num_workers": self.workers, "generator": torch.Generator()}
-        of = (os.getpid(), threading.current_thread() is threading.main_thread())
-        loading["worker_init_fn"] = partial(_end_with_parent, of)
+        loading["worker_init_fn"] = partial(_end_with_parent, starter())
         loading["generator"].manual_seed(derive_seed(self.seed, start))
         if not self.fast:
             rows = (indices[here].tolist() for _, indices, here in parts)

@@ -22,7 +22,7 @@ from ..data.random_state import derive_seed
 from ..envs.metaworld import draw_off_screen
 from ..envs.observations import observation_batch
 from ..errors import UserError, require
-from ..parallel import end_with_parent
+from ..parallel import end_with_parent, starter
 from ..run.files import beside
 from .episodes import Scales, build, from_columns
 
@@ -151,7 +151,7 @@ class MetaWorldDemonstrations(Scales):
         logger.info("making %d demonstrations of %s", self.demos, self.task)
         episodes: list[dict[str, np.ndarray]] = []
         attempts = 0
-        context, parent = multiprocessing.get_context("spawn"), (os.getpid(), True)
+        context, parent = multiprocessing.get_context("spawn"), starter()
         pool = ProcessPoolExecutor(workers, context, end_with_parent, parent) if workers > 1 else None
         try:
             with tqdm(total=self.demos, unit="demo", disable=None, leave=False) as bar:

@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError, require
-from ..parallel import end_with_parent
+from ..parallel import end_with_parent, starter
 from .autoreset import autoreset_mode, keeps_last
 from .vector import Environments, FaultyEnvError
 
@@ -59,8 +58,7 @@ class Workers:
         for number, share in enumerate(shares):
             ours, theirs = context.Pipe()
             others = [*self.parent_pipes, ours]  # which a forked process inherits and would keep open
-            parent = (os.getpid(), threading.current_thread() is threading.main_thread())
-            start = (make, share, seed + self.firsts[number], theirs, others, parent)
+            start = (make, share, seed + self.firsts[number], theirs, others, starter())
             process: Any = context.Process(target=work, args=start, daemon=True)
             process.start()
             theirs.close()

@@ -172,7 +172,7 @@ class Run:
                 stale.unlink()
             surroundings = environment(chosen)
             if args.resume:
-                self.compare_machine(surroundings)
+                self.compare_machine(args.stored, surroundings)
             try:
                 self.inherited.write()
                 write_json(self.path / "args.json", record | surroundings | kept)
@@ -187,9 +187,8 @@ class Run:
         self._status("running")
         self.say(f"{self.path}: {world_size()} process(es), {size}")
 
-    def compare_machine(self, now: dict[str, Any]) -> None:
+    def compare_machine(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         """Report changes since the run began that change the last bits of its numbers: threads, CPU, torch."""
-        before = read_args(self.path)
         for group, name in (("machine", "threads"), ("machine", "cpu"), ("packages", "torch")):
             if before[group].get(name) != now[group][name]:
                 self.say(f"{name} was {before[group].get(name)} and is {now[group][name]}: the last bits will differ")

@@ -10,6 +10,7 @@ from learning_kit.trainers.diffusion import Diffusion
 from learning_kit.trainers.iql import IQL
 from safetensors.torch import save_file
 
+torch.manual_seed(0)
 STATE, EXPERT = "observation.state", torch.randn(5, 2)
 
 
