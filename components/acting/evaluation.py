@@ -329,6 +329,16 @@ def scores(result: dict[str, Any]) -> dict[str, float]:
     return {f"eval/{name}": result[name] for name in names if result.get(name) is not None}
 
 
+SCORES = (("success_rate", 1), ("return_mean", 1), ("action_error", -1))
+"""The metrics by which evaluations are compared, the first that is known, and +1 where more is better, or else -1."""
+
+
+def score_of(result: dict[str, Any]) -> tuple[str, float, int] | None:
+    """Metric, value and direction (see `SCORES`) by which a line of `eval.jsonl` is compared with others of its run."""
+    known = ((name, result.get(name), sign) for name, sign in SCORES)
+    return next(((name, float(value), sign) for name, value, sign in known if value is not None), None)
+
+
 def headline(result: dict[str, Any]) -> str:
     """One evaluation in a line for the screen."""
     more = "".join(f", {key.replace('_', ' ')} {result[key]:.2f}" for key in tracked_of(result))
