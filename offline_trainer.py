@@ -4,8 +4,10 @@ accelerate launch offline_trainer.py --trainer bc                         # one 
 accelerate launch --num_processes 8 offline_trainer.py --trainer bc       # eight GPUs of one machine
 ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 offline_trainer.py --trainer bc
 python offline_trainer.py --trainer bc --dataset lerobot --help           # the options of what is chosen
+python offline_trainer.py --list                                          # all components, a line each
 python offline_trainer.py --trainer bc --debug                            # small, in one process, with a debugger
 python offline_trainer.py --resume runs/x                                 # resume a run where it stopped
+python offline_trainer.py --config runs/x/args.json --seeds 0 1 2         # a run's options, or a TOML's; three seeds
 
 The file reads top to bottom: the options, then accelerate (how a plain optimizer step becomes right on several
 processes), then how one run is built, and its loop. Algorithms, data and bookkeeping are in `components/`.
@@ -37,13 +39,14 @@ from components.learning.held_out import HeldOut
 from components.learning.learner import Learner
 from components.optimizers import for_model, trainable, with_length
 from components.run import debug
-from components.run.arguments import Arguments, Rule, parse
+from components.run.arguments import FP16, Arguments, Rule, parse
 from components.run.checkpoint import Checkpoints, initialise
 from components.run.clock import Clock
 from components.run.command_line import choose, choose_some, pairs
 from components.run.overlooked import check_launch, no_effect
 from components.run.process import run_script
 from components.run.record import Run
+from components.run.seeds import Seeds
 from components.speed import matmul
 from components.speed.compile import compiled
 
@@ -70,14 +73,16 @@ class Args(Arguments):
     env: Annotated[str, choose(REGISTRIES["env"], "none")] = "none"
     """Environment of the evaluation; without this option, the dataset's own."""
     # Where components, weights and a whole run come from.
-    plugins: tuple[str, ...] = ()
-    """Modules to import first, so that the components they register can be chosen."""
+    plugins: Annotated[tuple[str, ...], Place(r"(.+\.py)", moves=True)] = ()
+    """Modules, or files such as mine.py, to import first: the components that they register can be chosen."""
     resume: Annotated[str, Rule(resume=True)] = ""
     """Run folder to resume; every option comes from it."""
+    config: str = ""
+    """File of options, which those beside it override: the args.json of a run, or a TOML."""
     debug: bool = False
-    """Everything small and in one process, autograd's anomaly detection on, shapes and norms printed."""
+    """Everything small and in one process, shapes, gradients and times shown; a crash reaches the debugger."""
     init_from: Annotated[str, Place()] = ""
-    """Run folder whose weights all models start from."""
+    """Run or checkpoint folder whose weights all models start from."""
     load: Annotated[tuple[str, ...], Place("[^=]*=(.+)")] = ()
     """Models that start from another run's weights, as NAME=RUN."""
     freeze: tuple[str, ...] = ()
@@ -93,11 +98,13 @@ class Args(Arguments):
     """Largest norm of a model's gradient; 0 does not clip."""
     seed: Annotated[int, Rule(0)] = 0
     """Seed of weights, data order and noise."""
+    seeds: tuple[int, ...] = ()
+    """Several seeds, in a run each, one after the other; ends with a table of them."""
     # How it is computed.
     ema_decay: float = 0.0
     """Largest decay of averaged weights, which act and are exported in the place of the last ones; 0 for none."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Compute precision, no or bf16; None follows `accelerate launch`."""
+    mixed_precision: Annotated[Literal["no", "bf16"] | None, Rule(refused=FP16)] = None
+    """Compute precision; None follows `accelerate launch`."""
     compile: Annotated[bool, Rule(debug=False, always=True)] = False
     """Compile the trainer's losses, and on a GPU replay whole updates as CUDA graphs; pays for long runs, and says from
     which step on."""
@@ -132,15 +139,15 @@ class Args(Arguments):
     """Seconds without progress after which a process, or a peer that waits for it, ends the job; 0 for never."""
     # What is kept, and who is shown it.
     save_every: Annotated[int, Rule(0, resume=True, debug=20)] = 1000
-    """Updates between checkpoints; 0 saves at the end only."""
+    """Updates between checkpoints; 0 saves the best and the last only."""
     save_minutes: Annotated[float, Rule(0)] = 5.0
     """Minutes after which a checkpoint is due anyway; 0 for never."""
     keep_last: Annotated[int, Rule(1, resume=True)] = 2
     """Checkpoints to keep, besides the best."""
-    track: Annotated[bool, Rule(resume=True)] = False
-    """Mirror the metrics to Weights & Biases."""
+    track: Annotated[Literal["none", "wandb", "tensorboard"], Rule(resume=True)] = "none"
+    """Show metrics, film and curves in Weights & Biases, or in TensorBoard, whose files are in the run folder."""
     track_project: str = "tendon"
-    """Project there."""
+    """Project in Weights & Biases."""
     track_name: str = ""
     """Name there; by default the run folder's."""
     track_group: str = ""
@@ -153,6 +160,7 @@ class Args(Arguments):
     loss_options: Annotated[Any, tyro.conf.arg(name="loss")]
     optimizer_options: Annotated[Any, tyro.conf.arg(name="optimizer")]
     env_options: Annotated[Any, tyro.conf.arg(name="env")]
+    """A dataset that knows its environment comes before these defaults."""
 
 
 # ---- accelerate -----------------------------------------------------------------------------------------------------
@@ -313,13 +321,14 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
     dataset, parts = data["dataset"], world * args.grad_accumulation
     batch_size, note = fit_batch(args.batch_size, len(dataset), parts, args.given("batch-size"))
     batches = Batches(dataset, batch_size, args.seed, rank, world, args.grad_accumulation, args.workers, device)
+    args.batch_size, args.workers = batch_size, batches.workers  # the run records what is used
 
     # What is trained, and how it is measured: by the held-out loss, and by episodes in the environment asked for, or in
     # the data's own.
     learner = build_learner(args, accelerator, run, spec, args.steps)
     update = compiled(learner, run.say) if args.compile else learner.update
     policy = acting_policy(learner, normaliser, spec, args)
-    evaluator = Evaluator.of(args, run, policy, choose_env(args, data.get("env")), partial(build, "env"), world)
+    evaluator = Evaluator.of(args, run, policy, choose_env(args, data.get("env")), partial(build, "env"), world, data)
     if evaluator:
         evaluator.reference = data.get("reference_scores")
     held_out = HeldOut(learner, data.get("validation"), normaliser, batch_size, run.tick)
@@ -327,7 +336,7 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
     # Where the run begins. From here on each process draws its own noise; a resumed run finds everything as it was.
     set_seed(derive_seed(args.seed, rank) % 2**32)
     clock = Clock(args, run, evaluates=bool(evaluator or held_out))
-    checkpoints = Checkpoints(run, args, learner, clock=clock, held_out=held_out)
+    checkpoints = Checkpoints(run, args, learner, policy, clock=clock)
     if args.resume:
         checkpoints.restore()
     size = f"{len(dataset)} samples, batch {batch_size}{note}, {args.steps} steps"
@@ -342,13 +351,13 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
         # Evaluate, log and save what is due by now. All processes decide the same, also on a clock or a signal.
         if clock.due("eval"):
             with clock.owing_evaluation(), learner.evaluating():
-                learner.metrics.add(held_out.measure(run.step))
+                learner.metrics.add(run.best.held_out(run.step, held_out.measure(run.step)))
                 if evaluator:
                     run.evaluated(*evaluator.evaluate(run.step))
         if clock.due("log", held_out.measured_at == run.step):
             run.log(learner.summary() | clock.rates(batch_size))
-        if clock.due("save", held_out.improved(run.step)):
-            checkpoints.save(held_out.best_step, last=clock.over)
+        if clock.due("save", run.best.improved(run.step)):
+            checkpoints.save(last=clock.over)
         if clock.over:
             break
 
@@ -376,6 +385,8 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
 def main(argv: list[str]) -> int:
     """Read the arguments, open the run folder, and learn in it; returns the exit code."""
     args = parse(Args, argv, REGISTRIES)
+    if args.seeds:
+        return Seeds(args, argv).run()
     accelerator = start_accelerator(args)
     set_seed(args.seed % 2**32)  # the same on all processes until the models exist
     with Run.of(args, accelerator.process_index) as run, torch.autograd.set_detect_anomaly(args.debug):

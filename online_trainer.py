@@ -8,8 +8,10 @@ python online_trainer.py --trainer residual --trainer.base runs/b --env metaworl
 accelerate launch --num_processes 8 online_trainer.py --trainer sac       # eight GPUs of one machine
 ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 online_trainer.py --trainer sac
 python online_trainer.py --trainer sac --env.id HalfCheetah-v5 --help     # the options of what is chosen
+python online_trainer.py --list                                           # all components, a line each
 python online_trainer.py --trainer sac --debug                            # small, in one process, with a debugger
 python online_trainer.py --resume runs/x                                  # resume a run where it stopped
+python online_trainer.py --config runs/x/args.json --seeds 0 1 2          # a run's options, or a TOML's; three seeds
 
 The file reads top to bottom: the options, then accelerate (how a plain optimizer step becomes right on several
 processes), then how one run is built, and its loop: act, remember, learn. What stands between the options and the run
@@ -46,13 +48,14 @@ from components.experience.replay import windowed
 from components.learning.learner import Learner
 from components.optimizers import for_model, trainable, with_length
 from components.run import debug
-from components.run.arguments import Arguments, Rule, parse
+from components.run.arguments import FP16, Arguments, Rule, parse
 from components.run.checkpoint import Checkpoints, initialise
 from components.run.clock import Clock
 from components.run.command_line import choose, choose_some
 from components.run.overlooked import check_launch, no_effect
 from components.run.process import run_script
 from components.run.record import Run
+from components.run.seeds import Seeds
 from components.speed import matmul
 from components.speed.compile import compiled
 
@@ -81,20 +84,22 @@ class Args(Arguments):
     env: Annotated[str, choose(REGISTRIES["env"])] = "gymnasium"
     """Environment to learn and to be evaluated in."""
     # Where components, weights and a whole run come from.
-    plugins: tuple[str, ...] = ()
-    """Modules to import first, so that the components they register can be chosen."""
+    plugins: Annotated[tuple[str, ...], Place(r"(.+\.py)", moves=True)] = ()
+    """Modules, or files such as mine.py, to import first: the components that they register can be chosen."""
     resume: Annotated[str, Rule(resume=True)] = ""
     """Run folder to resume; every option comes from it."""
+    config: str = ""
+    """File of options, which those beside it override: the args.json of a run, or a TOML."""
     debug: bool = False
-    """Everything small and in one process, autograd's anomaly detection on, shapes and norms printed."""
+    """Everything small and in one process, shapes, gradients and times shown; a crash reaches the debugger."""
     init_from: Annotated[str, Place()] = ""
-    """Run folder whose weights all models start from."""
+    """Run or checkpoint folder whose weights all models start from."""
     load: Annotated[tuple[str, ...], Place("[^=]*=(.+)")] = ()
     """Models that start from another run's weights, as NAME=RUN."""
     freeze: tuple[str, ...] = ()
     """Models that keep their weights."""
     # How long, and what an update is.
-    steps: Annotated[int, Rule(1, resume=True, debug=40)] = 100_000
+    steps: Annotated[int, Rule(1, resume=True, debug=60)] = 100_000
     """Environment steps over all processes."""
     num_envs: Annotated[int, Rule(1, debug=2)] = 4
     """Environments over all processes; each process steps its part of them together."""
@@ -125,11 +130,13 @@ class Args(Arguments):
     """Largest norm of a model's gradient; 0 does not clip."""
     seed: Annotated[int, Rule(0)] = 0
     """Seed of weights, data order and noise."""
+    seeds: tuple[int, ...] = ()
+    """Several seeds, in a run each, one after the other; ends with a table of them."""
     # How it is computed.
     ema_decay: float = 0.0
     """Largest decay of averaged weights, which act and are exported in the place of the last ones; 0 for none."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """Compute precision, no or bf16; None follows `accelerate launch`."""
+    mixed_precision: Annotated[Literal["no", "bf16"] | None, Rule(refused=FP16)] = None
+    """Compute precision; None follows `accelerate launch`."""
     compile: Annotated[bool, Rule(debug=False, always=True)] = False
     """Compile the trainer's losses, and on a GPU replay whole updates as CUDA graphs; pays for long runs, and says from
     which step on."""
@@ -141,7 +148,7 @@ class Args(Arguments):
     run_dir: str = ""
     """Folder of the run; by default one under runs/ with the time in its name."""
     log_every: Annotated[int, Rule(1, resume=True, debug=10)] = 50
-    """Environment steps between lines of metrics.jsonl."""
+    """Environment steps between lines of metrics.jsonl, which wait for the end of a rollout."""
     eval_every: Annotated[int, Rule(0, resume=True, debug=20)] = 1000
     """Environment steps between evaluations; 0 evaluates at the end only."""
     eval_episodes: Annotated[int, Rule(0, resume=True, debug=1)] = 20
@@ -157,7 +164,7 @@ class Args(Arguments):
     """Seconds without progress after which a process, or a peer that waits for it, ends the job; 0 for never."""
     # What is kept, and who is shown it.
     save_every: Annotated[int, Rule(0, resume=True, debug=20)] = 5000
-    """Environment steps between checkpoints; 0 saves at the end only."""
+    """Environment steps between checkpoints; 0 saves the best and the last only."""
     save_minutes: Annotated[float, Rule(0)] = 5.0
     """Minutes after which a checkpoint is due anyway; 0 for never."""
     keep_last: Annotated[int, Rule(1, resume=True)] = 2
@@ -170,10 +177,10 @@ class Args(Arguments):
     """Its contents: episodes of the final policy, or what the replay buffer still holds."""
     save_episodes: Annotated[int, Rule(1, resume=True)] = 50
     """Episodes of the final policy."""
-    track: Annotated[bool, Rule(resume=True)] = False
-    """Mirror the metrics to Weights & Biases."""
+    track: Annotated[Literal["none", "wandb", "tensorboard"], Rule(resume=True)] = "none"
+    """Show metrics, film and curves in Weights & Biases, or in TensorBoard, whose files are in the run folder."""
     track_project: str = "tendon"
-    """Project there."""
+    """Project in Weights & Biases."""
     track_name: str = ""
     """Name there; by default the run folder's."""
     track_group: str = ""
@@ -186,6 +193,7 @@ class Args(Arguments):
     loss_options: Annotated[Any, tyro.conf.arg(name="loss")]
     optimizer_options: Annotated[Any, tyro.conf.arg(name="optimizer")]
     env_options: Annotated[Any, tyro.conf.arg(name="env")]
+    """A dataset that knows its environment comes before these defaults."""
 
 
 # ---- accelerate -----------------------------------------------------------------------------------------------------
@@ -345,7 +353,7 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
 
     # Environments: each process steps its part of them together. A trainer may correct the actions of a frozen policy,
     # which is a part of the environments then, so that all else need not know of it.
-    num_envs, note = fit_envs(args.num_envs, world, args.given("num-envs"))
+    num_envs, note = fit_envs(args, world)
     seed = derive_seed(args.seed, rank) % 2**31
     with one_line(f"env {env[0]!r}"):
         base = base_of(cls, config, run)
@@ -384,12 +392,12 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
     set_seed(derive_seed(args.seed, rank) % 2**32)
     clock = Clock(args, run, evaluates=evaluator is not None, at_start=bool(args.init_from or base))
     state = {"clock": clock, "statistics": statistics, "memory": memory, "collector": collector, "explorer": explorer}
-    checkpoints = Checkpoints(run, args, learner, **state)
+    checkpoints = Checkpoints(run, args, learner, policy, **state)
     if args.resume:
         checkpoints.restore()
     size = f"{num_envs} environments{note}{more}, batch {args.batch_size}, {args.steps} steps"
     run.begin(args, {"name": env[0], **asdict(env[1])}, accelerator.mixed_precision, size)
-    run.say(memory.describe(args.steps // num_envs, world), plan.describe_rewards(rewards), *no_effect(args, learner))
+    run.say(*memory.describe(args.steps // num_envs, world), plan.describe_rewards(rewards), *no_effect(args, learner))
     collector.begin(run.step, memory, statistics, explorer)
     random_until = 0 if args.init_from else memory.learning_starts  # weights from elsewhere explore from the start
 
@@ -402,10 +410,10 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
             with clock.owing_evaluation(), learner.evaluating():
                 if evaluator:
                     run.evaluated(*evaluator.evaluate(run.step))
-        if clock.due("log"):
+        if clock.due("log", settled=memory.between):
             run.log({"updates": learner.updates} | learner.summary() | clock.rates(args.batch_size, "env_steps"))
             run.write_episodes()
-        if clock.due("save"):
+        if clock.due("save", run.best.improved(run.step)):
             checkpoints.save(last=clock.over)
         if clock.over:
             break
@@ -439,7 +447,6 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
 
     # What is left: a dataset if one was asked for, the policy, a film of it and the curves; a run that was stopped only
     # says how to resume it.
-    described.update(statistics.describe(described))  # what the policy is saved with
     if clock.unfinished:
         run.preempted()
         return
@@ -454,6 +461,8 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
 def main(argv: list[str]) -> int:
     """Read the arguments, open the run folder, and learn in it; returns the exit code."""
     args = parse(Args, argv, REGISTRIES)
+    if args.seeds:
+        return Seeds(args, argv).run()
     accelerator = start_accelerator(args)
     set_seed(args.seed % 2**32)  # the same on all processes until the models exist
     with Run.of(args, accelerator.process_index) as run, torch.autograd.set_detect_anomaly(args.debug):

@@ -183,6 +183,7 @@ class DatasetFactory(Protocol):
         A dataset that decodes sets `resident = False` and is read by worker processes; one whose items have a `task`
         lists the texts in `tasks`. A resumed run compares what `fingerprint()` returns, such as a version; without it
         the number of items, the statistics and a few items. Further attributes are in `components/data/batches.py`.
+        A factory whose options name the environment may say so by `environment()`, which returns what `env` will be.
         """
         ...
 

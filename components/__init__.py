@@ -6,6 +6,7 @@ TRAINER_REGISTRY["my_trainer"] = MyTrainer          # or, refusing a name that i
 The map, each line standing on those above it:
 
     errors, parallel, records    what a user can mend, in one line; what processes agree on; what a record may hold
+    intervals            95 % intervals of rates, of means and of differences
     data/                features and fingerprint of a dataset, batches by (seed, step), normalisation, augmentation
     losses, optimizers, value_learning, contracts      what several algorithms share; what a trainer may offer
     models/              networks, one file each
@@ -15,12 +16,12 @@ The map, each line standing on those above it:
     acting/              a policy in the environment's units: chunks, evaluation, saving, loading
     learning/            what is trained as one object: gradients, metrics, held-out loss
     speed/               --compile, CUDA graphs, matrix products
-    run/                 arguments, run folder, what it began from, checkpoints, clock, curves, how a process ends
+    run/                 arguments, run folder, what it began from, checkpoints, policies, clock, curves, how it ends
     datasets/            formats, one file each; transitions, goals, mixtures; inspect and convert
     experience/          collection, replay, rollouts, a frozen policy underneath, recording
     evaluate, export, report                           commands: python -m components.<name>
 
-The first five lines are plain PyTorch and stand alone: a fork copies `trainers/`, `models/`, `data/` and the flat
+The first six lines are plain PyTorch and stand alone: a fork copies `trainers/`, `models/`, `data/` and the flat
 modules beside them, without this file (tests/examples/fork.py is a training with them alone). All else needs the whole
 folder, but neither the scripts nor accelerate.
 """
@@ -29,7 +30,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from . import losses, optimizers
-from .acting.policy_folder import load_policy
 from .datasets.aloha import AlohaDataset
 from .datasets.d4rl import D4RLDataset
 from .datasets.gymnasium import GymnasiumRollouts
@@ -60,6 +60,7 @@ from .models.tanh_gaussian import TanhGaussian
 from .models.temperature import Temperature
 from .models.unet1d import UNet1d
 from .models.vector_field import VectorField
+from .run.policies import load_policy
 from .trainers.act import ACT
 from .trainers.awac import AWAC
 from .trainers.bc import BC

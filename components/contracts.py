@@ -132,6 +132,16 @@ def debug_options_of(component: type) -> dict[str, Any]:
     return dict(getattr(component, "debug_options", {}))
 
 
+def former_names_of(component: type) -> dict[str, str]:
+    """Former name of an option of any component -> its name by now, for the records of older runs: `former_names`."""
+    return dict(getattr(component, "former_names", {}))
+
+
+def recogniser_of(readers: Iterable[Any]) -> Callable[[str], str] | None:
+    """The function that finds the reader of a path, which dataset readers offer: `recognise(path)`; None without."""
+    return next(filter(None, (getattr(reader, "recognise", None) for reader in readers)), None)
+
+
 def request_of(cls: type, config: Any) -> Request:
     """The data that a trainer asks for: `data(config)`; None for unchanged items.
 
@@ -191,9 +201,14 @@ def losses_of(trainer: Any, name: str = "losses") -> Callable[[dict[str, Any]], 
     return types.MethodType(method, trainer) if callable(method) else None
 
 
+def estimates(trainer: Any) -> bool:
+    """Whether a trainer has `estimate(rollout)`, so that it learns from rollouts."""
+    return callable(getattr(type(trainer), "estimate", None))
+
+
 def estimate_of(trainer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """The method `estimate(rollout)` of a trainer that asks for rollouts. Raises UserError: there is none."""
-    if not callable(getattr(type(trainer), "estimate", None)):
+    if not estimates(trainer):
         raise UserError(f"{type(trainer).__name__} asks for Rollouts, but has no estimate(rollout)")
     return trainer.estimate
 
@@ -267,12 +282,17 @@ class NoOptions:
     """No options."""
 
 
+def options_type(component: type) -> type:
+    """The dataclass of a component's options: a factory that is one, a trainer's nested `Config`, or none."""
+    return component if is_dataclass(component) else getattr(component, "Config", NoOptions)
+
+
 def options_of(component: type, values: dict[str, Any] | None = None) -> Any:
-    """Options of a component with `values`: a factory that is a dataclass, a trainer's nested `Config`, or none.
+    """Options of a component with `values`, an instance of `options_type`.
 
     Raises UserError: an option that does not exist.
     """
-    options = component if is_dataclass(component) else getattr(component, "Config", NoOptions)
+    options = options_type(component)
     values = values or {}
     known = [field.name for field in fields(options)]
     for name in values:

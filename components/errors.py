@@ -34,6 +34,20 @@ class SignalledExit(SystemExit):
     """A signal ended the process before its run had begun; a SystemExit of an environment is a fault instead."""
 
 
+_through = False
+
+
+def let_through(on: bool) -> None:
+    """Say whether exceptions of components pass through unchanged, to a traceback or a debugger, as under `--debug`."""
+    global _through
+    _through = on
+
+
+def crashes_pass() -> bool:
+    """Whether whoever would report an exception in one line, or go on without what failed, has to raise it."""
+    return _through
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return "nearest: a, b" for a misspelt name, or "known: ..." with all names when none is near."""
     known = sorted(known)
@@ -56,12 +70,18 @@ def require(module: str, install: str) -> Any:
 
 @contextmanager
 def one_line(subject: str) -> Iterator[None]:
-    """Turn any error inside into a UserError of one line that starts with `subject`, with its file and line."""
+    """Turn any error inside into a UserError of one line that starts with `subject`, with its file and line.
+
+    Where crashes pass, such an error only gets a note.
+    """
     try:
         yield
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(subject) else f"{subject}: {error}") from error
     except Exception as error:
+        if crashes_pass():
+            error.add_note(f"in {subject}")
+            raise
         raise UserError(f"{subject}: {type(error).__name__}: {error} ({where(error)})") from error
 
 

@@ -1,6 +1,7 @@
 """Write a policy as one file that runs with torch alone: normaliser, encoder, network, sampler.
 
 python -m components.export runs/x                               # writes runs/x/policy/policy.pt2
+python -m components.export runs/x --which best                  # or a step; writes runs/x/policy-step-000002000.pt2
 python -m components.export runs/x --policy.sampling-steps 5     # with other inference settings
 
     program = torch.export.load("policy.pt2").module()
@@ -26,13 +27,14 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from . import load_policy
 from .acting.policy import Inference, Policy
-from .acting.policy_folder import describe, saved_settings
+from .acting.policy_folder import describe
 from .errors import UserError
 from .run import process
 from .run import record as run_record
+from .run.checkpoint import run_of
 from .run.command_line import import_for, parse, parse_names
+from .run.policies import Chosen, choose, taken
 
 TOLERANCE = 1e-5  # largest difference from the eager policy, relative to the largest action
 
@@ -42,6 +44,7 @@ class Names:
     """Options that the first pass reads."""
 
     run: Annotated[str, tyro.conf.Positional] = ""
+    which: str = "last"
     plugins: tuple[str, ...] = ()
 
 
@@ -50,11 +53,13 @@ class Args(Names):
     """Export the policy of a run with torch.export."""
 
     run: Annotated[str, tyro.conf.Positional] = ""
-    """Run folder, or its policy folder."""
+    """Run folder, its policy folder, or that of a checkpoint."""
+    which: str = "last"
+    """Policy of the run: last, best, or a step that has a checkpoint."""
     plugins: tuple[str, ...] = ()
-    """Modules to import first; those of the run must be named again, since a run folder may be a stranger's."""
+    """Modules, or Python files, to import first. Name those of the run, too: a run folder may be a stranger's."""
     out: str = ""
-    """File to write; by default policy.pt2 beside policy.json."""
+    """File to write; by default policy.pt2 beside policy.json, and for a checkpoint, in its run's folder."""
     policy: Inference = Inference()
     """Inference settings; by default those that it was saved with."""
 
@@ -132,20 +137,37 @@ def export(policy: Policy, path: Path) -> float:
     return largest
 
 
+def destination(run: Path, chosen: Chosen, out: str) -> Path:
+    """The file to write; a checkpoint's folder holds what its manifest says, and nothing else.
+
+    Raises:
+        UserError: `out` is in no folder, or in a checkpoint's.
+    """
+    beside = chosen.folder / "policy.pt2"
+    if (chosen.folder / "manifest.json").exists():
+        beside = run_of(run) / f"policy-step-{chosen.step:09d}.pt2"
+    path = Path(out) if out else beside
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: no such folder {path.parent}")
+    if (path.parent / "manifest.json").exists():
+        raise UserError(f"--out {path}: a further file would damage this checkpoint; name one in another folder")
+    return path
+
+
 def main(argv: list[str]) -> int:
     """Load, export and compare the policy; returns the exit code. Raises UserError."""
     run_record.start_logging(rank=0)
     names = parse_names(Names, [word for word in argv if word not in ("-h", "--help")])
     if not names.run:
-        parse(Args, argv, Args())
+        parse(Args, argv, Args(), usage="RUN [OPTIONS]")
         raise UserError("which run? python -m components.export RUN")
-    saved, recorded = describe(names.run)
+    saved, recorded = describe(choose(names.run, names.which).folder)
     import_for(saved.parent, recorded["plugins"], names.plugins)
-    args = parse(Args, argv, Args(run=names.run, policy=saved_settings(names.run)))
-    policy = load_policy(args.run, **vars(args.policy))
-    path = Path(args.out) if args.out else saved.with_name("policy.pt2")
-    if not path.parent.is_dir():
-        raise UserError(f"--out {path}: no such folder {path.parent}")
+    policy, chosen = taken(names.run, names.which)
+    args = parse(Args, argv, Args(run=names.run, policy=policy.settings), usage="RUN [OPTIONS]")
+    policy.configure(**vars(args.policy))
+    path = destination(Path(args.run), chosen, args.out)
+    print(f"{args.run}: {chosen}")
     difference = export(policy, path)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, equal to the policy to {difference:.1g}")
     for key, value in description(policy).items():

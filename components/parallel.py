@@ -1,6 +1,7 @@
 """Communication between processes by torch.distributed; without a process group, the identity."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import StoppedError, UserError, crashes_pass
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _apart = False  # inside `apart`
 
@@ -102,6 +104,31 @@ def in_turns(first: bool, action: Callable[[], T]) -> T:
         if problems:
             raise UserError(problems[0])
     return result
+
+
+def joined(rank: int, work: Callable[[], list[T]]) -> tuple[list[T], str]:
+    """What `work` returns on all processes, as one list on each; or, on all of them, ([], why it failed on one).
+
+    Raises:
+        StoppedError: on all processes, when `work` raised it on any.
+    """
+    of_rank: list[T] = []
+    problem, stopped = "", False
+    try:
+        of_rank = work()
+    except StoppedError:
+        stopped = True
+    except Exception as error:
+        if crashes_pass():
+            raise
+        logger.debug("process %d failed", rank, exc_info=True)
+        problem = f"process {rank}: {type(error).__name__}: {error}"
+    parts, problems, stops = zip(*gather((of_rank, problem, stopped)), strict=True)
+    if any(stops):
+        raise StoppedError("stopped by a signal")
+    if any(problems):
+        return [], next(filter(None, problems))
+    return [one for part in parts for one in part], ""
 
 
 def starter() -> tuple[int, bool]:

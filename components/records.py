@@ -66,6 +66,7 @@ class PolicyRecord(TypedDict):
     spec: dict[str, Feature]
     normalisation: dict[str, str]
     inference: dict[str, Any]
+    step: NotRequired[Size]
 
 
 class ResidualRecord(TypedDict):
@@ -137,6 +138,21 @@ class StatusRecord(TypedDict):
     reason: str
 
 
+class BestRecord(TypedDict):
+    """The best step of a run, in a manifest."""
+
+    step: Size
+    metric: str
+    value: float
+
+
+class SeedsRecord(TypedDict):
+    """`seeds.json` of the folder of several seeds."""
+
+    script: str
+    seeds: list[Size]
+
+
 class Manifest(TypedDict):
     """`manifest.json` of a checkpoint."""
 
@@ -148,7 +164,7 @@ class Manifest(TypedDict):
     shapes: dict[str, dict[str, list[Size]]]
     files: dict[str, list[Any]]
     pieces: NotRequired[list[str]]
-    best: NotRequired[int | None]
+    best: NotRequired[BestRecord | int | None]
     sha256: str
 
 
@@ -167,6 +183,8 @@ class Evaluation(TypedDict):
     success_rate: Share | None
     success_ci: tuple[Share, Share] | None
     return_mean: float | None
+    action_error: NotRequired[float | None]
+    action_error_by_name: NotRequired[dict[str, float]]
 
 
 class ResultRow(TypedDict):
@@ -212,6 +230,8 @@ def check_folder(folder: Path) -> None:
                 raise UserError(f"{path} is a link out of {folder}; it is not followed, copy the file instead")
             if not (stat.S_ISLNK(mode) or stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
                 raise UserError(f"{path} is a pipe, socket or device; remove it, it is no part of a run")
+        if Path(where) == folder and "wandb" in names:
+            names.remove("wandb")  # which has links to wandb's logs elsewhere; nothing here reads them
 
 
 def allowed_folders(root: Path) -> list[Path]:

@@ -23,6 +23,7 @@ import online_trainer  # noqa: E402
 import toy  # noqa: E402, F401  (registers the components that the tests use)
 from components import DATASET_BUILDER_REGISTRY  # noqa: E402
 from components.datasets.recognise import recognise  # noqa: E402
+from components.errors import let_through  # noqa: E402
 from components.run import checkpoint  # noqa: E402
 from components.run import record as run_record  # noqa: E402
 from components.run.curves import read_lines  # noqa: E402
@@ -44,6 +45,13 @@ def signal_handlers() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def crashes_in_one_line() -> Iterator[None]:
+    """`--debug` lets them through, in the tests that follow, too."""
+    yield
+    let_through(False)
 
 
 @pytest.fixture

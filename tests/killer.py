@@ -32,6 +32,7 @@ import online_trainer  # noqa: E402
 import toy  # noqa: E402, F401
 from components.run import checkpoint  # noqa: E402
 from components.run.curves import read_lines  # noqa: E402
+from components.run.policies import choose, load_policy  # noqa: E402
 
 COMMON = "--batch-size 16 --log-every 10 --save-minutes 0"
 OFFLINE = f"{COMMON} --dataset toy --steps 100 --save-every 7 --eval-every 20 --eval-episodes 2 --eval-envs 2"
@@ -228,6 +229,9 @@ def kill_and_resume(name: str, run: Path, chance: random.Random, duration: float
         kill(victim, children, chance)
         if checkpoint.steps(run / "checkpoints"):
             step = verify_newest(run)
+            if (policy := choose(run)).step != step or not load_policy(run):
+                print(f"NO POLICY of step {step}: {policy}", flush=True)
+                step = -1
             damaged = list((run / "checkpoints").glob(".damaged-*"))
             if step < last or damaged:
                 count["lost"] += 1

@@ -160,7 +160,7 @@ def test_a_made_dataset_is_written_too(tmp_path: Path, capsys: pytest.CaptureFix
         "metaworld",
         "--dataset.demos",
         "1",
-        "--dataset.cache",
+        "--dataset.cache-dir",
         str(tmp_path / "c"),
         "--format",
         "minari",

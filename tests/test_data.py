@@ -154,22 +154,22 @@ def test_demonstrations_are_seeded_cached_and_the_same_for_any_number_of_process
     def columns(**options: object) -> dict[str, torch.Tensor]:
         return everything(MetaWorldDemonstrations(demos=3, validation=0, **options).build(params={}))  # type: ignore[arg-type]
 
-    one = columns(cache=str(tmp_path))
+    one = columns(cache_dir=str(tmp_path))
     files = list(tmp_path.iterdir())
     assert len(files) == 1 and files[0].name.startswith("metaworld-push-v3-3-")
-    for again in (columns(cache=str(tmp_path)), columns(cache=""), columns(cache="", workers=2)):
+    for again in (columns(cache_dir=str(tmp_path)), columns(cache_dir=""), columns(cache_dir="", workers=2)):
         assert all(torch.equal(one[key], again[key]) for key in one)
-    other = columns(cache="", seed=1)
+    other = columns(cache_dir="", seed=1)
     assert not torch.equal(one["observation.state"][0], other["observation.state"][0])
     assert one["action"].abs().max() <= 1 and one["observation.state"].shape[1] == 39
     assert int(one["terminated"].sum()) == 3 and not one["truncated"].any()  # each ends at its first success
     files[0].write_bytes(files[0].read_bytes()[:100])  # a damaged cache is made again
-    assert torch.equal(columns(cache=str(tmp_path))["action"], one["action"])
+    assert torch.equal(columns(cache_dir=str(tmp_path))["action"], one["action"])
     assert [path.name for path in tmp_path.iterdir()] == [files[0].name]  # and nothing half-written stays
 
 
 def test_successors_never_cross_an_episode(tmp_path: Path) -> None:
-    columns = everything(MetaWorldDemonstrations(demos=2, validation=0, cache="").build())
+    columns = everything(MetaWorldDemonstrations(demos=2, validation=0, cache_dir="").build())
     inside = ~columns["terminated"][:-1]
     following = columns["next.observation.state"][:-1]
     assert torch.equal(following[inside], columns["observation.state"][1:][inside])
@@ -187,7 +187,7 @@ def test_successors_never_cross_an_episode(tmp_path: Path) -> None:
 )
 def test_demonstrations_that_cannot_be_made(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        MetaWorldDemonstrations(cache="", **options).build()
+        MetaWorldDemonstrations(cache_dir="", **options).build()
 
 
 # ---- LeRobot -------------------------------------------------------------------------------------------------------

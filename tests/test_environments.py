@@ -187,7 +187,9 @@ def test_a_chunk_begins_with_its_episode(mode: str) -> None:
         steps = episodes_of(envs)
         assert len(steps) > 30 * N
         assert all(action == [time // CHUNK * CHUNK, time % CHUNK] for time, action in steps)
-    played = play(marking(), counting(mode), 8, N, 0, 0.0, lambda: None)
+    ended: list[int] = []
+    played = play(marking(), counting(mode), 8, N, 0, 0.0, lambda: None, ended.append)
+    assert ended == sorted(ended) and {0, 8} < set(ended) <= set(range(9))
     time = played.observations["observation.state"][played.at][:, 1]
     assert torch.equal(played.columns["action"], torch.stack([time // CHUNK * CHUNK, time % CHUNK], 1))
 

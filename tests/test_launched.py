@@ -12,6 +12,7 @@ import torch
 import toy
 from components.run.checkpoint import newest, read_tree
 from components.run.curves import read_lines
+from components.run.policies import choose
 from conftest import ROOT, difference, learned, replayed, states, two_processes, weights
 
 pytestmark = pytest.mark.launched
@@ -74,6 +75,7 @@ def test_the_online_script_on_two_processes(pair: Path, online: Callable[..., Pa
     assert lines[-1]["step"] == 80 and lines[-1]["updates"] == 60  # over all processes
     assert {line["train/episode_length"] for line in lines if "train/episode_length" in line} == {10}
     assert len(read_lines(run / "eval.jsonl")[-1]["seeds"]) == 3
+    assert choose(run, "best").step in [line["step"] for line in read_lines(run / "eval.jsonl")]
     folder, manifest = newest(run / "checkpoints")
     own = [read_tree(folder / f"rank-{rank}.safetensors") for rank in range(2)]
     seeds = [seed for state in own for seed in state["collector"]["seeds"]]

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from components import LOSS_BUILDER_REGISTRY, OPTIMIZER_BUILDER_REGISTRY, UserError, optimizers, parallel
-from components.acting import evaluation
+from components import LOSS_BUILDER_REGISTRY, OPTIMIZER_BUILDER_REGISTRY, UserError, intervals, optimizers, parallel
 from components.data.batches import Batches, batch_indices, fit_batch
 from components.data.normalisation import Normaliser, statistics
 from components.learning.metrics import Metrics
@@ -277,10 +276,51 @@ def test_batch_sizes_that_do_not_fit() -> None:
 # ---- intervals, metrics, moments -----------------------------------------------------------------------------------
 
 
-def test_wilson_interval() -> None:
-    assert evaluation.wilson_interval(50, 50) == pytest.approx((0.92865, 1.0), abs=1e-4)
-    assert evaluation.wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
-    assert evaluation.wilson_interval(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-4)
+def test_intervals_of_rates() -> None:
+    """Of one rate (Wilson), and of a difference, an example of Newcombe's (1998): 56 of 70 against 48 of 80."""
+    assert intervals.wilson(50, 50) == pytest.approx((0.92865, 1.0), abs=1e-4)
+    assert intervals.wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
+    assert intervals.wilson(5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-4)
+    assert intervals.newcombe((56, 70), (48, 80)) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+    assert intervals.newcombe((10, 10), (0, 10)) == pytest.approx((0.6075, 1.0), abs=1e-4)
+    assert intervals.newcombe((10, 10), (0, 20)) == pytest.approx((0.6791, 1.0), abs=1e-4)
+
+
+def test_intervals_of_means() -> None:
+    """Student's quantiles as tables have them, also between whole numbers; Welch's against scipy 1.16."""
+    table = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 10: 2.22814, 30: 2.04227, 1e5: 1.95999, 9e5: 1.95997}
+    table |= {1.3: 7.50053, 2.7: 3.39215, 7.5: 2.33304, math.inf: 1.95996}
+    assert {n: intervals.student_t(n) for n in table} == pytest.approx(table, rel=3e-6)
+    mean, deviation = intervals.moments([1.0, 2.0, 3.0])
+    assert intervals.of_mean(mean, deviation, 3) == pytest.approx(
+        (2 - 4.30265 / 3**0.5, 2 + 4.30265 / 3**0.5), rel=1e-5
+    )
+    assert intervals.welch((1, 2, 5), (3, 4, 9)) == pytest.approx((-5.49911, 1.49911), rel=1e-5)
+    assert intervals.welch((1, 0, 2), (3, 0, 2)) == (-2, -2)
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "text"),
+    [
+        (1290.4, None, "1290"),
+        (-152.63, None, "-152.6"),
+        (0.96, None, "0.96"),
+        (0.0, None, "0"),
+        (3e-5, None, "3e-5"),
+        (1e308, None, "1e308"),
+        (1e6, None, "1000000"),
+        (float("nan"), None, "nan"),
+        (0.96, (0.865, 0.989), "0.96 [0.86, 0.99]"),
+        (1.0, (0.975, 1.0), "1.000 [0.975, 1.000]"),
+        (-152.69, (-154.13, -151.21), "-152.7 [-154.1, -151.2]"),
+        (3800.2, (2448.1, 5152.3), "3800 [2448, 5152]"),
+        (0.3, (0.3, 0.3), "0.3 [0.3, 0.3]"),
+        (-0.001, (-0.2, 0.2), "0.00 [-0.20, 0.20]"),
+    ],
+)
+def test_numbers_are_written_as_people_do(value: float, interval: tuple[float, float] | None, text: str) -> None:
+    assert intervals.measured(value, interval) == text
+    assert [intervals.thousands(n) for n in (0, 500, 20_000, 1.5e6)] == ["0", "500", "20k", "1.5M"]
 
 
 def test_metrics_are_means_over_the_interval() -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 import offline_trainer
+import online_trainer
 import toy
 from components import LOSS_BUILDER_REGISTRY, REGISTRIES, TRAINER_REGISTRY, UserError, load_policy
 from components.learning.gradients import Finite, Gradients
@@ -23,7 +25,7 @@ from components.run import checkpoint
 from components.run.arguments import parse
 from components.run.curves import read_lines
 from components.run.record import lock
-from conftest import ROOT, Launches, command, difference, learned, states, weights
+from conftest import ROOT, Launches, command, difference, in_this_process, learned, states, weights
 
 Script = Callable[..., Path]
 
@@ -420,6 +422,60 @@ def test_resume_refuses_what_would_be_another_run(script: Script, options: tuple
         script("--resume", run, "--steps", 9, *options)
 
 
+def test_a_run_records_what_it_used_and_keeps_that_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dataset knows the environment, and is smaller than the default batch."""
+    monkeypatch.setitem(TRAINER_REGISTRY["bc"].defaults, "batch-size", 10**6)
+    options = ["--dataset", "toy", "--steps", "5", "--eval-episodes", "2", "--run-dir", str(tmp_path / "run")]
+    in_this_process(offline_trainer.main, options)
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    used = record["args"]
+    assert used["env"] == "gymnasium" and used["env_options"]["id"] == "TendonToy-v0"
+    result = read_lines(tmp_path / "run" / "eval.jsonl")[0]
+    assert record["env"] == {"name": "gymnasium"} | used["env_options"] == result["env"]
+    assert used["batch_size"] == 180 and used["workers"] == 0
+    in_this_process(offline_trainer.main, ["--resume", str(tmp_path / "run"), "--steps", "9"])
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["args"] == used | {"steps": 9}
+
+
+def test_a_run_that_recorded_what_it_did_not_use_resumes_with_that_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As runs did once: what is recorded stays as it is in their checkpoints."""
+    options = ["--dataset", "toy", "--steps", "5", "--eval-episodes", "2", "--run-dir", str(tmp_path / "run")]
+    chosen = {"env_options": {"id": "Pendulum-v1"}, "workers": None}
+    with monkeypatch.context() as before:
+        settled = asdict
+        before.setattr("components.run.record.asdict", lambda args: settled(args) | chosen)
+        in_this_process(offline_trainer.main, options)
+    for steps in ("9", "12"):
+        in_this_process(offline_trainer.main, ["--resume", str(tmp_path / "run"), "--steps", steps])
+        record = json.loads((tmp_path / "run" / "args.json").read_text())
+        assert record["args"] | chosen == record["args"] and record["env"]["id"] == "TendonToy-v0"
+    with pytest.raises(UserError, match=r"cannot change: env.id Pendulum-v1 -> TendonToy-v0"):
+        parse(offline_trainer.Args, ["--resume", str(tmp_path / "run"), "--env.id", "TendonToy-v0"], REGISTRIES)
+
+
+@pytest.mark.parametrize(
+    ("argv", "task", "folder"),
+    [
+        (["--dataset", "metaworld", "--dataset.task", "reach-v3"], "reach-v3", "reach-v3"),
+        (["--dataset", "metaworld", "--dataset.task", "reach-v3", "--env.task", "push-v3"], "push-v3", None),
+        (["--dataset", "d4rl", "--dataset.path", "x/half_cheetah-v2.hdf5"], None, "half_cheetah-v2"),
+    ],
+)
+def test_help_and_folder_name_the_environment_of_the_data(
+    argv: list[str], task: str | None, folder: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for script, trainer in ((offline_trainer, "iql"), (online_trainer, "rlpd")):
+        args = parse(script.Args, ["--trainer", trainer, *argv], REGISTRIES)
+        assert getattr(args.env_options, "task", None) == task
+        assert folder is None or args.subject == folder
+    if task:
+        with pytest.raises(SystemExit):
+            parse(offline_trainer.Args, [*argv, "--help"], REGISTRIES)
+        assert f"(default: {'reach-v3' if folder else task})" in capsys.readouterr().out
+
+
 def test_resume_keeps_what_the_run_recorded_when_defaults_have_changed(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -703,7 +759,7 @@ def test_help_is_quick_and_shows_true_defaults(tmp_path: Path) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert done.returncode == 0 and seconds < 5, f"{seconds} s"  # about 2.5 s on an idle machine
-    for text in ("--trainer {bc", "--optimizer.lr FLOAT", "(default: 0.001)", "--dataset.demos INT", "(default: mse)"):
+    for text in ("One of bc, ", "--optimizer.lr FLOAT", "(default: 0.001)", "--dataset.demos INT", "(default: mse)"):
         assert text in done.stdout, text
     assert "--optimizer.schedule {constant,linear,cosine,onecycle}" in done.stdout
     assert "Schedule of the learning rate. (default: cosine)" in done.stdout

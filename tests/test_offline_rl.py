@@ -2,9 +2,7 @@
 
 import json
 import re
-import shutil
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,7 +29,6 @@ from components.datasets.transitions import Transitions, prepared, transitions
 from components.envs.ogbench import OGBenchEnv
 from components.learning import held_out
 from components.optimizers import Adam, learning_rate_factor
-from components.run import curves
 from components.run.curves import diverging, read_lines
 from components.speed import compile as compiled
 from components.speed import cuda_graphs, matmul
@@ -192,7 +189,7 @@ def test_bad_input_actions_beyond_what_the_policy_gives(script: Script, name: st
         (("--trainer", "fql", "--trainer.flow-steps", 0), "--trainer.flow-steps 0 must be 1 to 10000"),
         (("--trainer", "awac", "--trainer.temperature", 0), "--trainer.temperature 0.0 must be"),
         (("--trainer", "fql", "--model", "mlp"), "this trainer does not go with a FlatPolicy"),
-        (("--trainer", "iql", "--mixed-precision", "fp16"), "mixed precision fp16 is not supported"),
+        (("--trainer", "iql", "--mixed-precision", "fp16"), "--mixed-precision fp16 is not supported"),
         (("--trainer", "iql", "--dataset.nan"), "1 NaN or Inf values in 'observation.state'"),
         (("--trainer", "iql", "--dataset.reward-scale", 0), "--dataset.reward-scale 0.0 must be above 0"),
         (("--trainer", "td3_bc", "--normalise", "reward=quantile"), "needs the statistic 'q01'"),
@@ -313,7 +310,7 @@ def test_the_schedule_of_a_delayed_policy_ends_with_the_run(script: Script, name
 
 def test_noisy_and_random_data_of_meta_world(tmp_path: Path) -> None:
     """Half of the episodes are random, the others are the expert's with noise; the reward is at most 0."""
-    make = partial(MetaWorldDemonstrations, demos=4, max_episode_steps=60, validation=0.0, cache=str(tmp_path))
+    make = partial(MetaWorldDemonstrations, demos=4, max_episode_steps=60, validation=0.0, cache_dir=str(tmp_path))
     expert = make(task="reach-v3", demos=2).build()["dataset"].episodes
     data = make(task="reach-v3", noise=0.3, random=0.5).build()["dataset"].episodes
     again = make(task="reach-v3", noise=0.3, random=0.5).build()["dataset"].episodes  # from the cache
@@ -404,30 +401,6 @@ def test_the_report_marks_values_that_rewards_do_not_allow(script: Script, capsy
         file.write(json.dumps(lines[-1] | {"step": 25, "train/q": -2.1 * bound}) + "\n")
     report.main([str(run), "--out", str(run / "report.png")])
     assert "DIVERGING: q reaches -" in capsys.readouterr().out
-
-
-def test_a_run_has_one_color_in_all_panels(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no other run has it, up to twenty; the legend names all of them, evaluated or not."""
-    options = ("--steps", 4, "--log-every", 1, "--eval-episodes", 0)
-    runs = [script(*toy.TRAINERS[name], *options, folder=name) for name in ("td3_bc", "iql")]
-    colors: dict[str, set[str]] = defaultdict(set)
-    legends: list[list[str]] = []
-
-    def keep(figure: Any, path: Path, dpi: int) -> None:
-        for line in (line for axis in figure.axes for line in axis.lines):
-            colors[line.get_label()].add(line.get_color())
-        legends.extend([t.get_text() for t in axis.legend_.get_texts()] for axis in figure.axes if axis.legend_)
-
-    monkeypatch.setattr(curves, "save_figure", keep)
-    many = [shutil.copytree(run, tmp_path / f"{run.name}-{i}") for run in runs for i in range(6)]
-    (many[0] / "metrics.jsonl").write_text("")
-    for drawn in (runs, many):
-        colors.clear()
-        curves.draw_curves(drawn, tmp_path / "curves.png")
-        with_curves = len(drawn) - (drawn is many)
-        assert [len(found) for found in colors.values()] == [1] * with_curves
-        assert len(set.union(*colors.values())) == with_curves
-        assert legends.pop() == [run.name for run in drawn]
 
 
 # ---- faster --------------------------------------------------------------------------------------------------------

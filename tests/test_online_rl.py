@@ -68,6 +68,7 @@ def test_every_trainer_resumes_exactly(online: Script, name: str) -> None:
     """In the middle of a rollout or a chunk, too: its parts, statistics, exploration and own counts go on."""
     env = () if "--env" in LEARNERS[name] else ("--env", "savable")
     options = (*LEARNERS[name], *env, "--steps", 60, "--save-every", 14, "--eval-every", 30, "--eval-episodes", 2)
+    options = (*options, "--log-every", 7)
     whole = online(*options, folder="whole")
     interrupt_after(online, 3 if name == "ppo" else 12, *options)
     run = online("--resume", whole.parent / "run")

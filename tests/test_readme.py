@@ -43,8 +43,10 @@ def test_the_first_page_is_short() -> None:
 
 def test_the_quick_start_is_what_ci_runs() -> None:
     lines = re.search(r"```bash\n(.*?)```", README, re.DOTALL).group(1).splitlines()
-    start = "python3 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
-    assert lines == [start + "accelerate launch offline_trainer.py --trainer bc", start + "pytest"]
+    start = "python3 -m venv .venv && . .venv/bin/activate && "
+    runs, tests = "pip install -r requirements.txt", "pip install -r requirements.txt pytest ruff mypy pyte tensorboard"
+    assert lines == [f"{start}{runs} && accelerate launch offline_trainer.py --trainer bc", f"{start}{tests} && pytest"]
+    assert f": {tests}\n" in (ROOT / "requirements.txt").read_text()
     assert lines[1] in (ROOT / ".ci" / "run").read_text()
 
 
@@ -156,7 +158,7 @@ def test_every_dataset_has_a_command() -> None:
 def test_the_command_of_a_dataset_runs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a fresh clone: paths are those from its root."""
     monkeypatch.chdir(ROOT)
-    fewer = ["--dataset.demos", "2", "--dataset.cache", str(tmp_path / "c")] if "metaworld" in line else []
+    fewer = ["--dataset.demos", "2", "--dataset.cache-dir", str(tmp_path / "c")] if "metaworld" in line else []
     few = ["--steps", "5", "--eval-episodes", "0", "--run-dir", str(tmp_path / "run"), "--batch-size", "16"]
     in_this_process(offline_trainer.main, [*shlex.split(line)[1:], *few, *fewer])
     assert (tmp_path / "run" / "policy" / "policy.json").exists()

@@ -115,7 +115,7 @@ def test_no_damage_to_a_record_is_more_than_one_line(
 ) -> None:
     """Each record of a run, read by everything that reads it; hundreds of changes, drawn once for all."""
     chance = random.Random(0)
-    monkeypatch.setattr(report, "draw_curves", lambda runs, path: None)
+    monkeypatch.setattr(report, "draw_curves", lambda *arguments: None)
     base = online("--trainer", "td3", *SMALL, folder="base")
     run = online("--trainer", "residual", "--trainer.base", base, *SMALL, "--eval-episodes", 1)
     manifest = checkpoint.newest(run / "checkpoints")[0] / "manifest.json"
@@ -134,8 +134,8 @@ def test_no_damage_to_a_record_is_more_than_one_line(
         "policy": (run / "policy/policy.json", [lambda: load_policy(run)], 70),
         "inherited": (run / "policy/policy.json", [lambda: normalisation_of(str(run), copy.deepcopy(spec))], 20),
         "residual": (run / "policy/residual.json", [lambda: load_policy(run)], 20),
-        "args": (run / "args.json", [resume, lambda: diverging(run), lambda: read_args(run)], 16),
-        "status": (run / "status.json", [lambda: read_status(run)], 20),
+        "args": (run / "args.json", [resume, lambda: diverging(run), lambda: read_args(run), table], 16),
+        "status": (run / "status.json", [lambda: read_status(run), table], 20),
         "manifest": (manifest, [weights], 40),
         "lines": (run / "eval.jsonl", [lambda: read_lines(run / "eval.jsonl"), table], 12),
     }

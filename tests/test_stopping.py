@@ -1,29 +1,36 @@
 """Stopping on request, and runs that fail: what is saved, what is said, and who is left behind."""
 
+import fcntl
 import functools
 import io
 import json
 import os
+import pty
 import re
 import resource
+import select
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from components import TRAINER_REGISTRY, UserError
-from components.run import checkpoint, process
+from components.run import afterword, checkpoint, launch, process
 from components.run.curves import read_lines
 from components.run.process import StopRequest
-from components.run.record import Run, lock
+from components.run.record import Run, confirmations, lock
 from components.run.screen import Steadfast, steady
 from components.run.watch import Watch
 from conftest import ROOT, environ, learned, states, two_processes, weights
@@ -94,7 +101,7 @@ def test_a_long_evaluation_does_not_hold_up_the_stop(
     run = request.getfixturevalue(which)(*options)
     assert time.monotonic() - began < 10
     assert status(run)["state"] == "preempted" and status(run)["step"] == 30
-    assert "stopped at step 30; continue with --resume" in capsys.readouterr().out
+    assert re.search(rf"stopped at step 30; continue with: .* --resume {run}\n$", capsys.readouterr().out)
     assert checkpoint.newest(run / "checkpoints")[1]["step"] == 30
     assert not read_lines(run / "eval.jsonl") and not any(line["step"] == 30 for line in learned(run))
 
@@ -223,6 +230,116 @@ def test_a_screen_that_was_closed_is_none(monkeypatch: pytest.MonkeyPatch) -> No
     steady()
     print("nowhere", file=sys.stderr, flush=True)
     assert not sys.stderr.isatty()
+
+
+# ---- how a run is continued, and when that is said -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "words"),
+    [
+        ("python train.py --trainer bc", "train.py --trainer bc", "python train.py"),
+        ("python -m pdb train.py --debug", "train.py --debug", "python -m pdb train.py"),
+        (
+            "/opt/bin/python /opt/bin/tool launch --multi_gpu train.py a",
+            "train.py a",
+            "tool launch --multi_gpu train.py",
+        ),
+        ("/opt/bin/python -u train.py", "train.py", "python -u train.py"),
+        (
+            "/another/python -m tool.launch -m train a b",
+            "/home/train.py a b",
+            "/another/python -m tool.launch -m train",
+        ),
+        ("python tool.py", "train.py a", ""),
+    ],
+)
+def test_the_words_that_started_a_script(command: str, argv: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/opt/bin/{name}")
+    assert " ".join(launch.script_of(command.split(), argv.split())) == words
+
+
+def test_the_command_to_copy_is_that_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "--steps", "3"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "3"])
+    again = lambda: launch.again("--resume", "my runs/x")  # noqa: E731
+    parent: Any = SimpleNamespace(cmdline=lambda: [], environ=lambda: {"ACCELERATE_USE_CPU": "1"})
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda number: parent))
+    try:
+        launch.started.cache_clear()
+        assert again() == "python train.py --resume 'my runs/x'" and not launch.hint()
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+        monkeypatch.setenv("HF_HOME", "/nowhere")
+        parent.cmdline = lambda: ["python", "/bin/accelerate", "launch", "--num_processes", "2", *sys.argv]
+        launch.started.cache_clear()
+        assert again().startswith("ACCELERATE_USE_CPU=1 ")
+        assert again().endswith("accelerate launch --num_processes 2 train.py --resume 'my runs/x'")
+        assert launch.started().launcher == os.getppid()
+        parent.cmdline = lambda: ["zsh"]  # which a script of the user's started below a launch
+        launch.started.cache_clear()
+        assert again() == "accelerate launch train.py --resume 'my runs/x'" and not launch.started().launcher
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        parent.cmdline = lambda: 1 / 0  # another system
+        launch.started.cache_clear()
+        assert again() == "accelerate launch --multi_gpu --num_processes 4 train.py --resume 'my runs/x'"
+        assert "export ACCELERATE_LOG_LEVEL=error" in launch.hint()
+        monkeypatch.setenv("ACCELERATE_LOG_LEVEL", "error")
+        assert not launch.hint()
+    finally:
+        launch.started.cache_clear()
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_on_a_terminal_the_last_line_is_for_after_the_launcher(
+    ended: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(launch, "started", lambda: launch.Start(("x",), (), os.getppid() + ended))
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda words, stdout: started.append((words[-1], stdout)))
+    launch.last("to a file")
+    assert capsys.readouterr().out == "to a file\n" and not started
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+        monkeypatch.setattr(stream, "fileno", lambda: 7)
+    launch.last("stopped\x1b[2J")
+    launch.last("error: x", error=True)
+    shown = capsys.readouterr()
+    if ended:  # the shell's prompt may stand in the line
+        assert not started and (shown.out, shown.err) == ("\nstopped\\x1b[2J\n", "\nerror: x\n")
+    else:
+        assert started == [("stopped\\x1b[2J", 7), ("error: x", 7)] and not shown.out + shown.err
+
+
+def test_a_resume_repeats_what_its_run_may_not_decide_alone() -> None:
+    reaching = SimpleNamespace(id="mine:Env-v0", kwargs=("file=a b", "n=1"))
+    reaching.reaches = lambda: [("id", "mine", ""), ("kwargs", "", ""), ("kwargs", "", "")]
+    args = SimpleNamespace(plugins=("toy",), env_options=reaching, dataset_options=SimpleNamespace())
+    assert confirmations(args) == ["--plugins", "toy", "mine", "--env.kwargs", "file=a b", "n=1"]
+    assert confirmations(SimpleNamespace(plugins=(), env_options=None, dataset_options=None)) == []
+
+
+def test_the_last_line_waits_for_a_process_that_is_about_to_end(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    code = "import signal, sys, time; print('ready', flush=True); sys.stdin.read(); "
+    code += "signal.signal(signal.SIGINT, signal.SIG_DFL); sys.stdin.close(); time.sleep(60)"
+    launcher = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert launcher.stdout is not None and launcher.stdin is not None and launcher.stdout.readline() == b"ready\n"
+    line = subprocess.Popen([sys.executable, "-I", "-S", afterword.__file__, str(launcher.pid), "the end"], stdout=-1)
+    assert line.stdout is not None and afterword.state_of(launcher.pid) == "speaks"
+    assert not select.select([line.stdout], [], [], 0.3)[0]
+    for number in (signal.SIGINT, signal.SIGHUP):  # which a terminal sends to it, too
+        line.send_signal(number)
+    launcher.stdin.close()
+    assert line.stdout.read() == b"the end\n" and launcher.poll() is None
+    launcher.kill()
+    launcher.wait()
+    assert afterword.state_of(launcher.pid) == "ended"
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTTOU)]
+    afterword.main(launcher.pid, "below a prompt")
+    for number, handler in zip((signal.SIGINT, signal.SIGHUP, signal.SIGTTOU), handlers, strict=True):
+        signal.signal(number, handler)
+    assert capfdbinary.readouterr().out == b"\nbelow a prompt\n"
 
 
 # ---- who hangs, and who waits --------------------------------------------------------------------------------------
@@ -487,6 +604,88 @@ def test_a_process_that_raises_ends_the_job(tmp_path: Path) -> None:
     assert "ArithmeticError: trouble" in (job.run / "error-rank1.txt").read_text()
     assert job.text().count("error: process 1: ArithmeticError: trouble") == 1
     assert status(job.run)["state"] == "failed" and "see run/error-rank1.txt" in status(job.run)["reason"]
+
+
+class Terminal:
+    """A command line in a pseudo-terminal of 100 columns, whose keys are pressed one after the other.
+
+    Args:
+        words: The command line.
+        keys: (text on the screen, keys that are pressed when it has come since the keys before), or (condition, keys).
+    """
+
+    def __init__(self, *words: object, keys: list[tuple[Any, str]], cwd: Path, seconds: float = 90, **env: str) -> None:
+        pyte = pytest.importorskip("pyte")
+        screen = pyte.Screen(100, 200)
+        stream, self.raw, seen, limit = pyte.ByteStream(screen), b"", 0, time.monotonic() + seconds
+        process, terminal = pty.fork()
+        if not process:
+            os.chdir(cwd)
+            os.execvpe(str(words[0]), [str(word) for word in words], environ(**env))
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 200, 100, 0, 0))
+        while True:
+            if select.select([terminal], [], [], 0.1)[0]:
+                try:
+                    part = os.read(terminal, 65536)
+                except OSError:  # Linux, at the end
+                    break
+                if not part:
+                    break
+                stream.feed(part)
+                self.raw += part
+            come = lambda what: re.search(what, self.raw[seen:].decode(errors="replace"), re.DOTALL)  # noqa: B023, E731
+            if keys and (keys[0][0]() if callable(keys[0][0]) else come(keys[0][0])):
+                seen = len(self.raw)
+                os.write(terminal, keys.pop(0)[1].encode())
+            if time.monotonic() > limit:
+                os.kill(process, signal.SIGKILL)
+        self.code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        self.lines = [line.rstrip() for line in screen.display]
+        self.text, self.keys = "\n".join(self.lines).rstrip(), keys
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "two"])
+@pytest.mark.slow
+@pytest.mark.launched
+def test_ctrl_c_ends_with_the_command_that_continues(tmp_path: Path, several: bool) -> None:
+    """Whatever the launcher prints: here the last line is the run's, and can be copied."""
+    launcher = (shutil.which("accelerate") or "accelerate", "launch", *(TWO if several else ()))
+    env = {"ACCELERATE_USE_CPU": "true"} if several else {}
+    under_way = lambda: len(read_lines(tmp_path / "my run" / "metrics.jsonl")) > 1  # noqa: E731
+    screen = Terminal(*launcher, *TROUBLE, "--run-dir", "my run", keys=[(under_way, "\x03")], cwd=tmp_path, **env)
+    assert not screen.keys and screen.raw.count(b"stopping: the run is saved first") == 1
+    assert "Traceback" in screen.text  # the launcher's own
+    joined = "".join(line.ljust(100) for line in screen.text.splitlines()[-4:]).rstrip()
+    command = f"{OFFLINE[0]} --resume 'my run' --plugins toy"
+    start = (
+        "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" if several else "accelerate launch"
+    )
+    assert re.search(rf"stopped at step \d+; continue with: {start} {re.escape(command)}$", joined), screen.text
+    assert status(tmp_path / "my run")["state"] == "preempted"
+
+
+@pytest.mark.slow
+@pytest.mark.launched
+def test_a_debugger_reaches_the_crash(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(
+        "from components import TRAINER_REGISTRY\n"
+        "from components.trainers.bc import BC\n"
+        "class Broken(BC):\n"
+        "    def train_step(self, data, iterations):\n"
+        "        if iterations == 2: breakpoint()\n"
+        "        broken = 'right here'\n"
+        "        return super().train_step(data) | ({'x': 1 / 0} if iterations == 4 else {})\n"
+        "TRAINER_REGISTRY['broken'] = Broken\n"
+    )
+    words = (*OFFLINE[:2], "toy", "broken", *OFFLINE[3:], "--trainer", "broken", "--debug", "--eval-episodes", 0)
+    pdb = r"\(Pdb\) "
+    keys = [(pdb, "c\n"), (pdb, "\x03"), (pdb, "p iterations\n"), (pdb, "c\n"), (f"post mortem.*{pdb}", "p broken\n")]
+    keys += [(pdb, "q\n"), (f"restarted.*{pdb}", "q\n")]
+    screen = Terminal(sys.executable, "-m", "pdb", *words, keys=keys, cwd=tmp_path)
+    assert not screen.keys and screen.code == 0
+    assert "ZeroDivisionError: division by zero" in screen.text and "'right here'" in screen.text
+    alone = Terminal(sys.executable, *words, keys=[(pdb, "q\n")], cwd=tmp_path)
+    assert not alone.keys and alone.code == 1 and "Traceback" not in alone.text
 
 
 class TestRealProcesses:

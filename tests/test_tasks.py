@@ -37,7 +37,13 @@ def test_resets_without_a_seed_meet_ever_new_goals() -> None:
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
     """Two demonstrations with two cameras."""
-    options = {"demos": 2, "cameras": ("behindGripper", "corner2"), "image_size": 48, "cache": "", "validation": 0.0}
+    options = {
+        "demos": 2,
+        "cameras": ("behindGripper", "corner2"),
+        "image_size": 48,
+        "cache_dir": "",
+        "validation": 0.0,
+    }
     try:
         return DATASET_BUILDER_REGISTRY["metaworld"](**options).build()
     except Exception as error:
@@ -47,7 +53,7 @@ def seen() -> dict[str, Any]:
 
 
 def test_demonstrations_with_cameras_are_those_without(seen: dict[str, Any]) -> None:
-    plain = DATASET_BUILDER_REGISTRY["metaworld"](demos=2, cache="", validation=0.0).build()
+    plain = DATASET_BUILDER_REGISTRY["metaworld"](demos=2, cache_dir="", validation=0.0).build()
     a, b = everything(seen), everything(plain)
     assert torch.equal(a["action"], b["action"]) and torch.equal(a["reward"], b["reward"])
     assert torch.equal(
@@ -78,7 +84,7 @@ def test_the_environment_shows_what_the_demonstrations_show(seen: dict[str, Any]
 
 def test_an_unknown_camera_is_named(seen: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="Meta-World has no camera 'behindgripper'; nearest: behindGripper"):
-        DATASET_BUILDER_REGISTRY["metaworld"](demos=1, cameras=("behindgripper",), cache="").build()
+        DATASET_BUILDER_REGISTRY["metaworld"](demos=1, cameras=("behindgripper",), cache_dir="").build()
     with pytest.raises(UserError, match="--env.image-size 4 must be 8 or more"):
         ENV_BUILDER_REGISTRY["metaworld"](cameras=("corner2",), image_size=4).build(1, 0)
 

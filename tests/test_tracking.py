@@ -1,4 +1,4 @@
-"""wandb mirrors the metrics, and never stops a run."""
+"""wandb and TensorBoard mirror the metrics, and never stop a run."""
 
 import gzip
 import http.server
@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 
+import offline_trainer
+from components import REGISTRIES, UserError
+from components.records import check_folder
+from components.run.arguments import parse
 from components.run.curves import read_lines
-from components.run.tracking import Tracker
+from components.run.tracking import TensorBoard, Tracker
 from conftest import ROOT, environ
 
 
@@ -91,6 +95,110 @@ def test_a_server_address_that_is_none(
     tracker.log({"train/loss": 1.0}, 1)
     tracker.finish()
     assert any("--track: wandb " in record.message for record in caplog.records)
+
+
+def shown(run: Path) -> Any:
+    """What TensorBoard shows of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    return found.Reload()
+
+
+def test_tensorboard_shows_what_the_logs_hold_also_of_a_run_that_was_killed_and_resumed(
+    script: Callable[..., Path],
+) -> None:
+    pytest.importorskip("tensorboard")
+    options = ("--trainer", "bc", "--save-every", 20, "--log-every", 5, "--eval-episodes", 2, "--eval-every", 10)
+    run = script(*options, "--steps", 25, "--track", "tensorboard")
+    killed = TensorBoard(run)  # what a process wrote after the last checkpoint, and that is not in the logs
+    killed.start({}, "", "", "", step=25)
+    killed.log({"train/loss": 99.0, "eval/return_mean": 99.0}, 30)
+    killed.finish()
+    script("--resume", run, "--steps", 40)
+    found = shown(run)
+    for name, file, key in (
+        ("train/loss", "metrics.jsonl", "train/loss"),
+        ("eval/return_mean", "eval.jsonl", "return_mean"),
+    ):
+        lines = [(line["step"], line[key]) for line in read_lines(run / file) if key in line]
+        assert len(lines) >= 4
+        assert [(event.step, pytest.approx(event.value)) for event in found.Scalars(name)] == lines
+    assert b'| trainer | "bc" |' in found.Tensors("options/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_tensorboard_is_asked_for_late_and_shows_a_film(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    import av
+    from PIL import Image
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "train/loss": 2.0}\n{"step": 10, "train/loss": 1.0}\n')
+    result = {"step": 10, "env": {}, "episodes": 1, "success_rate": None, "success_ci": None, "return_mean": 3.0}
+    (tmp_path / "eval.jsonl").write_text(json.dumps(result) + "\n")
+    with av.open(str(tmp_path / "film.mp4"), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=20)
+        stream.width, stream.height, stream.pix_fmt = 960, 480, "yuv420p"
+        for i in range(20):
+            frame = av.VideoFrame.from_image(Image.new("RGB", (960, 480), (10 * i, 0, 0)))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    tracker = TensorBoard(tmp_path)
+    tracker.start({"trainer_options": {"lr": 1}}, "", "", "", step=10)
+    tracker.show("eval/film", tmp_path / "film.mp4", 10)
+    tracker.show("eval/film", tmp_path / "none.mp4", 10)
+    Image.new("RGB", (30, 20)).save(tmp_path / "curves.png")
+    tracker.show("curves", tmp_path / "curves.png", 10)
+    tracker.finish()
+    found = shown(tmp_path)
+    assert [event.step for event in found.Scalars("train/loss")] == [5, 10]
+    assert found.Scalars("eval/return_mean")[0].value == 3.0
+    assert found.Images("curves")[0].encoded_image_string == (tmp_path / "curves.png").read_bytes()
+    (film,) = found.Images("eval/film")
+    assert film.encoded_image_string[:4] == b"GIF8" and (film.width, film.height) == (480, 240)
+
+
+def test_tensorboard_that_fails_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tensorboard").write_text("a file in the place of its folder")
+    tracker = TensorBoard(tmp_path)
+    tracker.start({}, "", "", "")
+    tracker.log({"train/loss": 1.0}, 1)
+    tracker.finish()
+    assert any("TensorBoard stopped" in record.message for record in caplog.records)
+
+
+def test_a_tracker_is_chosen_by_name_and_its_package_is_missed_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def chosen(*options: str) -> str:
+        return parse(offline_trainer.Args, ["--dataset", "toy", *options], REGISTRIES).track
+
+    assert chosen("--track", "wandb") == chosen("--track", "--track-project", "p") == chosen("--track") == "wandb"
+    assert chosen() == chosen("--no-track") == "none"
+    with pytest.raises(UserError, match="tensorboard"):
+        chosen("--track", "tensorbord")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"^--track tensorboard: .*pip install tensorboard$"):
+        chosen("--track", "tensorboard")
+
+
+def test_a_run_from_when_track_was_a_switch_resumes(script: Callable[..., Path]) -> None:
+    run = script("--trainer", "bc", "--steps", 5)
+    record = json.loads((run / "args.json").read_text())
+    for switch, name in ((True, "wandb"), (False, "none")):
+        argv = [*record["argv"], "--track" if switch else "--no-track"]
+        (run / "args.json").write_text(json.dumps(record | {"argv": argv, "args": record["args"] | {"track": switch}}))
+        assert parse(offline_trainer.Args, ["--resume", str(run)], REGISTRIES).track == name
+
+
+def test_the_links_of_wandb_are_not_the_runs(tmp_path: Path) -> None:
+    logs = tmp_path / "run" / "wandb" / "offline-run-1" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "debug-core.log").symlink_to("/var/log/elsewhere.log")
+    check_folder(tmp_path / "run")
+    (tmp_path / "run" / "policy" / "wandb").mkdir(parents=True)
+    (tmp_path / "run" / "policy" / "wandb" / "model").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="policy/wandb/model is a link out of"):
+        check_folder(tmp_path / "run")
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -1,11 +1,10 @@
 """Evaluation in an environment: a fixed list of seeds, one episode each, on any slot or process."""
 
-import itertools
+import gc
 import logging
 import math
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,16 @@ import numpy as np
 
 from .. import parallel
 from ..contracts import options_of
+from ..data.pictures import IMAGES
 from ..data.random_state import preserved
 from ..envs.autoreset import Stepper
 from ..envs.observations import info_value, observation_batch, success_of
 from ..envs.vector import Environments, FaultyEnvError, action_width, executed
-from ..errors import StoppedError, UserError, one_line
+from ..errors import UserError, one_line
+from ..intervals import wilson
+from .film import film_episodes
 from .policy import Policy
+from .recordings import Recordings
 
 logger = logging.getLogger(__name__)
 MAX_STEPS = 100_000  # a longer episode means that the environment lacks a time limit
@@ -29,7 +32,8 @@ def choose_env(args: Any, offered: dict[str, Any] | None) -> tuple[str, Any]:
     """The environment and its options, in order of precedence from the command line, the dataset, and the defaults.
 
     Args:
-        args: With `env`, `env_options` and `given`, which returns whether the command line sets an option.
+        args: With `given`, which returns whether the command line sets an option, `env` and `env_options`, which become
+            what is returned: a run records these.
         offered: {"name", options} of the dataset, or None.
 
     Returns:
@@ -42,10 +46,13 @@ def choose_env(args: Any, offered: dict[str, Any] | None) -> tuple[str, Any]:
     explicit = {name: getattr(options, name) for name in given}
     name = args.env if args.given("env") else offered.get("name", args.env if explicit else "none")
     if name not in ENV_BUILDER_REGISTRY:
+        args.env, args.env_options = "none", options_of(object)
         return "none", None
-    if name != offered.get("name"):
-        return name, options_of(ENV_BUILDER_REGISTRY[name], explicit)
-    return offered_env(offered, **explicit)
+    if name == offered.get("name"):
+        args.env, args.env_options = offered_env(offered, **explicit)
+    else:
+        args.env, args.env_options = name, options_of(ENV_BUILDER_REGISTRY[name], explicit)
+    return args.env, args.env_options
 
 
 def offered_env(offered: dict[str, Any], **explicit: Any) -> tuple[str, Any]:
@@ -94,9 +101,9 @@ def run_episodes(
     policy: Policy,
     envs: Any,
     seeds: Sequence[int],
-    frames: list[Any] | None = None,
+    look: Callable[[dict[str, Any]], None] = lambda info: None,
     tick: Callable[[], None] = lambda: None,
-    every: int = 1,
+    seen: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """Run one episode per seed, in rounds of one episode per slot; a slot's steps after its episode are ignored.
 
@@ -104,23 +111,24 @@ def run_episodes(
 
     Args:
         envs: A vector environment, or `Environments`.
-        frames: If given, collects the rendered frames of the first slot, one in `every`.
+        look: Called with the newest `info` before each step of the first slot's episodes.
         tick: Called at each step; an exception from it ends the episodes.
+        seen: Called at each step with the number of episodes that have ended.
 
     Returns:
         [{"seed", "success" (None if the environment reports none), "success_at_end", "return", "length"}], and the last
         and the largest value of each number of `info` that the environment's `tracked` names.
     """
     episodes: list[dict[str, Any]] = []
-    stepper, steps = Stepper(envs), itertools.count()  # of the first slot
+    stepper = Stepper(envs)
     for start in range(0, len(seeds), envs.num_envs):
         played = _Round(list(seeds[start : start + envs.num_envs]), envs)
-        observation, _ = stepper.reset(seed=played.padded)
+        observation, info = stepper.reset(seed=played.padded)
         policy.reset(seeds=played.padded)
         while played.running.any():
             tick()
-            if frames is not None and played.running[0] and next(steps) % every == 0:
-                frames.append(envs.render()[0])
+            if played.running[0]:
+                look(info)
             for array in () if played.running.all() else observation.values():
                 if array.dtype == np.float32:
                     array[~played.running] = np.nan_to_num(array[~played.running])
@@ -131,7 +139,8 @@ def run_episodes(
             except FaultyEnvError as fault:
                 raise RuntimeError(fault.describe(0, played.padded, played.lengths, action)) from fault
             played.add(step.reward, step.info, step.ended)
-            observation = step.observation
+            seen(len(episodes) + len(played.seeds) - int(played.running.sum()))
+            observation, info = step.observation, step.info
         episodes += played.results()
     return episodes
 
@@ -211,11 +220,19 @@ class Evaluator:
         self.rank, self.world, self.tick, self.failed = rank, world, tick, False
         self.options = options
         self.reference: tuple[float, float] | None = None  # returns that are normalised to 0 and 100
+        self.seen: Callable[[int, int], None] = lambda done, total: None  # is told how many episodes have ended
 
     @classmethod
     def of(
-        cls, args: Any, run: Any, policy: Policy | None, env: tuple[str, Any], build: Callable[..., Any], world: int
-    ) -> "Evaluator | None":
+        cls,
+        args: Any,
+        run: Any,
+        policy: Policy | None,
+        env: tuple[str, Any],
+        build: Callable[..., Any],
+        world: int,
+        data: dict[str, Any] | None = None,
+    ) -> "Evaluator | Recordings | None":
         """The evaluator of a run, whose environments are closed with the run; None, with a reported reason, if none.
 
         Args:
@@ -223,23 +240,27 @@ class Evaluator:
             env: Name and options of the environment.
             build: (name, options, num_envs, seed) -> vector environment.
             world: Number of processes.
+            data: By whose held-out "recordings" the policy is evaluated where no environment is known.
 
         Raises:
             UserError: the environment cannot be made, or does not match the data.
         """
         name, options = env
-        if not args.eval_episodes or policy is None or name == "none":
-            why = "no environment is known (see --env)" if policy else "the trainer has no policy for this data"
-            run.say(f"no evaluation: {why}" if args.eval_episodes else "")
+        if not args.eval_episodes or policy is None:
+            run.say("no evaluation: the trainer has no policy for this data" if args.eval_episodes else "")
             return None
+        if name == "none":
+            return Recordings.of(args, run, policy, (data or {}).get("recordings", ()), world)
         seeds = range(args.eval_seed, args.eval_seed + args.eval_episodes)
-        with one_line(f"env {name!r}"):
+        with one_line(f"env {name!r}"), run.progress.phase("making environments"):
             make: Any = partial(build, name, options)
             make = policy.base.under(make) if policy.base else make
             slots = min(args.eval_envs, -(-len(seeds) // world))
             environments = run.closing(Environments(make, slots, args.eval_seed, args.env_timeout))
             record = {"name": name, **asdict(options)}
-            return cls(policy, environments, record, seeds, run.rank, world, run.tick, options)
+            evaluator = cls(policy, environments, record, seeds, run.rank, world, run.tick, options)
+        evaluator.seen = run.progress.done
+        return evaluator
 
     def evaluate(self, step: int) -> tuple[dict[str, Any] | None, str]:
         """Run the episodes; returns (the line for `eval.jsonl`, "") or, on all processes, (None, reason of a failure).
@@ -249,49 +270,38 @@ class Evaluator:
         Raises:
             StoppedError: on all processes, when a stop was requested on any.
         """
-        of_rank: list[dict[str, Any]] = []
-        problem, stopped = "", False
         with preserved():
-            try:
-                if self.failed:
-                    self.environments.rebuild(self.seeds[0])
-                self.failed = True
-                seeds = list(self.seeds)[self.rank :: self.world]
-                of_rank = run_episodes(self.policy, self.environments, seeds, tick=self.tick)
-                self.failed = False
-            except StoppedError:
-                stopped = True
-            except Exception as error:
-                logger.debug("evaluation failed", exc_info=True)
-                problem = f"process {self.rank}: {type(error).__name__}: {error}"
-        parts, problems, stops = zip(*parallel.gather((of_rank, problem, stopped)), strict=True)
-        if any(stops):
-            raise StoppedError("stopped by a signal")
-        if any(problems):
-            return None, next(filter(None, problems))
-        episodes = sorted((e for part in parts for e in part), key=lambda episode: episode["seed"])
+            episodes, problem = parallel.joined(self.rank, self._play)
+        if problem:
+            return None, problem
+        episodes = sorted(episodes, key=lambda episode: episode["seed"])
         result = summarise(episodes, self.env, step, self.policy)
         if self.reference is not None:  # D4RL's normalised return (Fu et al., 2020)
             low, high = self.reference
             result["return_normalised"] = 100 * (result["return_mean"] - low) / (high - low)
         return result, ""
 
+    def _play(self) -> list[dict[str, Any]]:
+        """The episodes of this process."""
+        if self.failed:
+            self.environments.rebuild(self.seeds[0])
+        self.failed = True
+        seeds = list(self.seeds)[self.rank :: self.world]
+        of_all = lambda done: self.seen(min(done * self.world, len(self.seeds)), len(self.seeds))  # noqa: E731
+        episodes = run_episodes(self.policy, self.environments, seeds, tick=self.tick, seen=of_all)
+        self.failed = False
+        return episodes
+
     def film(self, path: Path) -> str:
-        """Record a video of the first three episodes; returns why there is none, or ""."""
+        """Film the first episodes; returns why there is no film, or ""."""
         if "rgb_array" not in (getattr(self.environments.envs, "metadata", None) or {}).get("render_modes", ()):
             return "the environment has no render mode 'rgb_array'"
         around = self.policy.base.under if self.policy.base else lambda make: make
-        return record_video(
-            self.policy, self.options, self.seeds[:3], path, self.environments.timeout, self.tick, around
-        )
-
-
-def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval of a success rate (Wilson, 1927), valid also for 0 and for all successes."""
-    rate, n = successes / episodes, episodes
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+        sees = any(key.startswith(IMAGES) for key in self.policy.spec)
+        how = (self.environments.timeout, self.tick, around, sees)
+        problem = film_episodes(partial(run_episodes, self.policy), self.options, self.env, self.seeds, path, *how)
+        gc.collect()  # some environments free what they draw with when they are collected, at an exit too late
+        return problem
 
 
 def summarise(episodes: list[dict[str, Any]], env: dict[str, Any], step: int, policy: Policy) -> dict[str, Any]:
@@ -305,7 +315,7 @@ def summarise(episodes: list[dict[str, Any]], env: dict[str, Any], step: int, po
         "episodes": len(episodes),
         "rule": "once",
         "success_rate": sum(successes) / len(episodes) if known else None,
-        "success_ci": list(wilson_interval(sum(successes), len(episodes))) if known else None,
+        "success_ci": list(wilson(sum(successes), len(episodes))) if known else None,
         "success_at_end": float(np.mean([episode["success_at_end"] for episode in episodes])) if known else None,
         "return_mean": float(returns.mean()),
         "return_std": float(returns.std()),
@@ -326,6 +336,7 @@ def tracked_of(values: Any) -> list[str]:
 def scores(result: dict[str, Any]) -> dict[str, float]:
     """The numbers of an evaluation for curves, as {"eval/<name>": value}."""
     names = ["success_rate", "success_at_end", "return_mean", "return_normalised", "length_mean", *tracked_of(result)]
+    names += ["action_error", "action_mse"]
     return {f"eval/{name}": result[name] for name in names if result.get(name) is not None}
 
 
@@ -341,6 +352,8 @@ def score_of(result: dict[str, Any]) -> tuple[str, float, int] | None:
 
 def headline(result: dict[str, Any]) -> str:
     """One evaluation in a line for the screen."""
+    if result.get("action_error") is not None:
+        return Recordings.headline(result)
     more = "".join(f", {key.replace('_', ' ')} {result[key]:.2f}" for key in tracked_of(result))
     return outcome(result) + more
 
@@ -351,58 +364,3 @@ def outcome(result: dict[str, Any]) -> str:
         return f"return {result['return_mean']:.1f} +- {result['return_std']:.1f} over {result['episodes']} episodes"
     low, high = result["success_ci"]
     return f"success {result['success_rate']:.2f} [{low:.2f}, {high:.2f}] over {result['episodes']} episodes"
-
-
-def record_video(
-    policy: Policy,
-    factory: Any,
-    seeds: Sequence[int],
-    path: Path,
-    timeout: float,
-    tick: Callable[[], None],
-    around: Callable[[Any], Any] = lambda make: make,
-    every: int = 3,
-) -> str:
-    """Record one episode per seed as an H.264 video. Returns "" or, in one line, why there is no video.
-
-    Args:
-        factory: An environment factory with the option `render_mode`.
-        timeout: Seconds that a step of the environment may take.
-        tick: Called at each step; an exception from it ends the recording.
-        around: Wraps `factory.build`.
-        every: Keep one frame in `every`.
-    """
-    if not (is_dataclass(factory) and hasattr(factory, "render_mode")):
-        return f"{type(factory).__name__} has no option 'render_mode'"
-    frames: list[np.ndarray] = []
-    try:
-        import av
-
-        with preserved(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of graphics libraries; the result reports failures
-            filming: Any = replace(factory, render_mode="rgb_array")  # type: ignore[type-var]
-            envs = Environments(around(filming.build), 1, seeds[0], timeout)
-            try:
-                run_episodes(policy, envs, seeds, frames, tick, every)
-                fps = max(1, round(envs.metadata.get("render_fps", 30) / every))
-            finally:
-                envs.close()
-        if not frames or frames[0] is None:
-            return "the environment renders no frames"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        height, width = (side - side % 2 for side in frames[0].shape[:2])  # H.264's chroma is halved
-        with av.open(str(path), "w") as container:
-            stream: Any = container.add_stream("libx264", rate=fps)
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            for frame in frames:
-                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode())
-    except Exception as error:
-        path.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, ImportError):
-            return f"{reason}; pip install {error.name or 'av'}"
-        needs = "; it needs EGL (Debian: apt-get install libegl1 libgl1-mesa-dri)"
-        return reason + (needs if "gl" in reason.lower() else "")
-    return ""

@@ -14,7 +14,7 @@ from .. import contracts
 from ..data.features import history_of
 from ..data.normalisation import Normaliser
 from ..data.pictures import RULE, as_recorded, is_picture, pictures_of
-from ..errors import UserError, nearest
+from ..errors import UserError, crashes_pass, nearest, where
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class Policy:
         self.observation_keys = [key for key in spec if key.startswith("observation.")]
         self.obs_steps = math.prod(history_of(spec))
         self.settings = Inference()
+        self.assumed: str | None = None  # the task, where none is named
         self.configure(**asdict(settings or Inference()))
         self.takes_tensor = self._takes_tensor()
         self.reset()
@@ -115,7 +116,7 @@ class Policy:
         how["ensemble"] = self.settings.ensemble
         if hasattr(self.module, "samplers"):
             how |= {"sampler": self.module.sampler, "sampling_steps": self.module.sampling_steps}
-        return how | ({"task": self.settings.task} if "task" in self.spec else {})
+        return how | ({"task": self.settings.task or self.assumed} if "task" in self.spec else {})
 
     def reset(self, seeds: Sequence[int] | None = None) -> None:
         """Start new episodes: clear history and chunks. `seeds` fix a stochastic policy's noise, one per row."""
@@ -258,13 +259,13 @@ class Policy:
 
     def _tasks(self, observation: dict[str, Any], rows: int) -> list[str]:
         """The text of each row's task."""
-        task = observation.get("task", self.settings.task)
+        task = observation.get("task", self.settings.task or self.assumed)
         if task is None:
             task, *others = self.spec["task"]["values"]
             logger.warning(
                 "no task is named (--policy.task, or 'task' of act()); of %d it is %r", 1 + len(others), task
             )
-            self.settings = replace(self.settings, task=task)  # warned once, and recorded
+            self.assumed = task  # warned once, and recorded with evaluations
         return [task] * rows if isinstance(task, str) else [str(text) for text in task]
 
     def _frames(self, observation: dict[str, Any]) -> tuple[dict[str, Tensor], bool]:
@@ -314,7 +315,7 @@ class Policy:
         }
         if "task" in self.spec:
             batch["task_index"] = torch.zeros(1, dtype=torch.int64, device=self._device)
-        problems: list[str] = []
+        problems, crashes = list[str](), list[Exception]()
         action: Any = None
         modes = [(part, part.training) for part in self.module.modules()]  # some may be frozen
         self.module.eval()
@@ -327,8 +328,12 @@ class Policy:
                     break
                 except Exception as error:
                     problems.append(str(error).splitlines()[0] if str(error) else repr(error))
+                    crashes.append(error)
             else:
-                raise UserError(f"the policy fails on an observation: {'; on the bare state: '.join(problems)}")
+                if crashes_pass():
+                    raise crashes[0]
+                text = "; on the bare state: ".join(problems)
+                raise UserError(f"the policy fails on an observation: {text} ({where(crashes[0])})")
         for part, training in modes:
             part.training = training
         found, expected = tuple(getattr(action, "shape", ())[1:]), tuple(self.spec["action"]["shape"])

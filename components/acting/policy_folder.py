@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..contracts import construct, has_policy, instantiate, model_spec_of, options_of, weights_follow
 from ..data.features import build_models
 from ..data.normalisation import Normaliser
+from ..data.tensor_files import save_tensors
 from ..errors import UserError, one_line
-from ..records import PolicyRecord, ResidualRecord, check_folder, misfit, read_record
+from ..records import PolicyRecord, ResidualRecord, check_folder, leaves, misfit, read_record
 from .correction import CorrectedPolicy, Middle, fingerprint
 from .policy import Inference, Policy
 
@@ -28,37 +29,12 @@ ELEMENTS = 1 << 28  # of tensors that a module may have beyond those that are st
 REMEDY = "copy the policy's folder again"
 
 
-def save_policy(folder: Path, policy: Policy, args: Any) -> None:
-    """Write `model.safetensors` and `policy.json` to a new folder, which then replaces `folder`.
-
-    Args:
-        args: Names and options of the components from which the policy's module is built again, and the plugins that
-            register some of them.
-    """
-    from safetensors.torch import save_file
-
-    from .. import TRAINER_REGISTRY
-
-    def entry(name: str, options: Any) -> dict[str, Any]:
-        return {"name": name, "options": asdict(options)}
-
-    description = {
-        "format": FORMAT,
-        "trainer": entry(args.trainer, args.trainer_options),
-        "models": {name: entry(*model) for name, model in args.models.items()},
-        "loss": entry(args.loss, args.loss_options),
-        "plugins": list(args.plugins),
-        "own_policy": has_policy(TRAINER_REGISTRY[args.trainer]),
-        "spec": policy.spec,
-        "normalisation": policy.normaliser.modes,
-        "inference": asdict(policy.settings),
-    }
+def save_policy(folder: Path, policy: Policy, args: Any, step: int) -> None:
+    """Write a policy to a new folder, which then replaces `folder`; arguments as of `write_policy`."""
     temporary = folder.with_name(f".{folder.name}-new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    weights = {key: value.detach().cpu().clone().contiguous() for key, value in policy.module.state_dict().items()}
-    save_file(weights, temporary / "model.safetensors")
-    (temporary / "policy.json").write_text(json.dumps(description, indent=1) + "\n")
+    write_policy(temporary, policy, args, step, weights_of(policy.module))
     if policy.base is not None:
         policy.base.save(temporary)
     old = folder.with_name(f".{folder.name}-old")
@@ -69,26 +45,52 @@ def save_policy(folder: Path, policy: Policy, args: Any) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_policy(folder: str | Path, **settings: Any) -> Any:
-    """Load a policy from a run folder, or from its `policy/` folder alone.
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of a module's weights, on the CPU."""
+    return {key: value.detach().cpu().clone().contiguous() for key, value in module.state_dict().items()}
 
-        policy = load_policy("runs/x"); policy.reset(); action = policy.act({"observation.state": array})
-        policy = load_policy("runs/x", action_steps=4, sampling_steps=20)  # other settings as in its run
+
+def write_policy(folder: Path, policy: Policy, args: Any, step: int, weights: dict[str, torch.Tensor]) -> None:
+    """Write `model.safetensors` and `policy.json` into a folder, and of a residual policy, `residual.json`.
 
     Args:
-        settings: Fields of `Inference` that replace the saved ones.
-
-    Raises:
-        UserError: no policy there, a plugin to import first, weights that do not match, a statistic that is missing or
-            has the wrong width, or invalid settings; each by name.
+        args: Names and options of the components from which the policy's module is built again, and the plugins that
+            register some of them.
+        step: Steps that it has learnt for.
+        weights: Of its module.
     """
+    from .. import TRAINER_REGISTRY
+
+    def entry(name: str, options: Any) -> dict[str, Any]:
+        return {"name": name, "options": asdict(options)}
+
+    description = {
+        "format": FORMAT,
+        "step": step,
+        "trainer": entry(args.trainer, args.trainer_options),
+        "models": {name: entry(*model) for name, model in args.models.items()},
+        "loss": entry(args.loss, args.loss_options),
+        "plugins": list(args.plugins),
+        "own_policy": has_policy(TRAINER_REGISTRY[args.trainer]),
+        "spec": policy.normaliser.describe(policy.spec),
+        "normalisation": policy.normaliser.modes,
+        "inference": asdict(policy.settings),
+    }
+    save_tensors(weights, folder / "model.safetensors")
+    (folder / "policy.json").write_text(json.dumps(description, indent=1) + "\n")
+    if policy.base is not None:
+        (folder / "residual.json").write_text(json.dumps(policy.base.record(), indent=1) + "\n")
+
+
+def load_folder(folder: str | Path, **settings: Any) -> Any:
+    """Load the policy of a `policy/` folder or of a checkpoint's; see `components.load_policy`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path, description = describe(folder)
     try:
         weights = load_file(path.with_name("model.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path.parent}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
     spec, modes = description["spec"], description["normalisation"]
     with one_line(f"{path}: no policy can be built from it"):
@@ -140,11 +142,15 @@ def _imagined(value: Any) -> Any:
 
 
 def describe(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """Path and contents of the `policy.json` of a run or policy folder. Raises UserError: none there, or damaged."""
+    """Path and contents of the `policy.json` of a finished run's folder, or of a policy's.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     folder = Path(folder)
     path = (folder / "policy" if (folder / "policy" / "policy.json").exists() else folder) / "policy.json"
     if not path.exists():
-        raise UserError(f"{folder}: no policy here (policy/policy.json); a run writes it when it ends")
+        raise UserError(f"{folder}: no policy here (policy/policy.json)")
     check_folder(path.parent)
     description = read_record(path, PolicyRecord, REMEDY)
     if description["format"] != FORMAT:
@@ -173,21 +179,21 @@ def recorded_options(component: type, values: dict[str, Any], place: str) -> Any
         return options_of(component, values)
 
 
-def normalisation_of(run: str, spec: dict[str, Any]) -> dict[str, str]:
-    """Normalisation modes of a run for the keys of `spec`, into which its statistics are copied; {} for no run.
+def normalisation_of(folder: str | Path, spec: dict[str, Any]) -> dict[str, str]:
+    """Normalisation modes of a policy for the keys of `spec`, into which its statistics are copied.
 
     Raises:
         UserError: no policy there, or keys of other shapes.
     """
-    if not run:
-        return {}
-    path, description = describe(run)
+    path, description = describe(folder)
     there, modes = description["spec"], description["normalisation"]
     for key, feature in spec.items():
         stored = there.get(key, {})
         shape = tuple(stored.get("shape", ()))
         if key.startswith("observation.") and shape != tuple(feature["shape"]):
-            raise UserError(f"--init-from {run}: its {key!r} has shape {shape or None}, here {tuple(feature['shape'])}")
+            raise UserError(
+                f"--init-from {path.parent}: its {key!r} has shape {shape or None}, here {tuple(feature['shape'])}"
+            )
         if "stats" in stored:
             # Its data may have shown an action that never changed, which this environment lets change.
             feature |= {"bounds": feature["stats"]} if "stats" in feature else {}
@@ -201,7 +207,8 @@ def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path)
 
     def component(registry: dict[str, type], entry: dict[str, Any]) -> tuple[type, Any]:
         if entry["name"] not in registry:
-            plugins = ", ".join(description["plugins"]) or "a plugin"
+            files = (f"{Path(p).stem} ({p})" if p.endswith(".py") else p for p in description["plugins"])
+            plugins = ", ".join(files) or "a plugin"
             raise UserError(f"{path}: {entry['name']!r} is not registered; import {plugins} before load_policy")
         cls = registry[entry["name"]]
         return cls, recorded_options(cls, entry["options"], f"{path}: {entry['name']}")
@@ -236,11 +243,37 @@ def with_base(folder: Path, correction: Policy) -> Any:
     if not path.exists():
         return correction
     how = read_record(path, ResidualRecord, REMEDY)
-    base = load_policy(folder / "base")
+    base = load_folder(base_folder(folder))
     width = base.spec["action"]["shape"][-1]
     if not len(how["low"]) == len(how["high"]) == width:
         raise UserError(f"{path}: damaged: low and high must have {width} numbers, as the actions of its base")
-    if fingerprint(folder / "base") != how["sha256"]:
-        raise UserError(f"{folder / 'base'}: not the weights of the policy that was corrected")
+    if fingerprint(base_folder(folder)) != how["sha256"]:
+        raise UserError(f"{base_folder(folder)}: not the weights of the policy that was corrected")
     low, high = (np.array(how[name], dtype=np.float32) for name in ("low", "high"))
     return CorrectedPolicy(base, correction, Middle(low, high, how["scale"]))
+
+
+def base_folder(folder: Path) -> Path:
+    """Folder of the frozen policy that a residual one corrects: in it or, for a checkpoint, where its run keeps it.
+
+    Raises:
+        UserError: it is not there, or leads out of the run.
+    """
+    real = folder.resolve()
+    run = real.parent.parent if real.parent.name == "checkpoints" else real
+    for base in (folder / "base", run / "inherited" / "base", run / "base"):
+        if base.exists():
+            if leaves(base, [real, run]):
+                raise UserError(f"{base} is a link out of {run}; it is not followed, copy the folder instead")
+            return base
+    raise UserError(f"{folder}: the frozen policy that it corrects is not there; copy the whole run's folder again")
+
+
+def copy_policy(folder: Path, to: Path) -> None:
+    """Copy a policy and the one that it corrects, if any, to a new folder, readable by whom the umask lets."""
+    to.mkdir(parents=True)
+    for name in ("policy.json", "model.safetensors", "residual.json"):
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, to / name)
+    if (folder / "residual.json").exists():
+        copy_policy(base_folder(folder), to / "base")

@@ -58,18 +58,23 @@ def fit_batch(batch_size: int, rows: int, parts: int, asked: bool) -> tuple[int,
     return fitting, f" (the default of {batch_size} is more than the data)"
 
 
-def fit_envs(num_envs: int, world: int, asked: bool) -> tuple[int, str]:
+def fit_envs(args: Any, world: int) -> tuple[int, str]:
     """The number of environments over all processes, and a note when the default was raised to a multiple of them.
+
+    Args:
+        args: With `given` and `num_envs`, which becomes the number that is returned: a run records it.
 
     Raises:
         UserError: set by the user, and not divisible by the number of processes (names the two nearest).
     """
+    num_envs = args.num_envs
     below, above = num_envs // world * world, -(-num_envs // world) * world
     if below == above:
         return num_envs, ""
-    if asked:
+    if args.given("num-envs"):
         choices = f"{below} or {above}" if below else f"{above}"
         raise UserError(f"--num-envs {num_envs} is not divisible by {world} processes; use {choices}")
+    args.num_envs = above
     return above, f" (the default of {num_envs} is not divisible by {world} processes)"
 
 

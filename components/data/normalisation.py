@@ -80,6 +80,7 @@ class Normaliser:
 
     def __init__(self, spec: dict[str, Any], modes: dict[str, str] | None = None) -> None:
         self.modes: dict[str, str] = {}
+        self.running: RunningStatistics | None = None  # which change it
         # Texts of the tasks; the models receive their numbers, as `task_index`.
         self.tasks = {text: number for number, text in enumerate(spec.get("task", {}).get("values", ()))}
         self.crops = {key: tuple(f["shape"][-2:]) for key, f in spec.items() if "stored_shape" in f}
@@ -159,6 +160,10 @@ class Normaliser:
                     bounds = (bounds - self.offset[key].cpu()) / self.scale[key].cpu()
                 described[key] = feature | {"range": bounds.tolist()}
         return described
+
+    def describe(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """`spec` with the statistics as they are now, which may be running ones; to be saved."""
+        return self.running.describe(spec) if self.running else spec
 
     def undo(self, key: str, value: Tensor) -> Tensor:
         """Map a normalised tensor of `key` back to its original units; constants of an action are exact."""
@@ -269,6 +274,7 @@ class RunningStatistics:
     def normaliser_of(self, spec: dict[str, Any], modes: dict[str, str]) -> Normaliser:
         """A normaliser of `spec` with these modes, into which the statistics are written whenever they change."""
         self.normaliser = Normaliser(spec, modes | self.modes)
+        self.normaliser.running = self
         return self.normaliser
 
     def add(self, transitions: dict[str, Tensor] | None) -> None:

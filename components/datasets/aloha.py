@@ -16,6 +16,7 @@ import torch
 
 from ..data.pictures import IMAGES, Layout, camera_of, layout_of
 from ..errors import UserError, nearest, require
+from ..run.progress import counted
 from .episodes import Episodes, Reader, choose_episodes, chosen_cameras, flat_names, steps_only, tell_unused
 from .frames import Frames, HDF5Frames, HDF5Jpegs
 from .untrusted import (
@@ -89,7 +90,7 @@ def read(path: Path, files: list[Path], options: AlohaDataset) -> Episodes:
         raise UserError(f"{path}: no observations are chosen; see --dataset.keys and --dataset.cameras")
     wanted = {name: (names[name], shapes[name][1:]) for name in ("action", *options.keys)}
     lengths, parts, ledger = [], [], Ledger(sum(number.stat().st_size for number in files))
-    for number in files:
+    for number in counted(files, "reading files"):
         with open_hdf5(number, ledger) as file:
             parts.append(episode(file, wanted, [cameras[name] for name in chosen]))
         lengths.append(len(parts[-1]["action"]))

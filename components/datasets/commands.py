@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from ..contracts import instantiate, options_of
 from ..errors import UserError, nearest, one_line
 from ..run import command_line as cli
+from ..run.progress import showing
 from .recognise import recognise
 
 
@@ -15,10 +16,14 @@ class Names:
     """What the first pass over the command line reads."""
 
     dataset: str = ""
+    """Reader, or maker, of the data; of a PATH it is recognised."""
     plugins: tuple[str, ...] = ()
+    """Modules, or files such as mine.py, to import first: the readers that they register can be chosen."""
 
 
-def parse(options: type, argv: Sequence[str], positional: int, wants: dict[str, Any]) -> tuple[Any, list[str], Any]:
+def parse(
+    options: type, argv: Sequence[str], positional: int, wants: dict[str, Any], usage: str
+) -> tuple[Any, list[str], Any]:
     """Parse a command about a dataset, in two passes as the scripts do.
 
     Args:
@@ -26,6 +31,7 @@ def parse(options: type, argv: Sequence[str], positional: int, wants: dict[str, 
         positional: Number of words before the first option. The first is the dataset's path; without a path there is
             one word less.
         wants: Defaults of the command for the dataset's options; options that the dataset lacks are left out.
+        usage: The words after the command's name, for `--help`.
 
     Returns:
         The command's options, the words before them, and the dataset's factory.
@@ -41,10 +47,11 @@ def parse(options: type, argv: Sequence[str], positional: int, wants: dict[str, 
         argv = argv[1:]
     names: Any = cli.parse_names(Names, argv)
     cli.import_plugins(names.plugins)
-    asking = any(word in ("-h", "--help") for word in argv)
-    if not (names.dataset or words or asking):
+    asking = cli.asks_for_help(argv)
+    path = cli.last_value(argv, "dataset.path") if len(words) < positional else words[0]
+    if not (names.dataset or words or path or asking):
         raise UserError(f"which dataset? Give a path, or --dataset NAME; {nearest('', DATASET_BUILDER_REGISTRY)}")
-    name = names.dataset or (recognise(words[0]) if words else "lerobot")
+    name = names.dataset or (recognise(path or words[0]) if path or words else "lerobot")
     component = cli.pick(DATASET_BUILDER_REGISTRY, "dataset", name)
     known = {field.name for field in fields(component)} if is_dataclass(component) else set()
     values = {key: value for key, value in wants.items() if key in known}
@@ -61,17 +68,17 @@ def parse(options: type, argv: Sequence[str], positional: int, wants: dict[str, 
             ("plugins", tuple[str, ...]),
             ("dataset_options", Annotated[Any, cli.named("dataset")]),
         ],
-        bases=(options,),
+        bases=(options, Names),
         kw_only=True,
     )
-    both.__doc__ = options.__doc__
+    both.__doc__, both.__module__ = options.__doc__, options.__module__
     default = both(dataset=name, plugins=names.plugins, dataset_options=options_of(component, values))
-    parsed = cli.parse(both, argv, default)
+    parsed = cli.parse(both, argv, default, registries={"dataset": DATASET_BUILDER_REGISTRY}, usage=usage)
     return parsed, words, instantiate(component, parsed.dataset_options)
 
 
 def built_by(factory: Any) -> dict[str, Any]:
     """Build a dataset with the arguments that the scripts pass."""
     launch = {"local_rank": 0, "dist_enabled": False, "save_dir": ""}
-    with one_line("dataset"):
+    with one_line("dataset"), showing():
         return factory.build(opt_params=launch, params=vars(factory) if is_dataclass(factory) else {})

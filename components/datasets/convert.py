@@ -58,8 +58,8 @@ class Options:
 def main(argv: list[str]) -> int:
     """Convert; returns the exit code."""
     wants = {"cameras": ("all",), "validation": 0.0}
-    options, words, factory = parse(Options, argv, 2, wants)
-    if len(words) == 1 and cli.given(argv, "dataset"):
+    options, words, factory = parse(Options, argv, 2, wants, "[SOURCE] DEST [OPTIONS]")
+    if len(words) == 1 and (cli.given(argv, "dataset") or cli.given(argv, "dataset.path")):
         words = ["", *words]
     if len(words) != 2:
         raise UserError("expected SOURCE DEST, or --dataset NAME with its options and DEST")

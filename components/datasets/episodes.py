@@ -22,7 +22,9 @@ from ..data.fingerprint import digest, moments
 from ..data.normalisation import statistics
 from ..data.pictures import CHANNELS, IMAGES, as_bytes, camera_of, find_layout, is_picture, layout_of
 from ..errors import UserError, nearest
+from ..run.progress import phase
 from .frames import Frames, stored
+from .recognise import recognise
 
 logger = logging.getLogger(__name__)
 CHOICE = re.compile(r"(!?)(-?\d{1,18})?(?:(:)(-?\d{1,18})?)?")  # a word of --dataset.episodes
@@ -390,6 +392,8 @@ class Reader(Scales):
     seed: int = 0
     """Seed of the choice of held-out episodes."""
 
+    recognise = staticmethod(recognise)
+
     def chosen(self, episodes: Episodes) -> Episodes:
         """The episodes that the option `episodes` chooses of those that were read, by their places.
 
@@ -523,9 +527,11 @@ def build(
         raise UserError(f"{name}: all {len(lengths)} episodes are held out, none is left to learn from")
     mask = torch.repeat_interleave(held_out, lengths)
     train, rest = (~mask).nonzero().squeeze(1), mask.nonzero().squeeze(1)
+    with phase("computing statistics"):
+        stats = {key: statistics(values) for key, values in vectors(episodes, train)}
     built: dict[str, Any] = {
         "dataset": EpisodeDataset(episodes, train, obs_steps, action_steps),
-        "norm_stats": {key: statistics(values) for key, values in vectors(episodes, train)},
+        "norm_stats": stats,
     }
     if len(rest):
         built["validation"] = EpisodeDataset(episodes, rest, obs_steps, action_steps)

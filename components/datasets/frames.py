@@ -24,6 +24,7 @@ from ..data.fingerprint import digest
 from ..data.pictures import Layout, as_bytes
 from ..errors import UserError, require
 from ..run.files import beside
+from ..run.progress import phase
 from .untrusted import check_chunks, check_memory, check_mp4, decode_picture, gigabytes, hdf5, open_hdf5
 
 logger = logging.getLogger(__name__)
@@ -319,10 +320,11 @@ def stored(frames: dict[str, Frames], mode: str, folder: str, name: str, prints:
 
 def _in_order(camera: Frames) -> Iterator[tuple[int, np.ndarray]]:
     """Decode a camera in parts of some hundred pictures; yields the number of the first one, and the pictures."""
-    from tqdm import tqdm
-
-    for start in tqdm(range(0, len(camera), AT_ONCE), unit_scale=AT_ONCE, unit="picture", disable=None, leave=False):
-        yield start, camera.read(np.arange(start, min(start + AT_ONCE, len(camera)))).numpy()
+    with phase("decoding pictures", len(camera)) as decoded:
+        for start in range(0, len(camera), AT_ONCE):
+            end = min(start + AT_ONCE, len(camera))
+            yield start, camera.read(np.arange(start, end)).numpy()
+            decoded(end)
 
 
 def _on_disk(camera: Frames, folder: Path, key: str, name: str, fingerprint: str) -> Tensor:

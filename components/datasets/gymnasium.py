@@ -17,6 +17,7 @@ from ..envs.gymnasium import GymnasiumEnv
 from ..envs.observations import observation_batch
 from ..envs.vector import Environments, action_bounds, executed
 from ..errors import UserError, one_line
+from ..run.progress import counted
 from .episodes import Scales, build, flat_names, from_columns
 
 logger = logging.getLogger(__name__)
@@ -83,24 +84,26 @@ class GymnasiumRollouts(Scales):
         episodes.names, episodes.generated = names, True
         window = (self.obs_steps, self.action_steps)
         built = self.with_scale(build(episodes, *window, self.validation, self.seed))
+        return built | {"env": self.environment()}
+
+    def environment(self) -> dict[str, Any]:
+        """{"name", options} of the environment."""
         env = {"id": self.id, "max_episode_steps": self.max_episode_steps, "kwargs": self.kwargs}
-        return built | {"env": {"name": "gymnasium", **env}}
+        return {"name": "gymnasium", **env}
 
     def _play(
         self, envs: Any, low: np.ndarray, high: np.ndarray, save_dir: str
     ) -> tuple[list[dict[str, Any]], list[int]]:
         """Play the episodes within these bounds; returns all steps, and the step after each episode's last one."""
-        from tqdm import tqdm
+        from ..acting.policy_folder import load_folder
 
-        from ..acting.policy_folder import load_policy
-
-        policy = load_policy(kept_policy(self.policy, save_dir)) if self.policy else None
+        policy = load_folder(kept_policy(self.policy, save_dir)) if self.policy else None
         stepper, generator = Stepper(envs), np.random.default_rng(self.seed)
         middle, half = (high + low) / 2, (high - low) / 2
         rows: list[dict[str, Any]] = []
         ends: list[int] = []
         logger.info("playing %d episodes of %s", self.episodes, self.id)
-        for episode in tqdm(range(self.episodes), unit="episode", disable=None, leave=False):
+        for episode in counted(range(self.episodes), "playing episodes"):
             now, _ = stepper.reset(seed=[self.seed + episode])
             acts = policy is not None and int((episode + 1) * self.random) == int(episode * self.random)
             if policy is not None:
@@ -130,16 +133,15 @@ def kept_policy(policy: str, save_dir: str) -> Path:
     Args:
         save_dir: Folder of the run that the episodes are for; "" for none, and the policy's own folder.
     """
-    from ..acting.policy_folder import describe
+    from ..run.policies import choose, copy_chosen
 
     kept = Path(save_dir) / "inherited" / f"policy-{zlib.crc32(policy.encode()):08x}"
     if save_dir and kept.exists():
         return kept
-    folder = describe(policy)[0].parent
     if not save_dir:
-        return folder
+        return choose(policy).folder
     temporary = kept.with_name(f".{kept.name}-{os.getpid()}")
-    shutil.copytree(folder, temporary)
+    copy_chosen(policy, temporary)
     try:
         temporary.rename(kept)
     except OSError:  # another machine was faster

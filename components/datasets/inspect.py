@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ..data.features import read
+from ..data.figures import literal, save_figure
 from ..data.items import as_kept
 from ..data.pictures import CHANNELS, IMAGES
 from ..errors import UserError, plain
 from ..run import process
-from ..run.curves import literal, save_figure
 from .commands import built_by, parse
 from .episodes import EpisodeDataset, Episodes, NotFiniteError, steps_only, take
 from .mixture import Mixture
@@ -67,7 +67,7 @@ class Finding(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Print the report and draw the page; returns the exit code."""
-    options, words, factory = parse(Options, argv, 1, {"cameras": ("all",)})
+    options, words, factory = parse(Options, argv, 1, {"cameras": ("all",)}, "[PATH] [OPTIONS]")
     logging.getLogger("components").setLevel(logging.WARNING)
     if not options.out.absolute().parent.is_dir() or options.out.is_dir():
         raise UserError(f"--out {options.out}: expected a file in a folder that exists")

@@ -28,6 +28,7 @@ from torch import Tensor
 from ..data.pictures import CHANNELS, IMAGES, Layout, as_bytes, camera_of, holds_pictures, layout_of
 from ..errors import UserError, require
 from ..records import Size, problem_of
+from ..run.progress import counted
 from .episodes import (
     Episodes,
     Reader,
@@ -518,7 +519,7 @@ def read_rows(
     parts: dict[str, list[np.ndarray]] = {key: [] for key in (*widths, *plain)}
     pictures: dict[str, list[list[np.ndarray]]] = {key: [[], []] for key in embedded}
     named = {key: features[key]["column"] if key in features else key for key in (*parts, *embedded)}
-    for path in files:
+    for path in counted(files, "reading files"):
         table = read_table(path, list(named.values()), ledger, meta.rows)
         if expected < meta.rows:  # a file of v3.0 holds rows of other episodes, too
             episode = as_array(table["episode_index"], None, f"{path}: column 'episode_index'")

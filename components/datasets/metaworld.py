@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from ..data.random_state import derive_seed
+from ..data.tensor_files import save_tensors
 from ..envs.metaworld import draw_off_screen
 from ..envs.observations import observation_batch
 from ..errors import UserError, require
 from ..parallel import end_with_parent, starter
 from ..run.files import beside
+from ..run.progress import phase
 from .episodes import Scales, build, from_columns
 
 logger = logging.getLogger(__name__)
@@ -64,11 +66,12 @@ class MetaWorldDemonstrations(Scales):
     """Fraction of the episodes to hold out: at least one, never more than a fifth of the rows; 0 for none."""
     workers: int = 0
     """Processes that generate demonstrations; 0 chooses by the number of demonstrations."""
-    cache: str = "~/.cache/tendon"
+    cache_dir: str = "~/.cache/tendon"
     """Folder that keeps finished demonstrations; empty for none."""
 
-    env_name = "metaworld"  # the command line shows its options; `build` returns the environment itself
+    env_name = "metaworld"  # the command line shows its options; `environment` says what they are
     debug_options = {"demos": 5}
+    former_names = {"cache": "cache_dir"}
 
     def build(self, **kwargs: Any) -> dict[str, Any]:
         """Return the demonstrations as {"dataset", "validation", "norm_stats", "env"}.
@@ -104,34 +107,37 @@ class MetaWorldDemonstrations(Scales):
         episodes.generated = True
         window = (self.obs_steps, self.action_steps)
         built = self.with_scale(build(episodes, *window, self.validation, self.seed))
+        return built | {"env": self.environment()}
+
+    def environment(self) -> dict[str, Any]:
+        """{"name", options} of the environment."""
         env = {"name": "metaworld", "task": self.task, "max_episode_steps": self.max_episode_steps}
-        env |= {"cameras": self.cameras, "image_size": self.image_size} if self.cameras else {}
-        return built | {"env": env}
+        return env | ({"cameras": self.cameras, "image_size": self.image_size} if self.cameras else {})
 
     def _load_or_make(self) -> tuple[dict[str, Tensor], Tensor]:
         """Read the cache, or generate the demonstrations and cache them."""
         from importlib.metadata import version
 
         from safetensors import SafetensorError
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file
 
         recipe = [RECIPE, self.task, self.demos, self.seed, self.max_episode_steps, version("metaworld")]
         recipe += [*self.cameras, self.image_size] if self.cameras else []
         recipe += [self.noise, self.random] if self.noise or self.random else []
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
-        path = Path(self.cache).expanduser() / f"metaworld-{self.task}-{self.demos}-{digest}.safetensors"
-        if self.cache and path.exists():
+        path = Path(self.cache_dir).expanduser() / f"metaworld-{self.task}-{self.demos}-{digest}.safetensors"
+        if self.cache_dir and path.exists():
             try:
                 columns = load_file(path)
                 return columns, columns.pop("episode_ends")
             except (SafetensorError, OSError, KeyError) as error:
                 logger.warning("%s is damaged (%s); the demonstrations are made again", path, error)
         columns, ends = self._make()
-        if self.cache:
+        if self.cache_dir:
             temporary = beside(path)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_file({**columns, "episode_ends": ends}, temporary)
+                save_tensors({**columns, "episode_ends": ends}, temporary)
                 temporary.replace(path)  # atomic: a killed run leaves no incomplete cache
             except (SafetensorError, OSError) as error:
                 temporary.unlink(missing_ok=True)
@@ -140,8 +146,6 @@ class MetaWorldDemonstrations(Scales):
 
     def _make(self) -> tuple[dict[str, Tensor], Tensor]:
         """Attempt goals in order until enough attempts have succeeded; the result is the same for any `workers`."""
-        from tqdm import tqdm
-
         # The seeds of the goals: lists of 50 with large numbers, so that evaluation, with small seeds, has other goals.
         numbers = (50 * (derive_seed(self.seed, k // 50) % 10**8 + 10**8) + k % 50 for k in range(20 + 5 * self.demos))
         simulation = (self.task, self.max_episode_steps, self.cameras, self.image_size)
@@ -154,12 +158,12 @@ class MetaWorldDemonstrations(Scales):
         context, parent = multiprocessing.get_context("spawn"), starter()
         pool = ProcessPoolExecutor(workers, context, end_with_parent, parent) if workers > 1 else None
         try:
-            with tqdm(total=self.demos, unit="demo", disable=None, leave=False) as bar:
+            with phase("making demonstrations", self.demos) as made:
                 for episode in _in_order(pool, tasks, 8 * workers):
                     attempts += 1
                     if episode is not None:
                         episodes.append(episode)
-                        bar.update()
+                        made(len(episodes))
                     if len(episodes) == self.demos:
                         break
         finally:

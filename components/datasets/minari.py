@@ -26,6 +26,7 @@ import torch
 
 from ..data.pictures import IMAGES, as_bytes, camera_of, declared_top, find_layout, layout_of, top_of_space
 from ..errors import UserError, require
+from ..run.progress import counted
 from .environment import plain_words, recoverable
 from .episodes import Episodes, Reader, choose_episodes, chosen_cameras, flat_names, tell_unused, with_final
 from .frames import EncodedFrames, HDF5Frames
@@ -235,7 +236,7 @@ def read(root: Path, meta: dict[str, Any], options: MinariDataset) -> Episodes:
             raise UserError(f"{store.path}: the dataset is empty; expected at least one episode with one step")
         numbers = own_numbers(names)
         places = choose_episodes(options.episodes, numbers, str(root))
-        each = [read_episode(store, names[place], declared, chosen) for place in places]
+        each = [read_episode(store, names[place], declared, chosen) for place in counted(places, "reading episodes")]
     vectors = {key: torch.from_numpy(np.concatenate([values[key] for values, _ in each])) for key in each[0][0]}
     observations: dict[str, Any] = {key: x for key, x in vectors.items() if key.startswith("observation.")}
     known = (

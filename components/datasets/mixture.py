@@ -151,8 +151,7 @@ class MixtureDataset:
         if values and not known:
             raise UserError(f"--dataset.sources {source}: {name} has no options")
         shared: dict[str, Any] = {"obs_steps": self.obs_steps, "action_steps": self.action_steps, "seed": self.seed}
-        shared |= {"validation": self.validation, "cameras": self.cameras}
-        shared |= {"cache": self.cache} if name != "metaworld" else {}  # whose option of this name is a folder
+        shared |= {"validation": self.validation, "cameras": self.cameras, "cache": self.cache}
         shared = {option: value for option, value in shared.items() if option in known}
         return Path(path).name or name, weight, options_of(cls, shared | values) if known else cls()
 

@@ -6,13 +6,16 @@ from pathlib import Path
 from ..errors import UserError
 from .untrusted import check_regular, hdf5, open_hdf5
 
+NAME_IT = "name the format by --dataset, or in a mixture as NAME=PATH"
+
 
 def recognise(path: str) -> str:
-    """The registry's name of the reader for `path`. Raises UserError: no such file, or an unknown format."""
+    """The registry's name of the reader for `path`. Raises UserError: no such file, no known format, or several."""
     found = Path(path).expanduser()
     if not found.exists():
         raise UserError(f"{path}: no such file or folder")
     check_regular(found, may_be_folder=True)
+    fits: list[str] = []
     if found.is_dir():
         marks = {
             "meta/info.json": "lerobot",
@@ -21,23 +24,23 @@ def recognise(path: str) -> str:
             "metadata.json": "minari",
         }
         marks |= {"meta/episode_ends": "zarr"}
-        for mark, name in marks.items():
-            if (found / mark).exists():
-                return name
-        if next(found.glob("episode_*.hdf5"), None):
-            return "aloha"
+        fits = [name for mark, name in marks.items() if (found / mark).exists()]
+        fits += ["aloha"] if next(found.glob("episode_*.hdf5"), None) else []
     elif found.suffix == ".npz":
         names = zipfile.ZipFile(found).namelist() if zipfile.is_zipfile(found) else []
-        return "pusht" if "episode_ends.npy" in names else "ogbench"
+        fits = ["pusht" if "episode_ends.npy" in names else "ogbench"]
     elif found.suffix == ".zip":
-        return "zarr"
+        fits = ["zarr"]
     elif found.suffix in (".hdf5", ".h5"):
         with open_hdf5(found) as file:
             if (observations := hdf5(file, "observations")) is not None:
-                return "aloha" if hasattr(observations, "keys") else "d4rl"
-            if hdf5(file, "data") is not None:
-                return "robomimic"
+                fits = ["aloha" if hasattr(observations, "keys") else "d4rl"]
+            fits += ["robomimic"] if hdf5(file, "data") is not None else []
+    if fits and len(set(fits)) == 1:
+        return fits[0]
+    if fits:
+        raise UserError(f"{path}: several formats fit, {' and '.join(dict.fromkeys(fits))}; {NAME_IT}")
     raise UserError(
         f"{path}: not recognised as lerobot (meta/info.json), minari (data/metadata.json), robomimic or d4rl (.hdf5),"
-        " aloha (episode_0.hdf5), ogbench or pusht (.npz) or zarr (meta/episode_ends); name the format"
+        " aloha (episode_0.hdf5), ogbench or pusht (.npz) or zarr (meta/episode_ends); " + NAME_IT
     )

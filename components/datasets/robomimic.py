@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..data.pictures import IMAGES, camera_of, holds_pictures, layout_of
 from ..errors import UserError, nearest
+from ..run.progress import counted
 from .episodes import (
     Episodes,
     Reader,
@@ -322,7 +323,7 @@ def _columns(file: Any, names: list[str], lengths: list[int], dtype: Any = np.fl
     check_memory(sum(lengths) * width * np.dtype(dtype).itemsize, f"{file.filename}: {names[0]} and its like")
     out = np.empty((sum(lengths), width), dtype)
     start = 0
-    for array, rows in zip(arrays, lengths, strict=True):
+    for array, rows in counted([*zip(arrays, lengths, strict=True)], "reading demonstrations"):
         out[start : start + rows] = read_hdf5(array).reshape(rows, width)
         start += rows
     return torch.from_numpy(out)

@@ -21,6 +21,7 @@ from ..errors import UserError
 from .episodes import Batched, EpisodeDataset, Episodes, take
 from .goals import goal_transitions
 from .mixture import through
+from .recorded import recordings
 
 logger = logging.getLogger(__name__)
 FLAGS = ("terminated", "action_is_pad")  # columns that a table returns as bool
@@ -28,6 +29,8 @@ FLAGS = ("terminated", "action_is_pad")  # columns that a table returns as bool
 
 def prepared(data: dict[str, Any], trainer: type, name: str, config: Any) -> dict[str, Any]:
     """What a dataset's factory returned, in the form that a trainer asks for by `data(config)`.
+
+    "recordings" are the held-out episodes, by which a policy can be evaluated without an environment.
 
     Args:
         name: Of the trainer, for messages.
@@ -40,6 +43,7 @@ def prepared(data: dict[str, Any], trainer: type, name: str, config: Any) -> dic
     if isinstance(request, Rollouts):
         raise UserError(f"{name} learns from rollouts of its own policy; run it by online_trainer.py")
     data = as_kept(data)
+    data["recordings"] = recordings(data.get("validation"))
     match request:
         case Window() as window:
             return transitions(data, name, window)

@@ -14,6 +14,7 @@ import gymnasium as gym
 import numpy as np
 
 from ..errors import UserError, nearest, require
+from .gymnasium import draw_fast
 
 require("metaworld", "metaworld")
 from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer  # noqa: E402
@@ -69,28 +70,20 @@ class MetaWorld(gym.Env):
         task: str,
         max_episode_steps: int,
         render_mode: str | None = None,
-        camera: str = "corner2",
         cameras: Sequence[str] = (),
         image_size: int = 64,
     ) -> None:
         check_task(task)
-        self.task, self.max_episode_steps, self.render_mode, self.camera = task, max_episode_steps, render_mode, camera
-        view: dict[str, Any] = (
-            {}
-            if render_mode is None
-            else {"render_mode": render_mode, "camera_name": camera, "width": 256, "height": 256}
-        )
-        self.simulator = ALL_V3_ENVIRONMENTS[task](**view)
+        self.task, self.max_episode_steps, self.render_mode = task, max_episode_steps, render_mode
+        self.simulator = ALL_V3_ENVIRONMENTS[task]()
         model = self.simulator.model
         if render_mode is not None or cameras:
-            # In software, MuJoCo's default quality takes 10 to 40 times longer; it is fixed after the first frame.
-            model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
-            model.light_castshadow[:] = 0
-            model.mat_reflectance[:] = 0
+            draw_fast(model)
         self.action_space = self.simulator.action_space
         self.observation_space: gym.Space[Any] = gym.spaces.Box(-np.inf, np.inf, (39,), np.float32)
         self.cameras: dict[str, int] = {}
-        self.viewer: Any = None
+        self.viewer: Any = None  # of the observed cameras
+        self.film: Any = None  # the viewer of `render`
         known = [model.camera(i).name for i in range(model.ncam)]
         for name in cameras:
             if name not in known:
@@ -142,10 +135,17 @@ class MetaWorld(gym.Env):
         return self._observed(observation), float(reward), success > 0, truncated, {"success": success}
 
     def render(self) -> np.ndarray | None:
-        frame = self.simulator.render()
-        return None if frame is None else upright(self.camera, frame)
+        """A picture `[384, 384, 3]` of hand, object and goal, which are small in Meta-World's own cameras."""
+        if self.render_mode is None:
+            return None
+        if self.film is None:
+            self.film = OffScreenViewer(self.simulator.model, self.simulator.data, 384, 384)
+            self.film.cam.azimuth, self.film.cam.elevation, self.film.cam.distance = 135, -35, 1.4
+            self.film.cam.lookat[:] = (0, 0.65, 0.12)
+        self.film.make_context_current()  # since the observed cameras have a context, too
+        return self.film.render("rgb_array", camera_id=-1)
 
     def close(self) -> None:
-        if self.viewer is not None:
-            self.viewer.free()
+        for viewer in filter(None, (self.viewer, self.film)):
+            viewer.free()
         self.simulator.close()

@@ -25,7 +25,7 @@ class GoalInObservation(gym.Wrapper):
         task = self.task or 1 + (self.next - 1) % self.env.unwrapped.num_tasks  # type: ignore[attr-defined]
         observation, info = self.env.reset(seed=seed, options={"task_id": task} | (options or {}))
         self.goal = np.asarray(info["goal"])
-        return {"observation": observation, "goal": self.goal}, {}
+        return {"observation": observation, "goal": self.goal}, {"task": task}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)

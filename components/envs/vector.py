@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import SignalledExit, UserError
+from ..errors import SignalledExit, UserError, crashes_pass
 
 LONGEST = 1e7  # seconds, the longest timer that every system accepts
 LARGEST_BOUND = 1e30  # of an action; beyond it no range is meant, and squares of it overflow float32
@@ -172,6 +172,8 @@ class Environments:
         except UserError:  # our own
             raise
         except (Exception, KeyboardInterrupt, SystemExit) as error:  # a worker process forwards its Ctrl-C
+            if crashes_pass():
+                raise
             problem = f"raised {type(error).__name__} in {name}: {error}"
             raise FaultyEnvError(self._culprit(error), problem) from error
 

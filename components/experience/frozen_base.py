@@ -6,8 +6,6 @@ frozen policy's action in [-1, 1] (`observation.base_action`). Its actions, also
 chunks, a history and noise.
 """
 
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +17,13 @@ import torch
 from .. import parallel
 from ..acting.correction import BASE_ACTION, CorrectedPolicy, Middle, fingerprint
 from ..acting.policy import Policy
-from ..acting.policy_folder import describe, load_policy
+from ..acting.policy_folder import copy_policy, describe, load_folder
 from ..contracts import frozen_policy_of
 from ..datasets.episodes import EpisodeDataset, take
 from ..envs.autoreset import Stepper
 from ..envs.vector import action_bounds, executed
 from ..errors import UserError
+from ..run.policies import copy_chosen
 
 
 class Base:
@@ -50,7 +49,7 @@ class Base:
 
     def new(self) -> Policy:
         """A new instance of the policy, with separate episodes."""
-        return load_policy(self.folder)
+        return load_folder(self.folder)
 
     def under(self, make: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
         """(num_envs, seed) -> vector environment that contains this policy."""
@@ -66,17 +65,20 @@ class Base:
         """This policy together with the one that corrects it."""
         return CorrectedPolicy(self.new(), correction, self.sum)
 
+    def record(self) -> dict[str, Any]:
+        """Scale, bounds and hash, which are saved with the policy that corrects this one."""
+        bounds = {"low": self.sum.low.tolist(), "high": self.sum.high.tolist()}
+        return {"scale": self.scale, **bounds, "sha256": self.sha256}
+
     def save(self, folder: Path) -> None:
-        """Copy the policy to `folder/base`, and write scale, bounds and hash to `folder/residual.json`.
+        """Copy the policy to `folder/base`.
 
         Raises:
             RuntimeError: its weights have changed since the run began.
         """
         if fingerprint(self.folder) != self.sha256:
             raise RuntimeError(f"{self.folder}: the frozen policy has changed while the run learnt")
-        shutil.copytree(self.folder, folder / "base")
-        how = {"scale": self.scale, "low": self.sum.low.tolist(), "high": self.sum.high.tolist(), "sha256": self.sha256}
-        (folder / "residual.json").write_text(json.dumps(how, indent=1) + "\n")
+        copy_policy(self.folder, folder / "base")
 
 
 def base_of(trainer: type, config: Any, run: Any) -> Base | None:
@@ -91,12 +93,12 @@ def base_of(trainer: type, config: Any, run: Any) -> Base | None:
         return None
     folder, scale = asked
 
-    def source() -> Path:
+    def copy(to: Path) -> None:
         if not folder:
             raise UserError("--trainer.base is needed: the run folder of the policy to correct")
-        return describe(folder)[0].parent
+        copy_chosen(folder, to)
 
-    return parallel.in_turns(run.first, lambda: Base(run.inherited.copied("base", source), scale, folder))
+    return parallel.in_turns(run.first, lambda: Base(run.inherited.copied("base", copy), scale, folder))
 
 
 def relabelled(data: dict[str, Any], base: Base | None) -> dict[str, Any]:

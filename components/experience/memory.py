@@ -42,7 +42,7 @@ def memory_of(
         rate, window = num_envs * args.updates_per_step, window_of(cls, config)
         store = ReplayBuffer(spec, args.buffer_size, num_envs, of_rank, window, rate)
         store = store if old is None else Mixed(store, old, args.dataset_ratio, part)
-    return Memory(store, ready, part, starts_learning(args)[0], run, args.save_buffer)
+    return Memory(store, ready, part, starts_learning(args)[0], run, args.save_buffer, not args.init_from)
 
 
 class Memory:
@@ -55,13 +55,22 @@ class Memory:
         learning_starts: Environment steps before the first update.
         run: Has the step and the rank.
         saved: Whether checkpoints contain the store.
+        random: Whether actions are random before the first update.
     """
 
     def __init__(
-        self, store: Any, ready: Callable[[Any], Any], part: int, learning_starts: int, run: Any, saved: bool
+        self,
+        store: Any,
+        ready: Callable[[Any], Any],
+        part: int,
+        learning_starts: int,
+        run: Any,
+        saved: bool,
+        random: bool = True,
     ) -> None:
         self.store, self.ready, self.part, self.run = store, ready, part, run
-        self.learning_starts, self.keeps = learning_starts, saved
+        self.learning_starts, self.keeps, self.random = learning_starts, saved, random
+        self.learning = False  # whether the first update has been due
         self.owed, self.filled_from = 0.0, 0  # updates that are due; the step at which the store began to fill
 
     @property
@@ -85,9 +94,18 @@ class Memory:
         """Whether no transition is stored."""
         return not len(self.store)
 
-    def describe(self, steps: int, world: int) -> str:
-        """A line about the store for the screen, after so many steps of each environment on so many processes."""
-        return self.store.describe(steps, world, self.keeps)
+    def describe(self, steps: int, world: int) -> tuple[str, str]:
+        """Lines for the screen about the store, and about what is collected before anything is learnt, or "".
+
+        Args:
+            steps: Of each environment, in the whole run.
+            world: Number of processes.
+        """
+        first = self.filled_from + self.learning_starts - self.run.step
+        self.run.progress.doing = "training" if self.learning and first < 0 else "collecting"
+        actions = "of random actions " if self.random and self.run.step < self.learning_starts else ""
+        collects = f"learning starts after {first} steps {actions}" if first > 0 else ""
+        return self.store.describe(steps, world, self.keeps), collects.rstrip()
 
     def due(self) -> int:
         """Number of updates that are due after this environment step; fractions are carried over."""
@@ -96,6 +114,10 @@ class Memory:
         while self.owed >= 1:
             self.owed -= 1
             updates += 1
+        if updates and self.run.progress.doing == "collecting":
+            self.run.progress.doing = "training"
+            self.run.say(f"step {self.run.step}: learning {'goes on' if self.learning else 'starts'}")
+            self.learning = True
         return updates
 
     def next_batch(self) -> dict[str, Any]:
@@ -106,11 +128,13 @@ class Memory:
 
     def state_dict(self) -> dict[str, Any]:
         """The updates that are owed, the same on all processes."""
-        return {"owed": self.owed, "filled_from": self.filled_from, "learning_starts": self.learning_starts}
+        state = {"owed": self.owed, "filled_from": self.filled_from, "learning_starts": self.learning_starts}
+        return state | {"learning": self.learning}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of `state_dict`."""
         self.owed, self.filled_from = state["owed"], state["filled_from"]
+        self.learning = state.get("learning", True)  # which older checkpoints do not tell
         self.learning_starts = state["learning_starts"]  # whose default depends on the steps, which may have changed
 
     def rank_state(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 from ..contracts import Demonstrations, Goals, Request, Rollouts, Window
 from ..errors import UserError
 from ..run.arguments import rules_of
+from ..run.checkpoint import run_of
 from ..run.inheritance import read_inherited
 from ..run.record import read_args
 
@@ -42,7 +43,8 @@ def rewards_of(args: Any, inherited: Any, base: Any) -> tuple[float, float]:
         inherited: `Inheritance` of the run.
         base: Frozen policy that is corrected, whose run is the one before without `--init-from`; None for none.
     """
-    before = args.init_from or (base.origin if base else "")
+    named = args.init_from or (base.origin if base else "")
+    before = str(run_of(Path(named))) if named else ""
     shift, scale = inherited.keep("rewards", lambda: reward_scale(args, before))
     return float(shift), float(scale)
 

@@ -75,13 +75,23 @@ def save_dataset(
         episodes = collected(parts, spec, environments.single_action_space, collector.rewards)
     else:
         how = (args.save_episodes, args.eval_envs, args.eval_seed, args.env_timeout)
-        episodes = play(policy.base.corrected(policy) if policy.base else policy, make, *how, run.tick)
+        with run.progress.phase("recording", args.save_episodes, "episodes") as seen:
+            episodes = play(policy.base.corrected(policy) if policy.base else policy, make, *how, run.tick, seen)
     origin, fps = f"{args.trainer}, {args.save_what}, step {run.step}", environments.metadata.get("render_fps", 30)
-    run.say(write(episodes, args.save_dataset, args.save_format, env, origin, fps))
+    with run.progress.phase("writing the dataset"):
+        said = write(episodes, args.save_dataset, args.save_format, env, origin, fps)
+    run.say(said)
 
 
 def play(
-    policy: Any, make: Callable[[int, int], Any], episodes: int, slots: int, seed: int, timeout: float, tick: Any
+    policy: Any,
+    make: Callable[[int, int], Any],
+    episodes: int,
+    slots: int,
+    seed: int,
+    timeout: float,
+    tick: Callable[[], None],
+    seen: Callable[[int], None] = lambda done: None,
 ) -> Episodes:
     """Episodes of a policy. The number per environment is fixed, so that short episodes are not overrepresented.
 
@@ -90,6 +100,7 @@ def play(
         make: (num_envs, seed) -> a vector environment.
         slots: Environments that are stepped together.
         tick: Called at each step; an exception from it ends the episodes.
+        seen: Called at each step with the number of episodes that have ended.
 
     Raises:
         RuntimeError: an environment fails.
@@ -112,6 +123,7 @@ def play(
                 if transitions["ended"][slot]:
                     done[slot].append([])
             policy.restart(transitions["begins"].nonzero().flatten())
+            seen(sum(min(len(played) - 1, count) for played, count in zip(done, wanted, strict=True)))
         space = environments.single_action_space
     finally:
         environments.close()

@@ -1,7 +1,6 @@
 """The trainer's loss on held-out data, and on each source of a mixture."""
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..errors import StoppedError
 
 
 class HeldOut:
-    """Measures the held-out loss, and keeps the step of the lowest one.
+    """Measures the held-out loss, and keeps the step at which it did.
 
     Args:
         learner: The learner; nothing is measured if its trainer has no `losses`.
@@ -31,7 +30,6 @@ class HeldOut:
         self.trainer, self.device = learner.trainer, learner.device
         self.dataset = dataset if contracts.losses_of(learner.trainer) else None
         self.normaliser, self.batch_size, self.tick = normaliser, batch_size, tick
-        self.best_step, self.best_loss = -1, math.inf
         self.measured_at = -1
 
     def __bool__(self) -> bool:
@@ -43,21 +41,7 @@ class HeldOut:
             return {}
         found = held_out_loss(self.trainer, self.dataset, self.normaliser, self.batch_size, self.device, self.tick)
         self.measured_at = step
-        if found["val/loss"] < self.best_loss:
-            self.best_step, self.best_loss = step, found["val/loss"]
         return found
-
-    def improved(self, step: int) -> bool:
-        """Whether the loss measured at this step is the lowest so far."""
-        return self.measured_at == self.best_step == step
-
-    def state_dict(self) -> dict[str, Any]:
-        """The best step and its loss."""
-        return {"best_step": self.best_step, "best_loss": self.best_loss}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of `state_dict`."""
-        self.best_step, self.best_loss = state["best_step"], state["best_loss"]
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import contracts, optimizers, parallel
+from ..acting.policy_folder import weights_of
 from ..errors import UserError
 from .gradients import Finite, Gradients, accumulate
 from .held_out import loss_by_source
@@ -98,6 +99,22 @@ class Learner:
             yield
         finally:
             self.train()
+
+    def acting_weights(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """A copy of a policy's weights as evaluations have them; training goes on with every bit as it was.
+
+        Where an optimizer averages by itself, the way to its averages and back rounds, hence the copies.
+        """
+        averaging = [opt for opt in self.optimizers.values() if callable(getattr(opt, "eval", None))]
+        trained = [p for opt in averaging for group in opt.param_groups for p in group["params"]]
+        before = [(p.data, p.detach().clone()) for p in trained]
+        optimizers.set_mode(self.optimizers, training=False)
+        try:
+            return weights_of(module)
+        finally:
+            optimizers.set_mode(self.optimizers, training=True)
+            for weights, kept in before:
+                weights.copy_(kept)
 
     def begin(self, step: int, epoch: int = 0, total_epochs: int = 1) -> None:
         """Begin a step of the script, in this pass over the data, which `train_step` may ask for."""

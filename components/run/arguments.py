@@ -11,18 +11,24 @@ import re
 from collections.abc import Container
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from .. import contracts
+from ..acting.evaluation import offered_env
 from ..acting.policy import Inference
-from ..errors import UserError, nearest, one_line
+from ..errors import UserError, let_through, nearest, one_line
 from ..records import misfit
 from . import command_line as cli
 from . import debug
 from .checkpoint import recorded_options
+from .config_file import Config
+from .config_file import read as read_config
+from .help import Option, catalogue, flags_of
 from .inheritance import read_inherited
 from .places import located
 from .record import read_args
+from .seeds import spelled_out
+from .tracking import check_tracker
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,18 @@ class Rule:
     """Whether that default overrides the command line under `--debug`."""
     replay: bool = False
     """Whether only trainers with a replay buffer use it."""
+    refused: tuple[str, str] = ("", "")
+    """A word that users of other kits may try, which is not offered, and why it is refused."""
+
+
+FP16 = ("fp16", "is not supported (its scaler fits one optimizer only); use bf16")
+
+
+# Field of the scripts' options -> title of the section of --help that begins with it.
+SECTIONS = {"trainer": "Components", "resume": "Training", "eval_every": "Evaluation", "run_dir": "Saving"}
+SECTIONS |= {"env_timeout": "Training", "save_every": "Saving", "track": "Tracking"}
+SECTIONS |= {"save_buffer": "Saving", "env_restarts": "Training"}
+LIST = Option("list", ("--list",), "", "Print all components, each with a line about it; those of --plugins, too.")
 
 
 @dataclass(kw_only=True)
@@ -47,6 +65,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         self.argv: list[str] = []  # the arguments; on a resume those of the run, then those given with --resume
+        self.notes: list[str] = []  # about the command line, for the screen
         self.stored: dict[str, Any] = {}  # `args.json` of the resumed run
         self.defaults: dict[str, Any] = {}  # of the trainer: option -> value
         self.models: dict[str, tuple[str, Any]] = {}  # model name -> entry of the registry, its options
@@ -57,11 +76,14 @@ class Arguments:
 
     @property
     def subject(self) -> str:
-        """Part of the run folder's name: task or id of the dataset or environment, else its registry name."""
-        option = "dataset" if learns_from_data(type(self)) else "env"
-        options = getattr(self, f"{option}_options")
-        named = getattr(options, "id", "") or getattr(options, "task", "") or getattr(self, option)
-        return re.sub(r"[^\w.-]+", "-", str(named))
+        """Part of the run folder's name: id, task or file of the dataset or environment, else its registry name."""
+        options, name = self.dataset_options, self.dataset  # type: ignore[attr-defined]
+        known = name == "none" or hasattr(options, "environment") or any(map(self.given, ("env", "env.id", "env.task")))
+        if not learns_from_data(type(self)) and known:
+            options, name = self.env_options, self.env  # type: ignore[attr-defined]
+        texts = [getattr(options, option, "") for option in ("id", "task", "path")]
+        named = next((text for text in texts if isinstance(text, str) and text), name)
+        return re.sub(r"[^\w.-]+", "-", Path(named).stem if named == texts[2] else named)
 
 
 def learns_from_data(options: Any) -> bool:
@@ -87,7 +109,8 @@ def check_bounds(options: Any) -> None:
 def parse(options: Any, argv: list[str], registries: dict[str, dict[str, type]]) -> Any:
     """Parse a script's command line; with `--resume`, the command line of that run and the arguments added to it.
 
-    What the command line of a resumed run leaves out is as the run recorded it, whatever the defaults are by now.
+    What the command line of a resumed run leaves out is as the run recorded it, whatever the defaults are by now. The
+    options of a `--config` file are recorded as if they had been typed, so that a resumed run needs no such file.
 
     Args:
         options: The script's `Args`. Its fields `<option>` and `<option>_options` choose from `registries[option]`.
@@ -95,54 +118,155 @@ def parse(options: Any, argv: list[str], registries: dict[str, dict[str, type]])
     Raises:
         UserError: an invalid command line; one line with the option, the expected value and the remedy.
     """
-    names_only = _names_of(options, registries)
+    names_only, argv = _names_of(options, registries), _renewed(spelled_out(argv))
     names: Any = cli.parse_names(names_only, argv)
+    let_through(names.debug)
+    quiet = os.environ.get("RANK", "0") != "0"
+    if names.list:
+        _list(options, registries, names.plugins, quiet)
+    typed, resumed, plugins = argv, names.resume, names.plugins
     stored: dict[str, Any] = {}
-    beside: list[str] = []  # what is given beside --resume
-    typed, plugins = argv, names.plugins
-    if resumed := names.resume:
-        stored = read_args(Path(resumed), made_by=Path(inspect.getfile(options)).name)
-        _check_recorded(stored["args"], names_only, resumed)
-        asked = {option: getattr(names, option) or stored["args"].get(option) for option in registries}
-        _refuse_changes(resumed, stored["args"], asked, set())
-        cli.import_for(Path(resumed), stored["args"]["plugins"], plugins)
-        beside = cli.without(argv, "--resume")
-        argv = [*cli.without(stored["argv"], "--plugins", several=True), *beside]
-        names = cli.parse_names(names_only, argv)
-        for option in registries:  # chosen by a default then
-            known = stored["args"].get(option, "")
-            setattr(names, option, getattr(names, option) or (tuple(known) if option == "model" else known))
+    config: Config | None = None
+    if names.config:
+        config, argv = _begin_config(options, registries, names, typed)
+    if resumed:
+        stored, names, argv = _begin_resumed(options, registries, names_only, names, argv)
     else:
         cli.import_plugins(plugins)
     trainer = cli.pick(registries["trainer"], "trainer", names.trainer or options.trainer)
+    if not resumed and (found := _recognised(options, argv, names, trainer, registries["dataset"], quiet)):
+        argv, names.dataset = ["--dataset", found, *argv], found
     defaults = _Defaults(options, registries, names, trainer)
     default = defaults.complete()
-    if resumed:
-        default = _recorded(default, stored["args"], resumed)
-    args = cli.parse(options, argv, default, quiet=os.environ.get("RANK", "0") != "0")
+    if config:
+        default, argv = _with_config(config, default, argv, defaults.small() if cli.given(typed, "debug") else set())
+    default = _recorded(default, stored["args"], resumed) if resumed else _of_data(default, argv)
+    _refuse_words(options, argv)
+    args = cli.parse(options, argv, default, quiet, registries, SECTIONS, more=[LIST])
     check_bounds(args)
-    args, same, moved = located(args, stored.get("args", {}), beside)
+    check_tracker(args.track)
+    args, same, moved = located(args, stored.get("args", {}), cli.without(typed, "--resume") if resumed else [])
+    let_through(args.debug)
     if args.debug:
         always = {name: rule.debug for name, rule in rules_of(options).items() if rule.always}
         args = debug.alone(args, always)
     if resumed:
-        for option in ("env", "dataset"):
-            cli.check_reach(Path(resumed), option, getattr(args, f"{option}_options"), typed, plugins)
+        cli.check_reach_of_run(Path(resumed), args, argv, typed, plugins)
         may_change = {"plugins", *same, *(name for name, rule in rules_of(options).items() if rule.resume)}
         may_change |= moved if read_inherited(Path(resumed)).get("data") else set()  # other data will be refused
         for before in (asdict(default), recorded_options(Path(resumed) / "checkpoints")):
             _refuse_changes(resumed, before, asdict(args), may_change)
         args.resume = resumed
+    elif config:
+        config.settle(args, typed, plugins)
     args.argv, args.stored, args.defaults = argv, stored, defaults.of_trainer
     args.models = {name: (entry, getattr(args.model_options, name)) for name, entry in defaults.needs.items()}
     return args
 
 
+def _begin_resumed(
+    options: Any, registries: dict[str, Any], names_only: type, names: Any, argv: list[str]
+) -> tuple[dict[str, Any], Any, list[str]]:
+    """The record of the run to resume, whose plugins are imported; the names that it and the command line choose.
+
+    Returns:
+        The record, the names, and the run's command line with what is given beside `--resume`.
+    """
+    resumed = names.resume
+    stored = read_args(Path(resumed), made_by=Path(inspect.getfile(options)).name)
+    _check_recorded(stored["args"], names_only, resumed)
+    asked = {option: getattr(names, option) or stored["args"].get(option) for option in registries}
+    _refuse_changes(resumed, stored["args"], asked, set())
+    cli.import_for(Path(resumed), stored["args"]["plugins"], names.plugins)
+    stored = _with_names_of_now(stored, registries)
+    recorded = cli.without(_renewed(stored["argv"]), "--plugins", several=True)
+    argv = [*recorded, *cli.without(argv, "--resume")]
+    names = cli.parse_names(names_only, argv)
+    for option in registries:  # chosen by a default then
+        known = stored["args"].get(option, "")
+        setattr(names, option, getattr(names, option) or (tuple(known) if option == "model" else known))
+    return stored, names, argv
+
+
+def _begin_config(options: Any, registries: dict[str, Any], names: Any, typed: list[str]) -> tuple[Config, list[str]]:
+    """The `--config` file, whose components are filled into `names`, and the command line with these instead of it."""
+    if names.resume:
+        why = f"--resume {names.resume} takes every option from there"
+        raise UserError(f"--config is for new runs: {why}; leave it out")
+    config = read_config(names.config, Path(inspect.getfile(options)).name, registries, typed)
+    cli.import_for(config.file, config.plugins, names.plugins)
+    words = config.choose(names, registries, options.trainer)
+    return config, [*words, *cli.without(cli.without(typed, "--config"), "--model", several=True)]
+
+
+def _with_config(config: Config, default: Any, argv: list[str], small: set[str]) -> tuple[Any, list[str]]:
+    """The script's options with those of a file, but for `small` keys, and the command line with them."""
+    default, words = config.onto(default, small)
+    with one_line(str(config.file)):
+        check_bounds(default)
+    return default, [*words, *argv]
+
+
+def _renewed(argv: list[str]) -> list[str]:
+    """A command line whose `--track` has a value: without one, it means wandb, as it did when it was a switch."""
+    words: list[str] = []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        words += {"--no-track": ["--track", "none"]}.get(word, [word])
+        words += ["wandb"] if word == "--track" and following.startswith("-") else []
+    return words
+
+
 def _names_of(options: type, registries: dict[str, Any]) -> type:
     """Dataclass of the options that the first pass reads; each is empty where it is absent."""
-    made: list[Any] = [(name, str, field(default="")) for name in (*registries, "resume") if name != "model"]
+    made: list[Any] = [(name, str, field(default="")) for name in (*registries, "resume", "config") if name != "model"]
     made += [(name, tuple[str, ...], field(default=())) for name in ("model", "plugins")]
-    return make_dataclass("Names", [*made, ("debug", bool, field(default=False))], kw_only=True)
+    made += [(name, bool, field(default=False)) for name in ("debug", "list")]
+    return make_dataclass("Names", made, kw_only=True)
+
+
+def _list(options: type, registries: dict[str, dict[str, type]], plugins: tuple[str, ...], quiet: bool) -> NoReturn:
+    """Print all components, with those of the plugins, and exit with 0."""
+    cli.import_plugins(plugins)
+    if not quiet:
+        print(catalogue(registries, Path(inspect.getfile(options)).name), end="")
+    raise SystemExit(0)
+
+
+def _refuse_words(options: type, argv: list[str]) -> None:
+    """Raise UserError for a word that an option refuses with a reason."""
+    for name, rule in rules_of(options).items():
+        option, (word, reason) = name.replace("_", "-"), rule.refused
+        if word and cli.last_value(argv, option) == word:
+            raise UserError(f"--{option} {word} {reason}")
+
+
+def _recognised(options: Any, argv: list[str], names: Any, trainer: type, readers: dict[str, type], quiet: bool) -> str:
+    """The reader of the path that `--dataset.path` gives without `--dataset`; "" where the default one may read it.
+
+    Raises:
+        UserError: no such path, or a format that is not recognised.
+    """
+    path = cli.last_value(argv, "dataset.path")
+    default: Any = readers.get(trainer_defaults(options, trainer).get("dataset", options.dataset), object)
+    recognise = contracts.recogniser_of(readers.values())
+    reads = any(flag == "--dataset.path" for flag in flags_of(default, "dataset"))
+    if names.dataset or not recognise or (reads and not contracts.recogniser_of([default])):
+        return ""
+    if not path:
+        if cli.given(argv, "dataset.path") and not reads:
+            raise UserError("--dataset.path: expected a file or folder")
+        return ""
+    try:
+        found = recognise(path)
+    except UserError as error:
+        if reads:
+            return ""
+        raise UserError(f"--dataset.path {error}") from error
+    if readers.get(found) is default:
+        return ""
+    if not quiet and not cli.asks_for_help(argv):
+        print(f"--dataset.path {path} is recognised, as with --dataset {found}")
+    return found
 
 
 def trainer_defaults(options: Any, trainer: type) -> dict[str, Any]:
@@ -197,8 +321,20 @@ class _Defaults:
                 raise UserError(f"{subject}: the script has no option {name!r}; {nearest(name, known)}")
         with one_line(subject):
             acting = Inference(**self.group("policy"))
-            everything = vars(names) | simple | groups
+            everything = {k: v for k, v in vars(names).items() if k in known} | simple | groups
             return self.options(**everything, model_options=cli.model_options(models), policy=acting)
+
+    def small(self) -> set[str]:
+        """Keys of the options, such as "steps" and "trainer.horizon", that have a value of their own under --debug."""
+        found = {name for name, rule in rules_of(self.options).items() if rule.debug is not None}
+        chosen = [
+            (f"{option}.", option, getattr(self.names, option)) for option in self.registries if option != "model"
+        ]
+        for place, (model, entry) in enumerate(self.needs.items()):
+            chosen.append(("model." if place == 0 else f"model.{model}.", "model", entry))
+        for prefix, option, name in chosen:
+            found |= {f"{prefix}{key}" for key in contracts.debug_options_of(self.registries[option].get(name, object))}
+        return found
 
     def group(self, option: str) -> dict[str, Any]:
         """Field name -> default, of the entries "<option>.<name>"."""
@@ -216,6 +352,34 @@ class _Defaults:
             values = {}
         small = contracts.debug_options_of(component) if self.names.debug else {}
         return contracts.options_of(component, values | small)
+
+
+def _of_data(default: Any, argv: list[str]) -> Any:
+    """Defaults in which the environment's options are those of the dataset, if its own options tell them."""
+    if not hasattr(default.dataset_options, "environment"):
+        return default
+    data, words = default.dataset_options, [word for word in argv if word not in ("-h", "--help")]
+    if any(word.startswith("--dataset.") for word in words):
+        try:
+            data = cli.parse(type(default), words, default).dataset_options
+        except UserError:  # which is parsed again, and reported then
+            return default
+    offered = data.environment()
+    return replace(default, env_options=offered_env(offered)[1]) if offered["name"] == default.env else default
+
+
+def _with_names_of_now(stored: dict[str, Any], registries: dict[str, dict[str, type]]) -> dict[str, Any]:
+    """A run's record in which the options of its components have the names that they have by now."""
+    args, argv = dict(stored["args"]), list(stored["argv"])
+    for option, registry in registries.items():
+        component, group = registry.get(str(args.get(option)), object), f"{option}_options"
+        for old, now in contracts.former_names_of(component).items():
+            if isinstance(args.get(group), dict):
+                args[group] = {now if name == old else name: value for name, value in args[group].items()}
+            before, after = (f"--{option}.{name.replace('_', '-')}" for name in (old, now))
+            parts = [word.partition("=") for word in argv]
+            argv = [(after if name.replace("_", "-") == before else name) + rest + v for name, rest, v in parts]
+    return stored | {"args": args, "argv": argv}
 
 
 def _recorded(options: Any, values: Any, run: str, place: str = "args") -> Any:

@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent, with hashes; safetensors and JSON only, no pickle.
 
     checkpoints/step-000001000/   <name>.safetensors (shared by all processes), rank-<r>.safetensors, manifest.json
-    checkpoints/best              link to the step with the lowest held-out loss
+                                  policy.json, model.safetensors: the policy of that step, as in the run's policy/
+    checkpoints/best              link to the step that `best.py` tells
 
 A checkpoint is written to a temporary folder and becomes valid when that folder is renamed into place. The latest
 checkpoint is the newest one whose manifest verifies. Names that start with a dot are temporary, stale or damaged.
@@ -17,21 +18,25 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import contracts, parallel
+from ..acting.policy_folder import write_policy
 from ..data.random_state import derive_seed, get_random_state, seed_all, set_random_state
-from ..errors import UserError, nearest, one_line
+from ..errors import UserError, crashes_pass, nearest, one_line
 from ..optimizers import kept_length
 from ..records import Manifest, check_folder, check_regular, problem_of
 from .files import as_json, fingerprint, flatten, read_tree, sync, unflatten, write_json, write_tree
 from .pieces import DamagedError, Parts, Records, keep, leave_out, recover
+from .progress import SAVING, shown_as
 
 logger = logging.getLogger(__name__)
 FORMAT = 2
+PATIENCE = 10  # attempts to read a checkpoint of a run that replaces them
+T = TypeVar("T")
 STEP_NAME = re.compile(r"step-(\d{9,})")
 
 
@@ -65,6 +70,7 @@ def save(
     rank: int,
     best: int,
     before: Callable[[], None] = lambda: None,
+    further: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write `root/step-<step>`; called by every process.
 
@@ -75,6 +81,7 @@ def save(
         keep_last: Number of checkpoints to keep; older ones are removed once this one is valid.
         best: Step of the best checkpoint so far, which is linked as `best` and kept; -1 for none.
         before: Must succeed first, such as an fsync of the log.
+        further: Writes further files into the folder that it gets, on rank 0.
 
     Raises:
         Exception: on every process, when any process could not write. The older checkpoints are then untouched, and
@@ -84,7 +91,7 @@ def save(
     try:
         _on_all(before)
         _on_all(writer.prepare)
-        _on_all(partial(writer.write, shared, of_rank, keep_last))
+        _on_all(partial(writer.write, shared, of_rank, keep_last, further))
         pieces = [name for names in parallel.gather(writer.pieces) for name in names]
         _on_all(partial(writer.commit, {"pieces": pieces, "best": best, **info}, keep_last, best))
     except Exception:
@@ -109,8 +116,10 @@ class _Writer:
             _remove_stale(self.root)
             self.temporary.mkdir()
 
-    def write(self, shared: dict[str, Any], of_rank: dict[str, Any], keep_last: int) -> None:
-        """Write this process's file and parts; rank 0 also writes the shared state."""
+    def write(
+        self, shared: dict[str, Any], of_rank: dict[str, Any], keep_last: int, further: Callable[[Path], None]
+    ) -> None:
+        """Write this process's file and parts; rank 0 also writes the shared state, and `further` files."""
         of_rank = dict(of_rank)
         earlier = [path for path in reversed(steps(self.root)) if path < self.final]
         before = earlier[0] if earlier and keep_last > 1 else None
@@ -127,6 +136,10 @@ class _Writer:
         if self.rank == 0:
             for name, tree in shared.items():
                 self.shapes[name] = write_tree(self.temporary / f"{name}.safetensors", tree)
+            before_them = set(self.temporary.iterdir())
+            further(self.temporary)
+            for path in set(self.temporary.iterdir()) - before_them:
+                sync(path)
 
     def commit(self, info: dict[str, Any], keep_last: int, best: int) -> None:
         """Rank 0 writes the manifest and renames the folder into place, which makes the checkpoint valid."""
@@ -150,10 +163,10 @@ class _Writer:
 
 def _files(folder: Path) -> dict[str, list[Any]]:
     """File name -> fingerprint, as the manifest of a checkpoint has them; {} if there is none that can be read."""
-    return _manifest_of(folder).get("files", {})
+    return manifest_of(folder).get("files", {})
 
 
-def _manifest_of(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, whose files may not match it; {} if there is none that is whole."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -164,7 +177,7 @@ def _manifest_of(folder: Path) -> dict[str, Any]:
 
 def recorded_options(root: Path) -> dict[str, Any]:
     """The options of a run as its newest checkpoint with a whole manifest has them; {} if there is none."""
-    return next((found["config"] for folder in reversed(steps(root)) if (found := _manifest_of(folder))), {})
+    return next((found["config"] for folder in reversed(steps(root)) if (found := manifest_of(folder))), {})
 
 
 def _known_fingerprints(root: Path) -> dict[int, list[Any]]:
@@ -183,12 +196,13 @@ def _remove_stale(root: Path) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def tidy(root: Path, best: int | None, keep_last: int) -> None:
-    """Do what the last save did not come to do after its checkpoint was valid."""
+def tidy(root: Path, manifest: dict[str, Any], keep_last: int) -> None:
+    """Do what the last save, which wrote this manifest, did not come to do after its checkpoint was valid."""
     with contextlib.suppress(OSError):  # a full disk: the next save does it
         _remove_stale(root)
-        if best is not None:
-            link_best(root, best)
+        if "best" in manifest:
+            best = manifest["best"]  # a record; in an older version, the step alone, or -1
+            link_best(root, best["step"] if isinstance(best, dict) else -1 if best is None else best)
         _prune(root, keep_last)
 
 
@@ -297,6 +311,8 @@ def newest(root: Path, set_aside: bool = True) -> tuple[Path, dict[str, Any]]:
             lacking = lacking or (folder, manifest, pieces)
             raise DamagedError(f"{folder / pieces[0]}: missing, or size or hash does not match")
         except DamagedError as error:
+            if not folder.exists():  # removed by the run, which goes on
+                continue
             damaged.append((folder, str(error)))
             logger.warning("damaged checkpoint, trying the one before: %s", error)
     if found is None and lacking is not None:
@@ -325,6 +341,18 @@ def latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     return newest(root) if ever_saved(root) else None
 
 
+def steadily(run: Path, read: Callable[[], T]) -> T:
+    """The result of `read`, which reads checkpoints; anew, where the run goes on and has replaced some meanwhile."""
+    for more in reversed(range(PATIENCE)):
+        before = steps(run / "checkpoints")
+        try:
+            return read()
+        except (UserError, OSError, RuntimeError):
+            if not more or steps(run / "checkpoints") == before:
+                raise
+    raise AssertionError("the last attempt has returned or raised")
+
+
 def ever_saved(root: Path) -> bool:
     """Whether there is a checkpoint, or was one that is damaged."""
     return bool(steps(root)) or (root.is_dir() and any(root.glob(".damaged-*")))
@@ -341,15 +369,23 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return lines
 
 
-def load_weights(module: torch.nn.Module, name: str, run: Path) -> None:
-    """Load one named model from the newest checkpoint of a run; its averaged weights if there are any.
+def load_weights(module: torch.nn.Module, name: str, run: Path) -> str:
+    """Load one named model from the newest checkpoint of a run, or from a checkpoint's folder; returns which it took.
+
+    Where the model has averaged weights, these are loaded.
 
     Raises:
         UserError: no run or checkpoint there, no such model in it, or keys and shapes that differ (the first five).
     """
     if not run.exists():
         raise UserError(f"{run}: no such run folder to load model {name!r} from")
-    folder, manifest = newest(run / "checkpoints", set_aside=False)
+    if (run / "manifest.json").exists():
+        folder, which = run.resolve(), ""  # which `best` leads to now
+        with one_line(f"{run}: damaged checkpoint"):
+            manifest, _ = examine(folder, pieces=False)
+    else:
+        folder, manifest = newest(run_of(run) / "checkpoints", set_aside=False)
+        which = ", its newest checkpoint"
     stored = f"model-ema_{name}" if f"model-ema_{name}" in manifest["shapes"] else f"model-{name}"
     shapes = manifest["shapes"].get(stored)
     if shapes is None:
@@ -360,6 +396,16 @@ def load_weights(module: torch.nn.Module, name: str, run: Path) -> None:
         raise UserError(f"{folder}: model {name!r} does not fit: {'; '.join(odd[:5])}")
     with one_line(f"{folder}: model {name!r} cannot be loaded"):
         module.load_state_dict(read_tree(folder / f"{stored}.safetensors"))
+    return f"{run}: step {manifest['step']}{which}"
+
+
+def run_of(path: Path) -> Path:
+    """The run that a checkpoint's folder, such as `checkpoints/best`, or a `policy/` is of; else the folder itself."""
+    for folder in (path, path.resolve()) if not (path / "args.json").exists() else ():
+        for run, place in ((folder.parent.parent, folder.parent.name), (folder.parent, folder.name)):
+            if place in ("checkpoints", "policy") and (run / "args.json").exists():
+                return run
+    return path
 
 
 def initialise(models: torch.nn.ModuleDict, args: Any, inherited: Any) -> None:
@@ -384,8 +430,12 @@ def initialise(models: torch.nn.ModuleDict, args: Any, inherited: Any) -> None:
     if inherited.has_weights:
         inherited.load_weights(models)
     else:
+        taken: dict[str, list[str]] = {}
         for name, run in sources.items():
-            load_weights(models[name], name, Path(run))
+            which = steadily(run_of(Path(run)), partial(load_weights, models[name], name, Path(run)))
+            taken.setdefault(which, []).append(name)
+        for which, names in taken.items():
+            logger.info("weights of %s from %s", ", ".join(names), which)
         inherited.keep_weights({name: models[name] for name in [*sources, *contracts.from_files(args.models)]})
     for name in args.freeze:
         models[name].requires_grad_(False)
@@ -407,19 +457,20 @@ class Checkpoints:
         run: Has the step and the folder.
         args: With `trainer`, `steps`, `seed` and `keep_last`.
         learner: Its models, optimizers, loss and trainer have separate files.
+        policy: The policy that acts, which each checkpoint has; None for none.
         parts: name -> part.
     """
 
-    def __init__(self, run: Any, args: Any, learner: Any, **parts: Any) -> None:
-        self.run, self.args, self.learner, self.failed = run, args, learner, 0
+    def __init__(self, run: Any, args: Any, learner: Any, policy: Any = None, **parts: Any) -> None:
+        self.run, self.args, self.learner, self.policy, self.failed = run, args, learner, policy, 0
         self.parts = {"run": run, "metrics": learner.metrics, **parts}
         self.root = run.path / "checkpoints"
 
-    def save(self, best: int = -1, last: bool = False) -> None:
-        """Write a checkpoint of the step; called by every process.
+    @shown_as(SAVING)
+    def save(self, last: bool = False) -> None:
+        """Write a checkpoint of the step, and keep the best one; called by every process.
 
         Args:
-            best: Step of the best checkpoint, which is kept; -1 for none.
             last: Whether this is the last checkpoint of the run.
 
         Raises:
@@ -435,8 +486,8 @@ class Checkpoints:
         own = contracts.state_of(learner.trainer)
         shared["trainer"] = {"loss": learner.loss.state_dict(), "own": own, "updates": learner.updates, "parts": states}
         config = {name: value for name, value in run.config.items() if name != "run_dir"}
-        info = {"trainer": self.args.trainer, "config": config}
-        arguments = (info, self.args.keep_last, run.rank, best, run.settle)
+        info = {"trainer": self.args.trainer, "config": config, "best": run.best.record}
+        arguments = (info, self.args.keep_last, run.rank, run.best.step, run.settle, self._write_policy)
         try:
             try:
                 save(self.root, run.step, shared, self._of_rank(), *arguments)
@@ -448,12 +499,19 @@ class Checkpoints:
                 save(self.root, run.step, shared, self._of_rank(), *arguments)
         except Exception as error:
             self.failed += 1
+            run.best.lost(run.step)
             run.say(f"CHECKPOINT AT STEP {run.step} FAILED, {self.failed} in a row, older ones are kept: {error}")
-            if self.failed == 3 or last:  # no run finishes without its last checkpoint
+            if self.failed == 3 or last or crashes_pass():  # no run finishes without its last checkpoint
                 raise
             return
         self.failed = 0
         self._tell("saved")
+
+    def _write_policy(self, folder: Path) -> None:
+        """Write the policy into a checkpoint; the one that it corrects is in the run's folder once."""
+        if self.policy is not None:
+            weights = self.learner.acting_weights(self.policy.module)
+            write_policy(folder, self.policy, self.args, self.run.step, weights)
 
     def _of_rank(self) -> dict[str, Any]:
         """The state of this process."""
@@ -478,11 +536,13 @@ class Checkpoints:
             run.step = found[1]["step"]
             with one_line(f"{found[0]} cannot be resumed"):  # its hashes are right, so it was not written by this run
                 states = self.load(*found)
+                if older := states.pop("held_out", None):
+                    states["run"]["best"] = older
                 for name, state in states.items():
                     self.parts[name].load_state_dict(state)
                 self._load_ranks(*found)
             if run.first:
-                tidy(self.root, found[1].get("best"), self.args.keep_last)
+                tidy(self.root, found[1], self.args.keep_last)
         if run.step > steps:
             raise UserError(f"--steps {steps} is below step {run.step}, which {run.path} has reached")
         parallel.on_first(run.rank, lambda: run.rewind(run.step, counted="run" in states))

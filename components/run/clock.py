@@ -1,13 +1,16 @@
 """What is due at a step, when to stop, and how the time is spent; the same on all processes."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from .. import parallel
 from ..errors import StoppedError
+from .progress import EVALUATING, FILMING, SAVING, duration
 
+FILM = 10  # episodes of an evaluation that take about as long as the film at the end
 MOST_PASSES = 50  # of the loop between two votes of several processes, which bounds the delay of a stop
 
 
@@ -50,6 +53,10 @@ class Clock:
         self.saved_at = self.voted_at = time.monotonic()
         self.logged_at: int | None = None
         self.watches = {"data_s": Stopwatch(run), "step_s": Stopwatch(run)}
+        # The step and the seconds at work where the time left is measured: at first, and at the newest log lines.
+        self.marks: deque[tuple[int, float]] = deque(maxlen=20)
+        self.start, self.settled = self._mark(), True
+        run.progress.left = self.left
 
     # ---- what is due ----
 
@@ -63,13 +70,14 @@ class Clock:
         """Whether the run has to be resumed: it has steps to make, or an evaluation to repeat."""
         return self.owed or self.run.step < self.args.steps
 
-    def due(self, what: str, also: bool = False) -> bool:
+    def due(self, what: str, also: bool = False, settled: bool = True) -> bool:
         """Whether an evaluation ("eval"), a log line ("log") or a checkpoint ("save") is due; if so, counts it as done.
 
         A checkpoint is also due after `save_minutes` and before a stop; all processes vote on both.
 
         Args:
             also: Whether another reason makes it due.
+            settled: Whether what was collected has been learnt from; a log line waits for it until the last step.
         """
         step, every, last = self.run.step, self.every[what], self.last[what]
         due = also or (step > last and (step >= self.args.steps or (every > 0 and step // every > last // every)))
@@ -77,7 +85,9 @@ class Clock:
             due = due and self.evaluates
         elif what == "log":
             self.logged_at = step if self.logged_at is None else self.logged_at
+            due = due and (settled or step >= self.args.steps)
             due = due and not self.stopping  # the resumed run writes the line, after the evaluation
+            self._begin_to_measure(settled)
         else:
             due = self._vote() or due or self.renew
             self.renew = False
@@ -91,9 +101,10 @@ class Clock:
 
     @contextmanager
     def owing_evaluation(self) -> Iterator[None]:
-        """Let a stop interrupt the evaluation, which is then due again in the resumed run."""
+        """Let a stop interrupt the evaluation, which is then due again in the resumed run; show that it runs."""
         try:
-            yield
+            with self.run.progress.phase(EVALUATING, unit="episodes"):
+                yield
         except StoppedError:  # raised on all processes together
             self.last["eval"], self.stopping, self.owed = self.last_eval, True, True
 
@@ -133,7 +144,50 @@ class Clock:
         self.logged_at = self.run.step
         for watch in self.watches.values():
             watch.seconds, watch.calls = 0.0, 0
+        if self.marks and self._mark()[1] > self.marks[-1][1] + 1:
+            self.marks.append(self._mark())
         return rates
+
+    # ---- how long the rest takes ----
+
+    def _mark(self) -> tuple[int, float]:
+        """The step, and the time without evaluations and saves."""
+        return self.run.step, time.monotonic() - self.run.progress.away
+
+    def _begin_to_measure(self, settled: bool) -> None:
+        """Set the first mark: after the first update, since random actions are faster; or where a rollout begins."""
+        self.settled = settled
+        if not self.marks and (not settled or self.watches["step_s"].calls):
+            self.marks.append(self._mark() if settled else self.start)
+
+    def left(self, also: float) -> str:
+        """What the rest takes, for the screen: "1:56 left"; "" while it is unknown.
+
+        Steps take as long as the newest ones, an evaluation as long as the last one, and so does a save. Until one has
+        run, its time is not known: "0:07 + 6 evaluations left".
+
+        Args:
+            also: Seconds that are added.
+        """
+        if not self.marks or (len(self.marks) == 1 and not self.settled):  # a part of a rollout tells too little
+            return ""
+        (first, then), (last, now) = self.marks[0], self.marks[-1] if len(self.marks) > 1 else self._mark()
+        if last <= first:
+            return ""
+        took, evaluations = self.run.progress.took, self._to_come("eval") if self.evaluates else 0
+        steps = (self.args.steps - self.run.step) * (now - then) / (last - first)
+        late = steps / (60 * self.args.save_minutes) if self.args.save_minutes else 0.0
+        seconds = also + steps + max(self._to_come("save"), late) * took.get(SAVING, 0.0)
+        seconds += evaluations * took.get(EVALUATING, 0.0)
+        if self.evaluates and self.args.eval_episodes and not self.args.debug and FILMING not in took:
+            seconds += FILM / self.args.eval_episodes * took.get(EVALUATING, 0.0)
+        unknown = f" + {evaluations} evaluation{'s' * (evaluations > 1)}" if EVALUATING not in took else ""
+        return f"{duration(seconds)}{unknown * (evaluations > 0)} left" if seconds >= 1 or evaluations or steps else ""
+
+    def _to_come(self, what: str) -> int:
+        """How often something is still due, besides by the clock."""
+        end, every, last = self.args.steps, self.every[what], self.last[what]
+        return end // every - last // every + (end % every > 0) if every and last < end else int(last < end)
 
     # ---- resuming ----
 

@@ -1,48 +1,94 @@
-"""Shared by all command lines: plugins, suggestions for misspelt names, and tyro's errors as one line."""
+"""Shared by all command lines: plugins, choices, and tyro's errors as one line."""
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from ..errors import UserError, nearest, where
+from ..errors import UserError, crashes_pass, nearest, where
+from .help import Option, Registries, page
+from .unknown import about_unknown
 
 T = TypeVar("T")
 
 
-def import_plugins(modules: Sequence[str]) -> None:
-    """Import the modules named by `--plugins`, also from the working directory, so that they register components.
+def import_plugins(plugins: Sequence[str]) -> None:
+    """Import what `--plugins` names, so that it registers components: modules, also from here, and Python files.
 
-    Raises UserError: a module is missing, or fails while it is imported (names its file and line).
+    Raises UserError: a module or file is missing, or fails while it is imported (names its file and line).
     """
-    if modules and (folder := str(Path.cwd())) not in sys.path:
+    if not all(map(is_file, plugins)) and (folder := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, folder)
-    for name in modules:
+    for plugin in plugins:
+        name = module_of(plugin)
+        if is_file(plugin):
+            _make_importable(plugin)
+        missing = f"--plugins {plugin}: no such module in {Path.cwd()} or on the Python path, nor a file {plugin}.py"
+        if Path(f"{plugin}.py").is_file() and not name.isidentifier():
+            raise UserError(f"--plugins {plugin}: no module's name; for the file, write --plugins {plugin}.py")
+        if name.startswith("."):
+            raise UserError(missing)
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name and (name == error.name or name.startswith(error.name + ".")):
-                raise UserError(f"--plugins {name}: no such module in {Path.cwd()} or on the Python path") from error
-            raise UserError(f"--plugins {name}: {error} ({where(error)}); install it or fix the import") from error
+                raise UserError(missing) from error
+            raise UserError(f"--plugins {plugin}: {error} ({where(error)}); install it or fix the import") from error
         except Exception as error:
-            raise UserError(f"--plugins {name}: {type(error).__name__}: {error} ({where(error)})") from error
+            if crashes_pass():
+                raise
+            raise UserError(f"--plugins {plugin}: {type(error).__name__}: {error} ({where(error)})") from error
+
+
+def is_file(plugin: str) -> bool:
+    """Whether a word of `--plugins` is a Python file, and not the name of a module."""
+    return plugin.endswith(".py")
+
+
+def module_of(plugin: str) -> str:
+    """The name of the module that a word of `--plugins` is imported as, whichever folder a file is in."""
+    return Path(plugin).stem if is_file(plugin) else plugin
+
+
+def _make_importable(plugin: str) -> None:
+    """Make a file importable by its name, also for processes that this one starts, without hiding any module.
+
+    Raises UserError: no such file, a name that no module can have, or that another one has.
+    """
+    path, name = Path(plugin).expanduser(), module_of(plugin)
+    if not path.is_file():
+        raise UserError(f"--plugins {plugin}: no such file; the working directory is {Path.cwd()}")
+    if not name.replace("-", "_").isidentifier():
+        raise UserError(f"--plugins {plugin}: no module can be called {name!r}; rename the file")
+    loaded = sys.modules.get(name)
+    spec = getattr(loaded, "__spec__", None) if loaded else importlib.util.find_spec(name)
+    file = getattr(loaded, "__file__", None) or (spec.origin if spec else None)
+    if file and Path(file).exists() and path.samefile(file):
+        return
+    if loaded or file:  # a folder of this name that is no package has neither
+        raise UserError(f"--plugins {plugin}: {file or 'a part of Python'} has the name {name!r}; rename one of them")
+    sys.path.append(str(path.parent.absolute()))
+    importlib.invalidate_caches()
 
 
 def import_for(run: Path, recorded: Sequence[str], given: Sequence[str]) -> None:
     """Import the plugins that this command line names, for a run that was made with others, too.
 
-    A run folder may be a stranger's, so nothing that it names is imported by itself.
+    A run folder may be a stranger's, so nothing that it names is imported by itself. A file may lie elsewhere by now.
 
     Raises:
         UserError: a plugin of the run is not named; or as of `import_plugins`.
     """
-    if missing := [name for name in recorded if name not in given]:
-        add = f"--plugins {' '.join(dict.fromkeys([*given, *missing]))}"
+    named = set(map(module_of, given))
+    if missing := [plugin for plugin in recorded if module_of(plugin) not in named]:
+        add = f"--plugins {shlex.join(dict.fromkeys([*given, *missing]))}"
         raise UserError(f"{run} needs plugins, and imports none by itself; if you trust it, add {add}")
     import_plugins(given)
 
@@ -60,9 +106,16 @@ def check_reach(run: Path, option: str, factory: Any, argv: Sequence[str], plugi
     """
     for name, module, what in getattr(factory, "reaches", list)():
         word = f"--{option}.{name.replace('_', '-')}"
-        if not given(argv, word[2:]) and module not in plugins:
+        if not given(argv, word[2:]) and module not in map(module_of, plugins):
             how = f"--plugins {module}" if module else f"{word} again"
             raise UserError(f"{run} has {word} {getattr(factory, name)!r}, which {what}; if you trust it, add {how}")
+
+
+def check_reach_of_run(run: Path, args: Any, argv: Sequence[str], typed: Sequence[str], plugins: Sequence[str]) -> None:
+    """`check_reach` for the dataset of a resumed run, and for its environment where the options name it."""
+    asked_env = any(re.match("--env([.=]|$)", word) for word in argv)
+    for option in ("env", "dataset") if args.dataset == "none" or asked_env else ("dataset",):
+        check_reach(run, option, getattr(args, f"{option}_options"), typed, plugins)
 
 
 def pick(registry: dict[str, type], option: str, name: str) -> type:
@@ -91,6 +144,17 @@ def given(argv: Sequence[str], option: str) -> bool:
     return any(word.partition("=")[0].replace("_", "-") in names for word in argv)
 
 
+def last_value(argv: Sequence[str], option: str) -> str:
+    """The word that the command line sets an option to, the last time that it does; "" for none."""
+    words = [*argv, "--"]
+    found = ""
+    for word, after in zip(words, words[1:], strict=False):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == f"--{option}":
+            found = value if equals else "" if after.startswith("--") else after
+    return found
+
+
 def without(argv: Sequence[str], option: str, several: bool = False) -> list[str]:
     """The command line without an option and its value, or its `several` values."""
     words, skip = [], False
@@ -111,26 +175,30 @@ def pairs(option: str, entries: Sequence[str]) -> dict[str, str]:
 
 
 def choose(registry: dict[str, type], *more: str) -> Any:
-    """tyro's annotation of a `str` option that takes the registry's names, plugins included, and shows its default."""
+    """tyro's annotation of a `str` option that takes the registry's names, plugins included."""
     import tyro
 
     return tyro.conf.arg(
         constructor_factory=lambda: tyro.extras.literal_type_from_choices([*registry, *more]),
-        help_behavior_hint=lambda default: f"(default: {default.strip(chr(39) + '[]')})",
+        metavar="NAME",
+        help_behavior_hint=lambda default: one_of([*registry, *more], default),
     )
 
 
 def choose_some(registry: dict[str, type]) -> Any:
-    """tyro's annotation of an option of any number of words; `--help` shows the registry's names, plugins included."""
+    """tyro's annotation of an option of any number of words, among them the registry's names, plugins included."""
     import tyro
     from tyro.constructors import PrimitiveConstructorSpec
 
-    def hint(default: str) -> str:
-        return f"(of {', '.join(registry)}; default: {re.sub('[^a-z_0-9= ]', '', default)})"
-
     words = PrimitiveConstructorSpec("*", "NAME ...", tuple, lambda value: isinstance(value, tuple), list)
     make: Any = lambda: Annotated[tuple, words]  # noqa: E731  (tyro calls it when it needs it)
-    return tyro.conf.arg(constructor_factory=make, help_behavior_hint=hint)
+    hint = lambda default: one_of([*registry], default)  # noqa: E731
+    return tyro.conf.arg(constructor_factory=make, metavar="NAME ...", help_behavior_hint=hint)
+
+
+def one_of(names: Sequence[str], default: str) -> str:
+    """The end of the text of an option that chooses one of `names`, or some."""
+    return f"One of {', '.join(names)}. (default: {default})"
 
 
 def chosen_models(registry: dict[str, type], needs: dict[str, str], asked: Sequence[str]) -> dict[str, str]:
@@ -169,33 +237,43 @@ def parse_names(options: type[T], argv: Sequence[str]) -> T:
     return _tyro(options, argv, add_help=False)[0]
 
 
-def parse(options: type[T], argv: Sequence[str], default: T | None = None, quiet: bool = False) -> T:
+def parse(
+    options: type[T],
+    argv: Sequence[str],
+    default: T | None = None,
+    quiet: bool = False,
+    registries: Registries | None = None,
+    sections: Mapping[str, str] | None = None,
+    usage: str = "",
+    more: Sequence[Option] = (),
+) -> T:
     """Parse with tyro. `--help` prints and exits with 0; any error raises UserError with one line.
 
     Args:
         quiet: Print no help, as on all processes but the first.
+        registries: Of the options by which components are chosen, whose own options join.
+        sections: Field -> title of the section of `--help` that begins with it.
+        usage: The words after the program's name, where they are not what `options` says.
+        more: Further options that `--help` is to show.
     """
     extra = {} if default is None else {"default": default}
-    try:
-        parsed, unknown = _tyro(options, argv, **extra)
-    except _HelpText as text:
+    values: Any = options() if default is None else default
+    registries = registries or {}
+    if asks_for_help(argv):
         if not quiet:
-            print(text, end="")
-        raise SystemExit(0) from None
+            print(page(values, registries, sections or {}, usage, more), end="")
+        raise SystemExit(0)
+    parsed, unknown = _tyro(options, argv, add_help=False, **extra)
     unknown_options = [word for word in unknown if word.startswith("--")] or unknown
     if unknown_options:
-        try:
-            _tyro(options, ["--help"], **extra)
-        except _HelpText as text:
-            word = unknown_options[0].partition("=")[0]
-            known = set(re.findall(r"--[a-z][\w.-]*", str(text))) - {"--help"}
-            near = nearest(word, known)
-            raise UserError(f"unknown option {word}; {near if near.startswith('nearest') else 'see --help'}") from None
+        file = getattr(sys.modules.get(options.__module__), "__file__", None) or ""
+        raise UserError(about_unknown(unknown_options[0].partition("=")[0], values, registries, file))
     return parsed
 
 
-class _HelpText(Exception):  # noqa: N818  (no error)
-    """tyro's help text."""
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether the command line has `-h` or `--help`."""
+    return any(word in ("-h", "--help") for word in argv)
 
 
 def _tyro(options: type[T], argv: Sequence[str], **extra: Any) -> tuple[T, list[str]]:
@@ -207,8 +285,9 @@ def _tyro(options: type[T], argv: Sequence[str], **extra: Any) -> tuple[T, list[
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             return tyro.cli(options, args=list(argv), return_unknown_args=True, **extra)
     except SystemExit as stop:
-        if not stop.code:
-            raise _HelpText(out.getvalue()) from None
+        if not stop.code:  # tyro has printed a shell's completion
+            print(out.getvalue(), end="")
+            raise
         text = re.sub(r"[\s╭╮╰╯│─]+|-{3,}", " ", out.getvalue())
         text = re.sub(r" +", " ", re.split(r"Argument helptext|For full helptext", text)[0]).strip()
         raise UserError(re.sub(r"^(Value error|Invalid choice|Missing argument) ", "", text)) from None

@@ -1,4 +1,4 @@
-"""`--debug`: small sizes in one process, and a first look at models, batch and gradients."""
+"""`--debug`: small sizes in one process, and a first look at models, batch, gradients and times."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..acting.policy_folder import load_policy
+from .one_batch import learn_by_heart
+from .policies import load_policy
+from .profiling import Profile
+
+PROFILED = 20  # updates, the last ones of the run
+NAMED = 10  # parameters
 
 
 def alone(options: Any, always: dict[str, Any]) -> Any:
@@ -18,20 +23,71 @@ def alone(options: Any, always: dict[str, Any]) -> Any:
 
 
 def watch(learner: Any, run: Any) -> None:
-    """Print the models now, the first batch when it arrives, and the gradient norms with each log line."""
-    update, log = learner.update, run.log
-
-    def first_update(batch: dict[str, Any]) -> None:
-        show_batch(batch, run.say)
-        learner.update = update
-        update(batch)
+    """Print the models now, what a first look at the updates shows, and the gradient norms with each log line."""
+    log = run.log
 
     def log_with_norms(record: dict[str, Any]) -> None:
         log(record)
         show_norms(record, run.say)
 
     show_models(learner.models, run.say)
-    learner.update, run.log = first_update, log_with_norms
+    learner.update, run.log = FirstLook(learner, run), log_with_norms
+
+
+class FirstLook:
+    """A learner's `update`, which looks at the updates of a short run.
+
+    It prints the first batch, then whether it is learnt by heart; after the last update, which parameters had no
+    gradient, and where the time of the last updates went. The numbers of the run stay the same.
+    """
+
+    def __init__(self, learner: Any, run: Any) -> None:
+        self.learner, self.run, self.update = learner, run, learner.update
+        self.made = self.left = 0  # calls
+        self.profile: Profile | None = None
+        self.found: dict[Any, bool] = {}  # parameter that an optimizer steps -> whether a gradient was not zero
+        for optimizer in learner.optimizers.values():
+            optimizer.register_step_pre_hook(self.find_gradients)
+
+    def __call__(self, batch: dict[str, Any]) -> None:
+        if not self.made:
+            show_batch(batch, self.run.say)
+            self.left = (self.learner.planned - self.learner.updates) * self.learner.micro_steps
+        count = min(PROFILED * self.learner.micro_steps, max(self.left - 1, 0))
+        if count and self.made == self.left - count:
+            self.profile = Profile(self.learner, self.run)
+            self.profile.begin()
+            self.run.cleanup.callback(self.profile.stop)
+        self.update(batch)
+        self.made += 1
+        if self.made == 1:
+            self.run.say(learn_by_heart(self.learner, batch))
+        if self.made == self.left:
+            self.run.say(without_gradient(self.learner.models, self.found, self.learner.updates))
+            if self.profile:
+                last = self.learner.updates
+                made = count // self.learner.micro_steps
+                updates = f"{last - made + 1} to {last}"
+                self.run.say(*self.profile.end(updates, max(made, 1), self.run.path / "trace.json"))
+
+    def find_gradients(self, optimizer: Any, arguments: Any, keywords: Any) -> None:
+        """Before a step: note which parameters have a gradient."""
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            if not self.found.get(parameter):
+                self.found[parameter] = parameter.grad is not None and bool(parameter.grad.any())
+
+
+def without_gradient(models: nn.ModuleDict, found: dict[Any, bool], updates: int) -> str:
+    """A line that names the parameters that were stepped, and never had a gradient.
+
+    Args:
+        found: Parameter -> whether it had one.
+    """
+    names = [name for name, parameter in models.named_parameters() if not found.get(parameter, True)]
+    if not names:
+        return f"every parameter had a gradient within {updates} updates" if found else ""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"NO GRADIENT, or zero, in {updates} updates: {', '.join(names[:NAMED])}{more}"
 
 
 def show_models(models: nn.ModuleDict, say: Callable[[str], None]) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..data.tensor_files import save_tensors
+
 
 def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
     """Split a tree into its tensors and JSON that records their places. Dicts keep int keys, tuples stay tuples.
@@ -58,10 +60,8 @@ def unflatten(tensors: dict[str, Tensor], tree: Any) -> Any:
 
 def write_tree(path: Path, tree: Any) -> dict[str, list[int]]:
     """Write a tree and fsync it; returns the shapes of its tensors by their places."""
-    from safetensors.torch import save_file
-
     tensors, description = flatten(tree)
-    save_file(tensors, path, metadata={"tree": json.dumps(description)})
+    save_tensors(tensors, path, {"tree": json.dumps(description)})
     sync(path)
     return {place: list(tensor.shape) for place, tensor in tensors.items()}
 

@@ -27,8 +27,9 @@ from ..data.normalisation import Normaliser
 from ..errors import UserError
 from ..parallel import on_first
 from ..records import Inherited, read_record
-from .checkpoint import ever_saved
+from .checkpoint import ever_saved, run_of, steadily
 from .files import read_tree, write_json, write_tree
+from .policies import choose
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class Inheritance:
         Raises:
             UserError: no policy there, or keys of other shapes.
         """
-        kept = self.keep("normalisation", lambda: _normalisation(normalisation_of(before, spec), spec))
+        kept = self.keep("normalisation", lambda: _normalisation(_modes(before, spec), spec))
         modes = described(lambda: _applied(kept, spec), self.folder)
         return modes if before else {}
 
@@ -162,13 +163,13 @@ class Inheritance:
         """Remove the initial weights, once a checkpoint holds the models."""
         shutil.rmtree(self.folder / "weights", ignore_errors=True)
 
-    def copied(self, name: str, source: Callable[[], Path]) -> Path:
+    def copied(self, name: str, copy: Callable[[Path], None]) -> Path:
         """A folder that is copied when the run begins, and read from then on; call it on the first process first."""
         kept, older = self.folder / name, self.run / name  # where older versions kept it
         if self.resumed and older.exists() and not kept.exists():
             return older
         if self.rank == 0 and not kept.exists():
-            shutil.copytree(source(), kept)
+            copy(kept)
         return kept
 
 
@@ -188,6 +189,13 @@ def described(read: Callable[[], T], folder: Path) -> T:
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(f"{folder / RECORD}: damaged ({kind}{error}); {REMEDY}") from error
+
+
+def _modes(before: str, spec: dict[str, Any]) -> dict[str, str]:
+    """The modes of the run that this one begins from, whose statistics join `spec`."""
+    if not before:
+        return {}
+    return steadily(run_of(Path(before)), lambda: normalisation_of(choose(before).folder, spec))
 
 
 def _normalisation(modes: dict[str, str], spec: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def no_effect(args: Any, learner: Any, batches: Any = None) -> list[str]:
     spans = contracts.spans_of(cls, args.trainer_options)
     learner.patience += sum(length for length, unit in spans.values() if unit == "updates")
     learner.asked_loss = args.loss if args.given("loss") else ""
-    lines = _spans(spans, args, learner.planned, online=batches is None)
+    lines = [*getattr(args, "notes", ()), *_spans(spans, args, learner.planned, online=batches is None)]
     if not args.resume:  # which says how it differs
         lines += [*_schedules(args, learner), *_ignored(args, learner, batches)]
     return lines
@@ -87,13 +87,14 @@ def _ignored(args: Any, learner: Any, batches: Any) -> list[str]:
         lines.append("--dynamo_backend of the launch has no effect; use --compile")
     if not 0 < args.save_every <= args.steps and not args.save_minutes:
         when = f"--save-every {args.save_every}, --save-minutes 0"
-        lines.append(f"no checkpoint before the end ({when}): a run that is killed begins anew")
+        kept = "a run that is killed goes on from its best evaluation, or begins anew"
+        lines.append(f"no checkpoint before the end ({when}): {kept}")
     if args.given("eval-every") and args.eval_every > args.steps and args.eval_episodes:
         lines.append(f"--eval-every {args.eval_every} is more than --steps {args.steps}: evaluated at the end only")
-    needs = {"track-project": args.track, "track-name": args.track, "track-group": args.track}
+    needs: dict[str, Any] = dict.fromkeys(("track-project", "track-name", "track-group"), args.track == "wandb")
     if hasattr(args, "save_dataset"):
         needs |= dict.fromkeys(("save-format", "save-what", "save-episodes"), args.save_dataset)
-    wanted = {option: "--track" if option.startswith("track") else "--save-dataset" for option in needs}
+    wanted = {option: "--track wandb" if option.startswith("track") else "--save-dataset" for option in needs}
     lines += [f"--{o} has no effect without {wanted[o]}" for o, on in needs.items() if args.given(o) and not on]
     if batches is not None and args.workers and batches.resident:
         lines.append(f"--workers {args.workers} has no effect: this data is in memory")

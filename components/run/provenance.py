@@ -66,8 +66,13 @@ def _packages() -> dict[str, str | None]:
 
 @lru_cache(maxsize=1)
 def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Of the repository that has this file; one that only lies around an installed copy is somebody else's."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    known = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
+    command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
+        if subprocess.run(known, capture_output=True, timeout=5).returncode:
+            return None
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -15,25 +15,31 @@ from typing import Any
 
 from ..acting.evaluation import headline, scores
 from ..acting.policy_folder import save_policy
-from ..errors import StoppedError, UserError, plain
+from ..errors import StoppedError, UserError, crashes_pass, plain
 from ..parallel import gather, on_first, world_size
 from ..records import RunRecord, StatusRecord, check_folder, read_record
+from .best import Best, described
 from .curves import draw_curves
 from .files import write_json
 from .inheritance import Inheritance
+from .launch import again, last
 from .logs import Logs
 from .process import StopRequest, in_one_line, leave, report_alone, wait_for_first
-from .progress import Progress
+from .progress import FILMING, Progress
 from .provenance import environment
-from .tracking import Tracker
+from .tracking import Tracker, tracker_of
 from .watch import Watch
+
+# Options that a run chooses by its data and processes where they are not given.
+CHOSEN = ("env", "env_options", "batch_size", "workers", "num_envs")
 
 
 class Run:
     """One run: its folder, screen output and tracker; a context manager that records how the run ended.
 
-    Only rank 0 writes and prints; most methods do nothing on other ranks. A failure before `begin` leaves no folder
-    behind; a later one leaves its traceback in `error-rank<r>.txt`. Log lines that a full disk rejects are retried.
+    Only rank 0 writes and prints; most methods do nothing on other ranks. What the user can mend before `begin` leaves
+    no folder behind; a crash leaves its traceback in `error-rank<r>.txt`. Log lines that a full disk rejects are
+    retried.
 
     Args:
         path: Existing run folder.
@@ -52,13 +58,16 @@ class Run:
         self.watch = Watch(path, rank, hang_timeout, self._hangs)
         self.config: dict[str, Any] = {}
         self.ended: list[dict[str, Any]] = []  # episodes that are not written yet
+        self.best = Best()
         self.evaluations, self.unevaluated = 0, ""  # that succeeded; why the last one failed, if none did
         self.logs = Logs(path, self.say)
         self.lock: Any = None
         on_first(rank, self._take_lock)  # if the folder is in use, no process touches it
-        self.tracker, self.progress = Tracker(path), Progress(0, 0, shown=self.first)
+        self.tracker: Any = Tracker(path)
+        self.progress = Progress(shown=self.first)
         self.stop = StopRequest()
-        self.stop.last_words = lambda: self._status("preempted", "a second signal: left without saving")
+        self.stop.last_words = self._leaves
+        self.farewell, self.confirmations = "", list[str]()  # the last line on the screen; what a resume must repeat
         self.cleanup = contextlib.ExitStack()  # closed when the run ends, also after a failure
 
     @classmethod
@@ -86,6 +95,7 @@ class Run:
         self.inherited.open()
 
     def __enter__(self) -> "Run":
+        self.progress.open("preparing")
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
@@ -99,6 +109,7 @@ class Run:
         self.tracker.finish()
         if self.lock is not None:
             self.lock.close()
+        self.bid_farewell()
         return isinstance(error, StoppedError)
 
     def _failed(self, error: BaseException) -> None:
@@ -108,7 +119,9 @@ class Run:
             self._write_error("".join(traceback.format_exception(error)))
             report_alone(error, self.rank)
         elif not isinstance(error, (UserError, SystemExit)):
-            self._write_error("".join(traceback.format_exception(error)))
+            written = self._write_error("".join(traceback.format_exception(error)))
+            if written and not crashes_pass():
+                error.add_note(f"the traceback is in {self._error_file()}")
         for path in sorted(self.path.glob("error-rank*.txt")):
             if path.name != f"error-rank{self.rank}.txt":  # a process that lost its peer reports the peer's error, too
                 error.add_note(f"see {path}: {last_line(path)}")
@@ -117,14 +130,19 @@ class Run:
         elif self.first:
             discard(self.path, self.inherited)
 
-    def _write_error(self, text: str) -> None:
+    def _error_file(self) -> Path:
+        return self.path / f"error-rank{self.rank}.txt"
+
+    def _write_error(self, text: str) -> bool:
         with contextlib.suppress(OSError):  # the disk may be full, or the folder gone
-            path = self.path / f"error-rank{self.rank}.txt"
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            self._error_file().write_text(text, encoding="utf-8", errors="backslashreplace")
+            return True
+        return False
 
     def beat(self) -> None:
         """Record that the run makes progress; the loops call this at every step."""
         self.watch.beat()
+        self.progress.draw()
 
     def tick(self) -> None:
         """`beat`, for long work inside a step. Raises StoppedError when a stop was requested."""
@@ -142,6 +160,7 @@ class Run:
     def advance(self, steps: int) -> None:
         """Count completed steps."""
         self.step += steps
+        self.progress.step = self.step
         self.beat()
 
     def closing(self, thing: Any) -> Any:
@@ -160,7 +179,10 @@ class Run:
         """
         from .. import REGISTRIES
 
-        config = self.config = asdict(args) | {"resume": ""}  # the same for a resumed run
+        config = asdict(args) | {"resume": ""}  # the same for a resumed run
+        if args.resume:  # also in what was chosen to fit, so that every checkpoint of it has the same options
+            config |= {name: args.stored["args"][name] for name in CHOSEN if name in args.stored["args"]}
+        self.config, self.confirmations = config, confirmations(args)
         script = Path(inspect.getfile(type(args))).name
         record: dict[str, Any] = {"script": script, "args": config, "argv": args.argv, "command": sys.argv}
         record |= {"env": env, "seed": args.seed, "world_size": world_size(), "mixed_precision": precision}
@@ -179,13 +201,15 @@ class Run:
             except OSError as error:
                 problem = f"{self.path / 'args.json'} cannot be written ({error.strerror})"
                 raise UserError(f"{problem}; free space on its disk, or make it writable") from error
-            if args.track:
-                self.tracker.start(config, args.track_project, args.track_name, args.track_group)
-        self.progress = Progress(args.steps, self.step, shown=self.first)
+            if args.track != "none":
+                self.tracker = tracker_of(args.track, self.path)
+                named = (args.track_project, args.track_name, args.track_group)
+                self.tracker.start(asdict(args), *named, step=self.step)
         self.begun, self.stop.armed = True, True
         self.watch.start()
         self._status("running")
         self.say(f"{self.path}: {world_size()} process(es), {size}")
+        self.progress.begin(args.steps, self.step)
 
     def compare_machine(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         """Report changes since the run began that change the last bits of its numbers: threads, CPU, torch."""
@@ -203,7 +227,7 @@ class Run:
         if self.first:
             self.say(text)
         else:
-            print(f"process {self.rank}: {text}", flush=True)
+            self.progress.aside(f"process {self.rank}: {text}")
 
     def log(self, record: dict[str, Any]) -> None:
         """Add a line for the current step to `metrics.jsonl` and the screen."""
@@ -227,14 +251,15 @@ class Run:
         self.ended = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been written to the logs, and what became of the evaluations."""
-        logs = self.logs.state_dict()
-        return {"logs": logs, "evaluations": self.evaluations, "unevaluated": self.unevaluated}
+        """What has been written to the logs, what became of the evaluations, and the best step."""
+        evaluated = {"evaluations": self.evaluations, "unevaluated": self.unevaluated}
+        return {"logs": self.logs.state_dict(), **evaluated, "best": self.best.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of `state_dict`."""
         self.logs.load_state_dict(state["logs"])
         self.evaluations, self.unevaluated = state["evaluations"], state["unevaluated"]
+        self.best.load_state_dict(state.get("best", {}))
 
     def rank_state(self) -> dict[str, Any]:
         """The episodes of this process that are not written yet."""
@@ -249,12 +274,13 @@ class Run:
         self.ended = [episode for state in states for episode in state["episodes"]] if self.first else []
 
     def evaluated(self, result: dict[str, Any] | None, problem: str = "") -> None:
-        """Add a line to `eval.jsonl` and the screen, or report why the evaluation failed."""
+        """Add a line to `eval.jsonl` and the screen, which may be the best; or report why the evaluation failed."""
         if result is None:
             self.unevaluated = "" if self.evaluations else problem
             self.say(f"the evaluation at step {self.step} failed, training continues: {problem}")
             return
         self.evaluations, self.unevaluated = self.evaluations + 1, ""
+        self.best.evaluated(result)
         if self.first:
             self.logs.append("eval.jsonl", result)
             self.tracker.log(scores(result), result["step"])
@@ -263,6 +289,7 @@ class Run:
     def settle(self) -> None:
         """Write and fsync the logs; called before a checkpoint becomes valid. Raises OSError: the disk is full."""
         self.logs.settle()
+        self.tracker.flush()
 
     def saved(self) -> None:
         """Record that a checkpoint of this step is valid."""
@@ -271,18 +298,35 @@ class Run:
             self.inherited.drop_weights()
 
     def leave_policy(self, policy: Any, evaluator: Any, args: Any) -> None:
-        """Write the policy, and a video of it where the environment renders."""
+        """Write the policy, and a film of it where the environment renders."""
         if self.first and policy is not None:
-            save_policy(self.path / "policy", policy, args)
+            save_policy(self.path / "policy", policy, args, self.step)
         if self.first and evaluator is not None and not args.debug:
-            problem = evaluator.film(self.path / "videos" / f"step-{self.step:09d}.mp4")
+            with self.progress.phase(FILMING):
+                problem = evaluator.film(self.path / "videos" / f"step-{self.step:09d}.mp4")
             self.say(f"no video: {problem}" if problem else "")
 
     def preempted(self) -> None:
         """Record that the run was stopped before its last step, on request."""
+        self.farewell = f"stopped at step {self.step}; continue with: {self.resuming()}"
         self._status("preempted", "stopped by a signal")
-        plugins = " ".join(["", "--plugins", *self.config["plugins"]]) if self.config.get("plugins") else ""
-        self.say(f"stopped at step {self.step}; continue with --resume {self.path}{plugins}")
+        self.stop.last_words = self.bid_farewell
+
+    def resuming(self) -> str:
+        """The command line, to be copied, that resumes this run."""
+        return again("--resume", self.path, *self.confirmations)
+
+    def bid_farewell(self) -> None:
+        """Print the last line of a run that was stopped, once."""
+        words, self.farewell = self.farewell, ""
+        if words and self.first:
+            last(words)
+
+    def _leaves(self) -> None:
+        """At a second signal: record that the run ends without saving, and say how it is continued."""
+        self._status("preempted", "a second signal: left without saving")
+        self.farewell = f"left without saving; continue from the last checkpoint with: {self.resuming()}"
+        self.bid_farewell()
 
     def finished(self) -> None:
         """Record that the run reached its last step, and draw its curves.
@@ -291,19 +335,25 @@ class Run:
             RuntimeError: every evaluation has failed, so that the run has not shown what it was to show.
         """
         if self.first:
-            draw_curves([self.path], self.path / "curves.png")
-            for film in (self.path / "videos").glob(f"*{self.step}.mp4"):
-                self.tracker.video(film, self.step)
+            with self.progress.phase("drawing curves"):
+                draw_curves([self.path], self.path / "curves.png")
+            for seen in (self.path / "videos").glob(f"step-{self.step:09d}.*"):
+                self.tracker.show("eval/film", seen, self.step)
+            self.tracker.show("curves", self.path / "curves.png", self.step)
         if self.unevaluated:
             again = f"evaluate it again by python -m components.evaluate {self.path}"
             raise RuntimeError(f"no evaluation succeeded ({again}): {self.unevaluated}")
+        self.progress.end()
         self._status("finished")
-        self.progress.close()
+        if self.best.record and self.best.step != self.step:
+            how = f"load_policy({str(self.path)!r}, which='best')"
+            self.say(f"best: step {self.best.step}, {described(self.best.record)}; {how}")
         self.say(f"finished: {self.path}")
 
     def _status(self, state: str, reason: str = "", anyway: bool = False) -> None:
         if state != "running":
             self.stop.last_words = lambda: None  # a later signal does not overwrite how the run ended
+            self.progress.stop()
         if self.first or anyway:
             path, status = self.path / "status.json", {"state": state, "step": self.step, "reason": reason}
             try:
@@ -329,9 +379,16 @@ class Plain(logging.Formatter):
         return "\n".join(map(plain, super().format(record).split("\n")))
 
 
+class OnScreen(logging.Handler):
+    """Prints messages, so that they appear above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
 def start_logging(rank: int) -> None:
     """Show the log messages of components, as plain text: all on the first process, errors alone on the others."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[OnScreen()])
     for handler in logging.getLogger().handlers:
         handler.setFormatter(Plain("%(message)s"))
     logging.getLogger("components").setLevel(logging.INFO if rank == 0 else logging.ERROR)
@@ -343,6 +400,20 @@ def last_line(path: Path) -> str:
         return ([""] + path.read_text(encoding="utf-8", errors="replace").splitlines())[-1]
     except OSError:
         return ""
+
+
+def confirmations(args: Any) -> list[str]:
+    """What a command line that resumes the run must repeat: its plugins, and options that reach beyond its folder."""
+    plugins, words = list(args.plugins), list[str]()
+    for option in ("env", "dataset"):
+        factory = getattr(args, f"{option}_options")
+        for name, module, _ in getattr(factory, "reaches", list)():
+            value, word = getattr(factory, name), f"--{option}.{name.replace('_', '-')}"
+            if module:
+                plugins.append(module)
+            elif word not in words:
+                words += [word, *map(str, value if isinstance(value, tuple) else [value])]
+    return [*(["--plugins", *dict.fromkeys(plugins)] if plugins else []), *words]
 
 
 def claim(wanted: str, default_name: str) -> str:
@@ -409,6 +480,12 @@ def lock(path: Path) -> Any:
     return file
 
 
+def renewed_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of an older version's record that have other values now."""
+    track = options.get("track")  # a switch, until it could be TensorBoard
+    return {"track": "wandb" if track else "none"} if isinstance(track, bool) else {}
+
+
 def read_args(run: Path, made_by: str = "") -> dict[str, Any]:
     """Read a run's `args.json`.
 
@@ -422,7 +499,9 @@ def read_args(run: Path, made_by: str = "") -> dict[str, Any]:
     record = read_record(path, RunRecord, "copy it from the run again; its last checkpoint has the options, too")
     script = record["script"]
     if made_by and script != made_by:
-        raise UserError(f"{run} is a run of {script}; continue with: python {script} --resume {run}")
+        beside = Path(sys.argv[0]).parent / script if Path(sys.argv[0]).name == made_by else script
+        raise UserError(f"{run} is a run of {script}; continue with: python {beside} --resume {run}")
+    record["args"] |= renewed_options(record["args"])
     return record
 
 
