@@ -202,8 +202,8 @@ def losses_of(trainer: Any, name: str = "losses") -> Callable[[dict[str, Any]], 
 
 
 def estimates(trainer: Any) -> bool:
-    """Whether a trainer has `estimate(rollout)`, so that it learns from rollouts."""
-    return callable(getattr(type(trainer), "estimate", None))
+    """Whether a trainer, or its class, has `estimate(rollout)`, so that it learns from rollouts."""
+    return callable(getattr(trainer, "estimate", None))
 
 
 def estimate_of(trainer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:

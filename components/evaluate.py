@@ -11,6 +11,7 @@ python -m components.evaluate runs/x --dataset lerobot --dataset.path demos/new 
 import os
 import re
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from .run import logs, process
 from .run import record as run_record
 from .run.arguments import Rule, check_bounds
 from .run.checkpoint import run_of
-from .run.command_line import check_reach, import_for, parse, parse_names, pick
+from .run.command_line import asks_for_help, check_reach, import_for, one_word, parse, parse_names, pick
 from .run.policies import taken
 from .run.progress import EVALUATING, showing
 
@@ -38,22 +39,10 @@ USAGE = "RUN [OPTIONS]"
 
 
 @dataclass(kw_only=True)
-class Names:
-    """Options that the first pass reads."""
-
-    run: Annotated[str, tyro.conf.Positional] = ""
-    which: str = "last"
-    env: str = ""
-    recordings: bool = False
-    dataset: str = ""
-    plugins: tuple[str, ...] = ()
-
-
-@dataclass(kw_only=True)
-class Args(Names):
+class Args:
     """Evaluate the policy of a run and append a line to its eval.jsonl."""
 
-    run: Annotated[str, tyro.conf.Positional] = ""
+    run: Annotated[str, tyro.conf.Positional, one_word()] = ""
     """Run folder, or that of a checkpoint."""
     which: str = "last"
     """Policy of the run: last, best, or a step that has a checkpoint."""
@@ -78,17 +67,18 @@ class Args(Names):
     """Inference settings; by default those of its run."""
     video: bool = False
     """Film the first four episodes, in the run's videos/."""
-    env_options: Annotated[Any, tyro.conf.arg(name="env")]
-    dataset_options: Annotated[Any, tyro.conf.arg(name="dataset")] = field(default_factory=lambda: options_of(object))
+    env_options: Annotated[Any, tyro.conf.arg(name="env")] = field(default_factory=partial(options_of, object))
+    dataset_options: Annotated[Any, tyro.conf.arg(name="dataset")] = field(default_factory=partial(options_of, object))
 
 
 def main(argv: list[str]) -> int:
     """Load the policy, run the episodes, append a line; returns the exit code. Raises UserError and RuntimeError."""
     run_record.start_logging(rank=0)
-    names = parse_names(Names, [word for word in argv if word not in ("-h", "--help")])
+    names = parse_names(Args, argv)
     if not names.run:
-        parse(Args, argv, Args(env_options=options_of(object)), registries=CHOSEN, usage=USAGE)
-        raise UserError("which run? python -m components.evaluate RUN [--eval-episodes N]")
+        if asks_for_help(argv):
+            parse(Args, argv, registries=CHOSEN, usage=USAGE)
+        raise UserError("which run? It comes first: python -m components.evaluate RUN [OPTIONS]")
     run = run_of(Path(names.run))
     record = run_record.read_args(run)
     import_for(run, record["args"]["plugins"], names.plugins)
@@ -136,13 +126,13 @@ def conclude(run: Path, step: int, evaluator: Any, film: Path | None) -> None:
     logs.append_line(run / "eval.jsonl", result | {logs.LATER: "components.evaluate"})
     print(f"step {step}: {headline(result)}")
     if film:
-        print(evaluator.film(film) or f"film: {film}")
+        print(evaluator.film(film) or f"{'film' if film.suffix == '.mp4' else 'picture'}: {film}")
 
 
 # ---- against recordings --------------------------------------------------------------------------------------------
 
 
-def wants_recordings(names: Names, record: dict[str, Any], argv: list[str]) -> bool:
+def wants_recordings(names: Args, record: dict[str, Any], argv: list[str]) -> bool:
     """Whether to compare with recorded actions. Raises UserError: the command line asks for an environment, too."""
     asked = names.recordings or asks_for("dataset", argv)
     if (env := asks_for("env", argv)) and asked:
@@ -155,7 +145,7 @@ def asks_for(option: str, argv: list[str]) -> bool:
     return any(word.partition("=")[0] == f"--{option}" or word.startswith(f"--{option}.") for word in argv)
 
 
-def against_recordings(run: Path, record: dict[str, Any], names: Names, argv: list[str]) -> int:
+def against_recordings(run: Path, record: dict[str, Any], names: Args, argv: list[str]) -> int:
     """Compare with the episodes that the run held out, or with all of other recordings; returns the exit code."""
     config = record["args"]
     name, place = names.dataset or config["dataset"], f"{run / 'args.json'}: dataset"
@@ -165,7 +155,7 @@ def against_recordings(run: Path, record: dict[str, Any], names: Names, argv: li
     known = recorded_options(component, config["dataset_options"] if name == config["dataset"] else {}, place)
     if asks_for("dataset.path", argv) or asks_for("dataset.repo-id", argv):  # one of them is enough
         known = replace(known, **{key: "" for key in ("path", "repo_id") if hasattr(known, key)})
-    default = Args(run=str(run), recordings=True, dataset=name, env_options=options_of(object), dataset_options=known)
+    default = Args(run=str(run), recordings=True, dataset=name, dataset_options=known)
     policy, which = taken(names.run, names.which)
     args = parse(Args, argv, replace(default, policy=policy.settings), registries=CHOSEN, usage=USAGE)
     check_bounds(args)

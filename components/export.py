@@ -33,26 +33,17 @@ from .errors import UserError
 from .run import process
 from .run import record as run_record
 from .run.checkpoint import run_of
-from .run.command_line import import_for, parse, parse_names
+from .run.command_line import asks_for_help, import_for, one_word, parse, parse_names
 from .run.policies import Chosen, choose, taken
 
 TOLERANCE = 1e-5  # largest difference from the eager policy, relative to the largest action
 
 
 @dataclass(kw_only=True)
-class Names:
-    """Options that the first pass reads."""
-
-    run: Annotated[str, tyro.conf.Positional] = ""
-    which: str = "last"
-    plugins: tuple[str, ...] = ()
-
-
-@dataclass(kw_only=True)
-class Args(Names):
+class Args:
     """Export the policy of a run with torch.export."""
 
-    run: Annotated[str, tyro.conf.Positional] = ""
+    run: Annotated[str, tyro.conf.Positional, one_word()] = ""
     """Run folder, its policy folder, or that of a checkpoint."""
     which: str = "last"
     """Policy of the run: last, best, or a step that has a checkpoint."""
@@ -157,10 +148,11 @@ def destination(run: Path, chosen: Chosen, out: str) -> Path:
 def main(argv: list[str]) -> int:
     """Load, export and compare the policy; returns the exit code. Raises UserError."""
     run_record.start_logging(rank=0)
-    names = parse_names(Names, [word for word in argv if word not in ("-h", "--help")])
+    names = parse_names(Args, argv)
     if not names.run:
-        parse(Args, argv, Args(), usage="RUN [OPTIONS]")
-        raise UserError("which run? python -m components.export RUN")
+        if asks_for_help(argv):
+            parse(Args, argv, usage="RUN [OPTIONS]")
+        raise UserError("which run? It comes first: python -m components.export RUN [OPTIONS]")
     saved, recorded = describe(choose(names.run, names.which).folder)
     import_for(saved.parent, recorded["plugins"], names.plugins)
     policy, chosen = taken(names.run, names.which)

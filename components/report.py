@@ -82,6 +82,8 @@ def main(argv: list[str]) -> int:
         return 0
     if not args.runs:
         raise UserError("which runs? python -m components.report runs/*")
+    if args.each and args.against:
+        raise UserError("--each has a row for each run, --against compares configurations; leave one of them out")
     against = found(args.against) if args.against else []
     runs = [run for run in found(args.runs) if run.resolve() not in {one.resolve() for one in against}]
     if not runs:

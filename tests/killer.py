@@ -134,7 +134,7 @@ def train(script: str, options: list[str], run: Path, rank: int, processes: int,
 def spawn(name: str, run: Path) -> list[int]:
     """Fork the processes of one attempt of a configuration."""
     script, options = CONFIGURATIONS.get(name, ("offline", BASE))
-    options = [word.replace("BASE", str(run.parent.parent / "base")) for word in options]
+    options = [word.replace("BASE", str(run.parents[2] / "base" / "run")) for word in options]
     processes, port = processes_of(name), free_port()
     saving[0] = 0
     children = []
@@ -249,15 +249,18 @@ def verify_newest(run: Path) -> int:
 
 
 def try_out(name: str, kills: int, root: Path, chance: random.Random) -> dict[str, int]:
-    """Kill and resume runs of one configuration; returns the counts, and prints them."""
+    """Kill and resume runs of one configuration; returns the counts, and prints them.
+
+    All have the same name, which is written on their curves.
+    """
     began = time.monotonic()
-    root.mkdir()
-    codes = wait(spawn(name, root / "whole"))
-    assert not any(codes), (name, codes, (root / "error.txt").read_text())
-    duration, expected = time.monotonic() - began, result(root / "whole")
+    whole = root / "whole" / "run"
+    codes = wait(spawn(name, whole))
+    assert not any(codes), (name, codes, (whole.parent / "error.txt").read_text())
+    duration, expected = time.monotonic() - began, result(whole)
     total = {"kills": 0, "inside": 0, "runs": 0, "lost": 0, "different": 0}
     while total["kills"] < kills:
-        run = root / f"run-{total['runs']}"
+        run = root / f"killed-{total['runs']}" / "run"
         total["runs"] += 1
         for key, number in kill_and_resume(name, run, chance, duration).items():
             total[key] += number
@@ -265,7 +268,7 @@ def try_out(name: str, kills: int, root: Path, chance: random.Random) -> dict[st
             total["different"] += 1
             print("DIFFERENT:", run, ", ".join(odd), flush=True)
         else:
-            shutil.rmtree(run)
+            shutil.rmtree(run.parent)
     print(line(name, total, began), flush=True)
     return total
 
@@ -292,7 +295,8 @@ def main() -> int:
     torch.optim.Adam([parameter]).step()  # its first step imports for seconds: before the forks
     importlib.import_module("matplotlib.pyplot")
     began = time.monotonic()
-    assert not any(wait(spawn("base", root / "base"))), (root / "error.txt").read_text()
+    base = root / "base" / "run"
+    assert not any(wait(spawn("base", base))), (base.parent / "error.txt").read_text()
     counts = [try_out(name, args.kills, root / name, random.Random(f"{args.seed} {name}")) for name in names]
     total = {key: sum(count[key] for count in counts) for key in counts[0]}
     print(line(f"{len(names)} configurations", total, began))

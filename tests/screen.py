@@ -11,16 +11,19 @@ import errno
 import fcntl
 import os
 import re
+import select
 import struct
 import subprocess
 import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyte
+
+Key = tuple[str | Callable[[], bool], str]  # what a text must have come, or be true, and the keys that are pressed then
 
 
 class Screen(NamedTuple):
@@ -41,7 +44,8 @@ class Terminal:
         self.rows, self.screen = rows, pyte.Screen(columns, rows)
         self.stream, self.decoder = pyte.Stream(self.screen), codecs.getincrementaldecoder("utf-8")("replace")
         self.ours, self.theirs = os.openpty()  # what is written to `theirs` is read from `ours`
-        self.began, self.screens = time.monotonic(), list[Screen]()
+        self.began, self.screens, self.text = time.monotonic(), list[Screen](), ""  # all that was written
+        self.keys, self.code = list[Key](), 0  # that are still to be pressed; of a command's exit
         self.resize(columns)
 
     def resize(self, columns: int) -> None:
@@ -49,14 +53,27 @@ class Terminal:
         fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", self.rows, columns, 0, 0))
         self.screen.resize(self.rows, columns)
 
-    def follow(self) -> None:
-        """Show what is written, until all who could write have closed it."""
-        waiting = ""
-        while data := self._read():
-            # What is shown in between is seen at whole lines and bars, not wherever a read happens to end.
-            *whole, waiting = re.split(r"(?<=\n)|(?<=\x1b\[K)", waiting + self.decoder.decode(data))
-            for text in whole:
-                self._show(text)
+    def follow(self, keys: Sequence[Key] = ()) -> None:
+        """Show what is written, until all who could write have closed it, and press keys, one after the other.
+
+        Args:
+            keys: (pattern of a text that has come since the keys before, or a condition, and the keys).
+        """
+        waiting, seen, self.keys = "", 0, list(keys)
+        while True:
+            if select.select([self.ours], [], [], 0.1)[0]:
+                if not (data := self._read()):
+                    break
+                text = self.decoder.decode(data)
+                self.text += text
+                # What is shown in between is seen at whole lines and bars, not wherever a read happens to end.
+                *whole, waiting = re.split(r"(?<=\n)|(?<=\x1b\[K)", waiting + text)
+                for text in whole:
+                    self._show(text)
+            when = self.keys[0][0] if self.keys else lambda: False
+            if when() if callable(when) else re.search(when, self.text[seen:], re.DOTALL):
+                seen = len(self.text)
+                os.write(self.ours, self.keys.pop(0)[1].encode())
         self._show(waiting)
         os.close(self.ours)
 
@@ -77,14 +94,21 @@ class Terminal:
             return b""
 
 
-def record(command: list[str], columns: int, **popen: Any) -> tuple[int, list[Screen]]:
-    """Run a command on a terminal; returns its exit code and what the screen showed."""
-    terminal = Terminal(columns)
-    ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.theirs)
-    process = subprocess.Popen(command, **ends, start_new_session=True, **popen)
+def record(
+    command: Sequence[object], columns: int, keys: Sequence[Key] = (), rows: int = 40, seconds: float = 90, **popen: Any
+) -> Terminal:
+    """Run a command on a terminal, whose keys are pressed as in `follow`; it is killed after so many seconds."""
+    terminal = Terminal(columns, rows)
+    ends = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.theirs) | popen
+    takes = lambda: fcntl.ioctl(terminal.theirs, termios.TIOCSCTTY, 0)  # noqa: E731 (so Ctrl-C is a signal)
+    process = subprocess.Popen([str(word) for word in command], **ends, start_new_session=True, preexec_fn=takes)
     os.close(terminal.theirs)
-    terminal.follow()
-    return process.wait(), terminal.screens
+    limit = threading.Timer(seconds, process.kill)
+    limit.start()
+    terminal.follow(keys)
+    terminal.code = process.wait()
+    limit.cancel()
+    return terminal
 
 
 @contextlib.contextmanager
@@ -110,7 +134,8 @@ def main() -> None:
     parser.add_argument("--at", type=float, action="append", help="seconds after the start; by default half-way")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    _, screens = record(options.command, options.columns, env=os.environ | {"TERM": "xterm-256color"})
+    env = os.environ | {"TERM": "xterm-256color"}
+    screens = record(options.command, options.columns, seconds=1e6, env=env).screens
     for at in options.at or [screens[-1].seconds / 2]:
         shown = [screen for screen in screens if screen.seconds <= at] or screens[:1]
         print(f"# after {at:.0f} s", *shown[-1].lines, "", sep="\n")

@@ -283,9 +283,16 @@ def test_a_run_with_an_option_by_its_former_name_resumes(script: Script, monkeyp
     record["argv"] = [word.replace("--dataset.episodes", "--dataset.number") for word in record["argv"]]
     path.write_text(json.dumps(record))
     monkeypatch.setattr(DATASET_BUILDER_REGISTRY["toy"], "former_names", {"number": "episodes"}, raising=False)
+    script("--config", run, "--steps", 1, folder="another")
     script("--resume", run, "--steps", 4)
-    assert read_args(run)["args"]["dataset_options"]["episodes"] == 8
+    for renewed in (run, run.with_name("another")):
+        assert read_args(renewed)["args"]["dataset_options"]["episodes"] == 8
     assert difference(weights(run), weights(script(*words, "--steps", 4, folder="whole"))) == 0
+
+
+def test_no_option_at_all_is_the_default_run() -> None:
+    assert arguments.parse(offline_trainer.Args, [], REGISTRIES).trainer == offline_trainer.Args.trainer
+    assert arguments.parse(online_trainer.Args, [], REGISTRIES).trainer == online_trainer.Args.trainer
 
 
 # ---- plugins from files --------------------------------------------------------------------------------------------

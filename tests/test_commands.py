@@ -44,8 +44,14 @@ def test_evaluate_refuses(run: Path, options: list[str], message: str) -> None:
 def test_evaluate_needs_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="which run"):
         evaluate.main([])
-    with pytest.raises(UserError, match="no run here"):
-        evaluate.main([str(tmp_path)])
+    with pytest.raises(UserError, match="which run"):
+        evaluate.main(["--env.max-episode-steps", "3", str(tmp_path)])
+    for options in ([], ["--eval-episodes", "3"]):  # before it, too
+        with pytest.raises(UserError, match=f"{tmp_path}.*no run here"):
+            evaluate.main([*options, str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:  # whatever else is there
+        evaluate.main(["--help", "--debug"])
+    assert stop.value.code == 0
 
 
 def test_a_run_without_an_environment_is_evaluated_later(script: Script, tmp_path: Path) -> None:
@@ -102,6 +108,8 @@ def test_report_names_what_a_run_was_in(script: Script, online: Script, tmp_path
 
 
 def test_report_needs_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--each has a row for each run, --against compares"):
+        report.main(["x", "--each", "--against", "y"])
     with pytest.raises(UserError, match="which runs"):
         report.main([])
     with pytest.raises(UserError, match="no run here"):

@@ -68,6 +68,15 @@ def test_an_episode_shorter_than_the_window_is_padded_and_said_once(caplog: pyte
     ]
 
 
+def test_fewer_held_out_episodes_than_asked_for_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    columns = {"observation.state": torch.randn(40, 2), "action": torch.randn(40, 1)}
+    with caplog.at_level("INFO", logger="components"):
+        built = [build_episodes(columns, torch.arange(5, 41, 5), "half", validation=v) for v in (0.5, 0.1, 0)]
+    assert [len(one.get("validation", ())) for one in built] == [5, 5, 0]
+    (record,) = caplog.records
+    assert record.message.startswith("half: --dataset.validation 0.5: 1 of 8 episodes held out")
+
+
 # ---- validation split and statistics -------------------------------------------------------------------------------
 
 

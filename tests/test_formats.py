@@ -585,6 +585,7 @@ def test_minari_episodes_are_in_the_order_of_their_numbers(minari_folder: Path, 
     batch = everything(built)
     assert built["dataset"].episodes.lengths.tolist() == lengths
     assert batch["action"].flatten().tolist() == list(range(33))
+    assert built["dataset"].episodes.name == str(minari_folder / "t-v0")  # not that of its folder "data"
     episode = np.repeat(np.arange(12), lengths)
     assert batch["observation.state"][:, 0].tolist() == (np.arange(33) + episode).tolist()
     assert batch["next.observation.state"][:, 0].tolist() == (np.arange(33) + episode + 1).tolist()
@@ -952,6 +953,8 @@ def test_ogbench_gives_what_the_official_loader_gives() -> None:
 
 def test_what_no_reader_knows_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("1,2")
+    with pytest.raises(UserError, match="no such file or folder; if .* --dataset.repo-id owner/name$"):
+        recognise("owner/name")
     with pytest.raises(UserError, match="not recognised as lerobot"):
         recognise(str(tmp_path / "x.csv"))
     with pytest.raises(UserError, match="no such file or folder"):

@@ -164,7 +164,7 @@ def test_every_checkpoint_has_its_policy(
 
 
 def test_a_run_that_goes_on_or_was_killed_has_a_policy(
-    script: Script, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    script: Script, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     run, whole, before = Path(), checkpoint.save, []
 
@@ -195,7 +195,19 @@ def test_a_run_that_goes_on_or_was_killed_has_a_policy(
     assert act(load_policy(run)) == act(before[0]) and "damaged checkpoint, trying the one before" in caplog.text
     with pytest.raises(UserError, match=r"no policy of step 20 \(best: held-out loss .*model.safetensors: size or"):
         load_policy(run, which="best")
+    link, damage = run / "checkpoints" / "best", r"best: damaged checkpoint \([^)]*size or hash does not match\); take"
+    for take in (load_policy, lambda path: checkpoint.load_weights(nn.Linear(1, 1), "policy", path)):
+        with pytest.raises(UserError, match=damage):
+            take(link)
     damaged.write_bytes(kept)
+    outside, kept_link = shutil.copytree(link.resolve(), tmp_path / "outside"), os.readlink(link)
+    link.unlink()
+    link.symlink_to(outside)
+    for take in (load_policy, lambda path: checkpoint.load_weights(nn.Linear(1, 1), "policy", path)):
+        with pytest.raises(UserError, match="checkpoints/best is a link out of .*; it is not followed"):
+            take(link)
+    link.unlink()
+    link.symlink_to(kept_link)
     script("--resume", run, "--steps", 60)
     shutil.rmtree(run / "policy")  # the last checkpoint has the same
     assert choose(run).step == 60

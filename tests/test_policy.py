@@ -495,7 +495,9 @@ def test_exported_policies_are_equal_and_need_torch_alone(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "which run? python -m components.export RUN"),
+        ((), "which run? It comes first: python -m components.export RUN"),
+        (("--debug",), "which run?"),
+        (("a", "b"), "expected one, found a b"),
         (("absent",), "absent: no policy here"),
         (("RUN", "--policy.action-steps", "9"), "--policy.action-steps 9 must be 1 to 1"),
         (("RUN", "--out", "absent/policy.pt2"), "--out absent/policy.pt2: no such folder absent"),

@@ -16,17 +16,18 @@ import toy
 from components import DATASET_BUILDER_REGISTRY
 from components.datasets import frames, metaworld
 from components.datasets.commands import built_by
+from components.intervals import number
 from components.run import clock as clock_module
 from components.run import progress as progress_module
 from components.run.clock import Clock
 from components.run.curves import read_lines
-from components.run.progress import Progress, counted, number, phase, showing
+from components.run.progress import EVALUATING, Progress, counted, phase, showing
 from components.run.record import OnScreen
 from conftest import ROOT, environ
 from screen import Screen, on_terminal, record
 
 Script = Callable[..., Path]
-BAR = re.compile(r"(?P<what>[a-z ]+?) +(?P<bar>━*─*) (?P<done>\d+)/(?P<total>\d+)(?P<rest>.*)")
+BAR = re.compile(r"(?P<what>[a-z ]+?) +(?P<bar>━*─*) (step )?(?P<done>\d+)/(?P<total>\d+)(?P<rest>.*)")
 WAITS = re.compile(r"[a-z ]+ \.\.\.")
 
 
@@ -79,9 +80,9 @@ def test_a_command_leaves_a_whole_screen(tmp_path: Path, name: str, monkeypatch:
     offline += ["--steps", "200", "--eval-every", "80"]
     more = online if name.startswith("online") else offline
     command = [sys.executable, str(ROOT / name), "--run-dir", "run", "--eval-episodes", "2", *more]
-    code, screens = record(command, 80, cwd=tmp_path, env=environ(TERM="xterm"))
-    found, said = bars(screens, 80), screens[-1].lines
-    assert code == 0 and said[-1] == "finished: run" and sum(" over 2 episodes" in line for line in said) == 3
+    terminal = record(command, 80, cwd=tmp_path, env=environ(TERM="xterm"))
+    found, said = bars(terminal.screens, 80), terminal.screens[-1].lines
+    assert terminal.code == 0 and said[-1] == "finished: run" and sum(" over 2 episodes" in line for line in said) == 3
     assert {"collecting" if name.startswith("online") else "playing episodes"} < {bar["what"] for bar in found}
     if name.startswith("online"):
         assert "step 1004: learning starts" in said and any("left  return -" in bar["rest"] for bar in found)
@@ -265,6 +266,19 @@ class Simulated:
         return abs(now + 60 * int(minutes) + int(seconds) - self.end)
 
 
+def test_what_the_first_evaluation_prepares_is_not_expected_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress(shown=False)
+    for begins, expected in ((14.0, 3.0), (1.0, 4.0)):
+        with progress.phase(EVALUATING) as done:
+            now[0] += begins
+            done(0)
+            now[0] += 3.0
+            done(10)
+        assert progress.took[EVALUATING] == expected
+
+
 def test_the_time_left_counts_evaluations_by_what_they_took(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Simulated(monkeypatch, 3100)
     run.go(1, 0.0, lambda step: 0.01, lambda step: True)
@@ -290,7 +304,7 @@ def test_the_time_left_is_that_of_whole_rollouts(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1290.4, "1290"), (12034.2, "12034"), (-151.23, "-151.2"), (0.05179, "0.05179"), (1.0, "1"), (2e-5, "2e-05")],
+    [(1290.4, "1290"), (12034.2, "12034"), (-151.23, "-151.2"), (0.05179, "0.0518"), (1.0, "1"), (2e-5, "2e-5")],
 )
 def test_numbers_are_as_people_write_them(value: float, text: str) -> None:
     assert number(value) == text

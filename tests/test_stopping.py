@@ -1,20 +1,16 @@
 """Stopping on request, and runs that fail: what is saved, what is said, and who is left behind."""
 
-import fcntl
 import functools
 import io
 import json
 import os
-import pty
 import re
 import resource
 import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +30,7 @@ from components.run.record import Run, confirmations, lock
 from components.run.screen import Steadfast, steady
 from components.run.watch import Watch
 from conftest import ROOT, environ, learned, states, two_processes, weights
+from screen import record
 
 Script = Callable[..., Path]
 OFFLINE = (ROOT / "offline_trainer.py", "--plugins", "toy", "--dataset", "toy", "--batch-size", 16)
@@ -606,44 +603,6 @@ def test_a_process_that_raises_ends_the_job(tmp_path: Path) -> None:
     assert status(job.run)["state"] == "failed" and "see run/error-rank1.txt" in status(job.run)["reason"]
 
 
-class Terminal:
-    """A command line in a pseudo-terminal of 100 columns, whose keys are pressed one after the other.
-
-    Args:
-        words: The command line.
-        keys: (text on the screen, keys that are pressed when it has come since the keys before), or (condition, keys).
-    """
-
-    def __init__(self, *words: object, keys: list[tuple[Any, str]], cwd: Path, seconds: float = 90, **env: str) -> None:
-        pyte = pytest.importorskip("pyte")
-        screen = pyte.Screen(100, 200)
-        stream, self.raw, seen, limit = pyte.ByteStream(screen), b"", 0, time.monotonic() + seconds
-        process, terminal = pty.fork()
-        if not process:
-            os.chdir(cwd)
-            os.execvpe(str(words[0]), [str(word) for word in words], environ(**env))
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 200, 100, 0, 0))
-        while True:
-            if select.select([terminal], [], [], 0.1)[0]:
-                try:
-                    part = os.read(terminal, 65536)
-                except OSError:  # Linux, at the end
-                    break
-                if not part:
-                    break
-                stream.feed(part)
-                self.raw += part
-            come = lambda what: re.search(what, self.raw[seen:].decode(errors="replace"), re.DOTALL)  # noqa: B023, E731
-            if keys and (keys[0][0]() if callable(keys[0][0]) else come(keys[0][0])):
-                seen = len(self.raw)
-                os.write(terminal, keys.pop(0)[1].encode())
-            if time.monotonic() > limit:
-                os.kill(process, signal.SIGKILL)
-        self.code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        self.lines = [line.rstrip() for line in screen.display]
-        self.text, self.keys = "\n".join(self.lines).rstrip(), keys
-
-
 @pytest.mark.parametrize("several", [False, True], ids=["one", "two"])
 @pytest.mark.slow
 @pytest.mark.launched
@@ -652,15 +611,16 @@ def test_ctrl_c_ends_with_the_command_that_continues(tmp_path: Path, several: bo
     launcher = (shutil.which("accelerate") or "accelerate", "launch", *(TWO if several else ()))
     env = {"ACCELERATE_USE_CPU": "true"} if several else {}
     under_way = lambda: len(read_lines(tmp_path / "my run" / "metrics.jsonl")) > 1  # noqa: E731
-    screen = Terminal(*launcher, *TROUBLE, "--run-dir", "my run", keys=[(under_way, "\x03")], cwd=tmp_path, **env)
-    assert not screen.keys and screen.raw.count(b"stopping: the run is saved first") == 1
-    assert "Traceback" in screen.text  # the launcher's own
-    joined = "".join(line.ljust(100) for line in screen.text.splitlines()[-4:]).rstrip()
+    words = (*launcher, *TROUBLE, "--run-dir", "my run")
+    terminal = record(words, 100, [(under_way, "\x03")], cwd=tmp_path, env=environ(TERM="xterm", **env))
+    assert not terminal.keys and terminal.text.count("stopping: the run is saved first") == 1
+    assert "Traceback" in terminal.text  # the launcher's own
+    joined = "".join(line.ljust(100) for line in terminal.screens[-1].lines[-4:]).rstrip()
     command = f"{OFFLINE[0]} --resume 'my run' --plugins toy"
     start = (
         "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" if several else "accelerate launch"
     )
-    assert re.search(rf"stopped at step \d+; continue with: {start} {re.escape(command)}$", joined), screen.text
+    assert re.search(rf"stopped at step \d+; continue with: {start} {re.escape(command)}$", joined), terminal.text
     assert status(tmp_path / "my run")["state"] == "preempted"
 
 
@@ -681,10 +641,11 @@ def test_a_debugger_reaches_the_crash(tmp_path: Path) -> None:
     pdb = r"\(Pdb\) "
     keys = [(pdb, "c\n"), (pdb, "\x03"), (pdb, "p iterations\n"), (pdb, "c\n"), (f"post mortem.*{pdb}", "p broken\n")]
     keys += [(pdb, "q\n"), (f"restarted.*{pdb}", "q\n")]
-    screen = Terminal(sys.executable, "-m", "pdb", *words, keys=keys, cwd=tmp_path)
-    assert not screen.keys and screen.code == 0
-    assert "ZeroDivisionError: division by zero" in screen.text and "'right here'" in screen.text
-    alone = Terminal(sys.executable, *words, keys=[(pdb, "q\n")], cwd=tmp_path)
+    there = {"cwd": tmp_path, "env": environ(TERM="xterm")}
+    terminal = record((sys.executable, "-m", "pdb", *words), 100, keys, **there)
+    assert not terminal.keys and terminal.code == 0
+    assert "ZeroDivisionError: division by zero" in terminal.text and "'right here'" in terminal.text
+    alone = record((sys.executable, *words), 100, [(pdb, "q\n")], **there)
     assert not alone.keys and alone.code == 1 and "Traceback" not in alone.text
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from components import UserError
+from components.datasets.transitions import prepared
 from components.models.actor import Actor
 from components.models.discrete_q import DiscreteQ
 from components.models.q_ensemble import QEnsemble
@@ -533,6 +534,11 @@ def test_the_target_entropy_of_rlpd_is_half_of_minus_the_width(given: float | No
     _, metrics = trainer.actor_losses(batch())
     entropy = float(metrics["entropy"])
     assert float(metrics["temperature_loss"]) == pytest.approx(-0.3 * (-entropy + used), abs=1e-6)
+
+
+def test_residual_is_refused_without_an_environment() -> None:
+    with pytest.raises(UserError, match="residual corrects a frozen policy while that acts; run it by online_trainer"):
+        prepared({}, Residual, "residual", Residual.Config(base="runs/x"))
 
 
 def test_the_actor_of_residual_goes_by_the_least_member_and_is_held_back_less_and_less(

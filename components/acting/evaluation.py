@@ -360,7 +360,8 @@ def headline(result: dict[str, Any]) -> str:
 
 def outcome(result: dict[str, Any]) -> str:
     """The success rate with its interval if the environment reports success, else the return."""
+    over = f"over {result['episodes']} episode{'s' * (result['episodes'] != 1)}"
     if result["success_rate"] is None:
-        return f"return {result['return_mean']:.1f} +- {result['return_std']:.1f} over {result['episodes']} episodes"
+        return f"return {result['return_mean']:.1f} +- {result['return_std']:.1f} {over}"
     low, high = result["success_ci"]
-    return f"success {result['success_rate']:.2f} [{low:.2f}, {high:.2f}] over {result['episodes']} episodes"
+    return f"success {result['success_rate']:.2f} [{low:.2f}, {high:.2f}] {over}"

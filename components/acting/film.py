@@ -23,6 +23,7 @@ from ..envs.gymnasium import follow_robots
 from ..envs.observations import array_of, info_value
 from ..envs.vector import Environments
 from ..errors import plain
+from ..intervals import number
 
 EPISODES = 4
 SECONDS, HOLD = 20.0, 1.5  # longest film, and how long the results are seen at its end
@@ -240,7 +241,7 @@ class Screen:
     def __init__(self, takes: list[Take], subject: str, camera: Camera) -> None:
         from PIL import Image, ImageDraw, ImageFont
 
-        self.takes, self.subject = takes, subject
+        self.takes = takes
         self.step = camera.every / camera.rate  # seconds between frames
         self.second = 1 / camera.rate  # seconds of a step
         self.fps, self.hold = camera.fps, math.ceil(HOLD * camera.fps)
@@ -256,6 +257,8 @@ class Screen:
         self.canvas = Image.new("RGB", tuple(side + side % 2 for side in size))  # H.264's chroma is halved
         self.draw = ImageDraw.Draw(self.canvas)
         self.font = ImageFont.load_default(letters)
+        titles = [(subject, take.goal, f"seed {take.result['seed']}") for take in takes]
+        self.titles = [self._fitting(", ".join(filter(None, parts))) for parts in titles]
 
     @staticmethod
     def _picture(frame: bytes) -> Any:
@@ -274,8 +277,7 @@ class Screen:
             self.canvas.paste(picture, (left + (self.width - picture.width) // 2, top))
             below = (left, top + self.height, left + self.width - 1, top + self.cell - 1)
             self.draw.rectangle(below, fill=(0, 0, 0))
-            title = ", ".join(filter(None, (self.subject, take.goal, f"seed {take.result['seed']}")))
-            self._write(title, GREY, left, top + self.height)
+            self._write(self.titles[i], GREY, left, top + self.height)
             self._write(*self.caption(take, frame, frame >= end), left, top + self.height + self.line)
         return np.asarray(self.canvas)
 
@@ -292,20 +294,23 @@ class Screen:
             return f"{now}, first {SECONDS:g} s of {whole:.0f} s" if take.cut else now, GREY
         colour = {None: GREY, True: GREEN, False: RED}[result["success"]]
         verdict = {None: "", True: "success", False: "failure"}[result["success"]]
-        total = result["return"]
-        returned = f"return {total:.0f}" if abs(total) >= 1000 else f"return {total:.4g}"
+        returned = f"return {number(result['return'])}"
         length = f"after {whole:.0f} s" if take.cut else f"{result['length']} steps in {whole:.1f} s"
         return ", ".join(filter(None, (verdict, returned, length))), colour
 
     def _write(self, text: str, colour: tuple[int, int, int], left: int, top: int) -> None:
-        """One line of text, as much of it as there is room for."""
-        text = plain(text).encode("latin-1", "replace").decode("latin-1")
+        """One line of text."""
+        self.draw.text((left + MARGIN, top + 1), self._fitting(text), fill=colour, font=self.font)
+
+    def _fitting(self, text: str) -> str:
+        """As much of a text as there is room for."""
         room = self.width - 2 * MARGIN
+        text = plain(text[:room]).encode("latin-1", "replace").decode("latin-1")
         if self.font.getlength(text) > room:
             while text and self.font.getlength(text + "...") > room:
                 text = text[:-1]
             text += "..."
-        self.draw.text((left + MARGIN, top + 1), text, fill=colour, font=self.font)
+        return text
 
 
 def _encode(screen: Screen, path: Path, tick: Callable[[], None]) -> None:

@@ -54,7 +54,7 @@ def recoverable(episodes: Episodes, options: dict[str, Any]) -> dict[str, Any] |
                 raise ValueError(f"its {key} has width {found.get(key, 0)}, the data has {width}")
     except Exception as error:  # of any kind: the data can be used without its environment
         reason = " ".join(str(error).split())[:160]
-        logger.info("%s: the environment %s cannot be made again here (%s); no evaluation", episodes.name, name, reason)
+        logger.info("%s: the environment %s cannot be made again here (%s)", episodes.name, name, reason)
         return None
     return {"name": family, **options}
 

@@ -521,8 +521,9 @@ def build(
         logger.info("%s: %d episodes are shorter than the window of %d steps; they are padded", name, short, window)
     if held_out is None:
         held_out = held_out_episodes(lengths, validation, seed)
-        if validation and not held_out.any():
-            logger.info("%s: no episode is small enough to hold out (a fifth of the rows); no validation set", name)
+        if (count := int(held_out.sum())) < held_out_count(len(lengths), validation):
+            fits = f"{count} of {len(lengths)} episodes held out, as more would be over a fifth of the steps"
+            logger.info("%s: --dataset.validation %g: %s", name, validation, fits)
     if held_out.all():
         raise UserError(f"{name}: all {len(lengths)} episodes are held out, none is left to learn from")
     mask = torch.repeat_interleave(held_out, lengths)
@@ -606,10 +607,15 @@ def vectors(episodes: Episodes, rows: Tensor) -> list[tuple[str, Tensor]]:
     return [(key, values) for key, values in named if values.is_floating_point() and values.ndim == 2]
 
 
+def held_out_count(episodes: int, fraction: float) -> int:
+    """How many of so many episodes are to be held out."""
+    return max(1, round(fraction * episodes)) if fraction > 0 else 0
+
+
 def held_out_episodes(lengths: Tensor, fraction: float, seed: int) -> Tensor:
     """Choose validation episodes at random, `[E]` bool, as many as fit into a fifth of the rows."""
     held_out = torch.zeros(len(lengths), dtype=torch.bool)
-    wanted = max(1, round(fraction * len(lengths))) if fraction > 0 else 0
+    wanted = held_out_count(len(lengths), fraction)
     steps, room = lengths.tolist(), int(lengths.sum()) // 5
     chosen: list[int] = []
     for episode in torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist():

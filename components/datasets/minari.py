@@ -85,6 +85,7 @@ class MinariDataset(Reader):
         if not isinstance(meta, dict):
             raise UserError(f"{root}/metadata.json: damaged or incomplete (no object)")
         episodes = read(root, meta, self)
+        episodes.name = str(root.parent if root.name == "data" else root)  # as it is called everywhere
         built = self.finish(episodes)
         if env := recovered(episodes, meta):
             built["env"] = env
@@ -465,7 +466,7 @@ def recovered(episodes: Episodes, meta: dict[str, Any]) -> dict[str, Any] | None
         return recoverable(episodes, env)
     text = meta.get("eval_env_spec") or meta.get("env_spec")
     if not text:
-        logger.info("%s: it names no environment; no evaluation", episodes.name)
+        logger.info("%s: it names no environment", episodes.name)
         return None
     try:
         spec = json.loads(text) if isinstance(text, str) else text
@@ -479,7 +480,7 @@ def recovered(episodes: Episodes, meta: dict[str, Any]) -> dict[str, Any] | None
             "max_episode_steps": limit if isinstance(limit, int) and limit > 0 else None,
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        logger.info("%s: its environment is not understood (%s); no evaluation", episodes.name, error)
+        logger.info("%s: its environment is not understood (%s)", episodes.name, error)
         return None
     if spec.get("additional_wrappers"):
         logger.info("%s: the wrappers of the environment %s are left out", episodes.name, name)

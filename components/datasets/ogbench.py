@@ -114,7 +114,7 @@ class OGBenchDataset(Reader):
             if find_spec("ogbench"):
                 built["env"] = {"name": "ogbench", "id": f"{stem}-v0"}
             else:
-                logger.info("%s: no evaluation; for that, pip install ogbench", path)
+                logger.info("%s: an evaluation in its environment needs ogbench (pip install ogbench)", path)
         return built
 
     def _rows(self, file: Path) -> dict[str, np.ndarray]:

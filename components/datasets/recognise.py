@@ -1,5 +1,6 @@
 """Recognise the format of a file or folder."""
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -13,7 +14,9 @@ def recognise(path: str) -> str:
     """The registry's name of the reader for `path`. Raises UserError: no such file, no known format, or several."""
     found = Path(path).expanduser()
     if not found.exists():
-        raise UserError(f"{path}: no such file or folder")
+        is_id = re.fullmatch(r"[\w-]+/[\w-]+", path)
+        hub = f"; if it is on the hub: --dataset lerobot --dataset.repo-id {path}" if is_id else ""
+        raise UserError(f"{path}: no such file or folder{hub}")
     check_regular(found, may_be_folder=True)
     fits: list[str] = []
     if found.is_dir():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..contracts import Goals, Rollouts, Window, request_of
+from ..contracts import Goals, Rollouts, Window, frozen_policy_of, request_of
 from ..data.items import as_kept
 from ..data.returns import n_step_return, returns_to_go
 from ..errors import UserError
@@ -27,21 +27,24 @@ logger = logging.getLogger(__name__)
 FLAGS = ("terminated", "action_is_pad")  # columns that a table returns as bool
 
 
-def prepared(data: dict[str, Any], trainer: type, name: str, config: Any) -> dict[str, Any]:
+def prepared(data: dict[str, Any], trainer: type, name: str, config: Any, alone: bool = True) -> dict[str, Any]:
     """What a dataset's factory returned, in the form that a trainer asks for by `data(config)`.
 
     "recordings" are the held-out episodes, by which a policy can be evaluated without an environment.
 
     Args:
         name: Of the trainer, for messages.
+        alone: Whether there is nothing to learn from but the data.
 
     Raises:
         UserError: pictures that are none; data that does not fit, as of `transitions` and `goal_transitions`; a trainer
-            that asks for rollouts.
+            that needs an environment, for rollouts or for a policy that it corrects.
     """
     request = request_of(trainer, config)
     if isinstance(request, Rollouts):
         raise UserError(f"{name} learns from rollouts of its own policy; run it by online_trainer.py")
+    if alone and frozen_policy_of(trainer, config):
+        raise UserError(f"{name} corrects a frozen policy while that acts; run it by online_trainer.py")
     data = as_kept(data)
     data["recordings"] = recordings(data.get("validation"))
     match request:

@@ -180,7 +180,7 @@ def old_transitions(
     """
     if not data:
         return None
-    data = prepared(data, trainer, args.trainer, args.trainer_options)
+    data = prepared(data, trainer, args.trainer, args.trainer_options, alone=False)
     check_dataset(data["dataset"], "it")
     found = describe(data["dataset"][0], {})
     for key, feature in spec.items():

@@ -4,12 +4,10 @@ The first pass reads the chosen components, since they define the options and th
 """
 
 import inspect
-import json
 import math
 import os
 import re
-from collections.abc import Container
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -17,16 +15,13 @@ from .. import contracts
 from ..acting.evaluation import offered_env
 from ..acting.policy import Inference
 from ..errors import UserError, let_through, nearest, one_line
-from ..records import misfit
 from . import command_line as cli
 from . import debug
-from .checkpoint import recorded_options
-from .config_file import Config
 from .config_file import read as read_config
 from .help import Option, catalogue, flags_of
-from .inheritance import read_inherited
 from .places import located
-from .record import read_args
+from .record import renewed_words
+from .resumed import Resumed
 from .seeds import spelled_out
 from .tracking import check_tracker
 
@@ -118,117 +113,75 @@ def parse(options: Any, argv: list[str], registries: dict[str, dict[str, type]])
     Raises:
         UserError: an invalid command line; one line with the option, the expected value and the remedy.
     """
-    names_only, argv = _names_of(options, registries), _renewed(spelled_out(argv))
-    names: Any = cli.parse_names(names_only, argv)
-    let_through(names.debug)
+    typed = renewed_words(spelled_out(argv))
+    given = _first_pass(registries, typed)
     quiet = os.environ.get("RANK", "0") != "0"
-    if names.list:
-        _list(options, registries, names.plugins, quiet)
-    typed, resumed, plugins = argv, names.resume, names.plugins
-    stored: dict[str, Any] = {}
-    config: Config | None = None
-    if names.config:
-        config, argv = _begin_config(options, registries, names, typed)
+    let_through(given.debug)
+    cli.import_plugins(given.plugins)
+    script = Path(inspect.getfile(options)).name
+    if given.list:
+        _list(registries, script, quiet)
+    if given.resume and given.config:
+        why = f"--resume {given.resume} takes every option from there"
+        raise UserError(f"--config is for new runs: {why}; leave it out")
+
+    # Whatever chooses components beside the command line: the run to resume, a file of options, or a dataset's path.
+    names, argv = given, typed
+    resumed = Resumed(given.resume, script, registries) if given.resume else None
+    config = read_config(given.config, script, registries, typed) if given.config else None
     if resumed:
-        stored, names, argv = _begin_resumed(options, registries, names_only, names, argv)
-    else:
-        cli.import_plugins(plugins)
+        argv = resumed.command_line(given, typed)
+        names = resumed.chosen(_first_pass(registries, argv))
+    elif config:
+        argv = config.choose(names, registries, options.trainer, typed)
     trainer = cli.pick(registries["trainer"], "trainer", names.trainer or options.trainer)
     if not resumed and (found := _recognised(options, argv, names, trainer, registries["dataset"], quiet)):
         argv, names.dataset = ["--dataset", found, *argv], found
+
+    # The chosen components and their defaults; then what the run or the file has instead; then the command line.
     defaults = _Defaults(options, registries, names, trainer)
     default = defaults.complete()
     if config:
-        default, argv = _with_config(config, default, argv, defaults.small() if cli.given(typed, "debug") else set())
-    default = _recorded(default, stored["args"], resumed) if resumed else _of_data(default, argv)
+        small = defaults.small() if cli.given(typed, "debug") else set()
+        default, words = config.onto(default, small, registries)
+        argv = [*words, *argv]
+        with one_line(str(config.file)):
+            check_bounds(default)
+    default = resumed.onto(default) if resumed else _of_data(default, argv)
     _refuse_words(options, argv)
     args = cli.parse(options, argv, default, quiet, registries, SECTIONS, more=[LIST])
     check_bounds(args)
     check_tracker(args.track)
+
+    # What no run may do, and what this run may not change.
+    stored = resumed.record if resumed else {}
     args, same, moved = located(args, stored.get("args", {}), cli.without(typed, "--resume") if resumed else [])
     let_through(args.debug)
+    rules = rules_of(options).items()
     if args.debug:
-        always = {name: rule.debug for name, rule in rules_of(options).items() if rule.always}
-        args = debug.alone(args, always)
+        args = debug.alone(args, {name: rule.debug for name, rule in rules if rule.always})
     if resumed:
-        cli.check_reach_of_run(Path(resumed), args, argv, typed, plugins)
-        may_change = {"plugins", *same, *(name for name, rule in rules_of(options).items() if rule.resume)}
-        may_change |= moved if read_inherited(Path(resumed)).get("data") else set()  # other data will be refused
-        for before in (asdict(default), recorded_options(Path(resumed) / "checkpoints")):
-            _refuse_changes(resumed, before, asdict(args), may_change)
-        args.resume = resumed
+        may_change = {"plugins", *same, *(name for name, rule in rules if rule.resume)}
+        resumed.settle(args, default, may_change, moved, argv, typed, given.plugins)
     elif config:
-        config.settle(args, typed, plugins)
+        config.settle(args, typed, given.plugins)
     args.argv, args.stored, args.defaults = argv, stored, defaults.of_trainer
     args.models = {name: (entry, getattr(args.model_options, name)) for name, entry in defaults.needs.items()}
     return args
 
 
-def _begin_resumed(
-    options: Any, registries: dict[str, Any], names_only: type, names: Any, argv: list[str]
-) -> tuple[dict[str, Any], Any, list[str]]:
-    """The record of the run to resume, whose plugins are imported; the names that it and the command line choose.
-
-    Returns:
-        The record, the names, and the run's command line with what is given beside `--resume`.
-    """
-    resumed = names.resume
-    stored = read_args(Path(resumed), made_by=Path(inspect.getfile(options)).name)
-    _check_recorded(stored["args"], names_only, resumed)
-    asked = {option: getattr(names, option) or stored["args"].get(option) for option in registries}
-    _refuse_changes(resumed, stored["args"], asked, set())
-    cli.import_for(Path(resumed), stored["args"]["plugins"], names.plugins)
-    stored = _with_names_of_now(stored, registries)
-    recorded = cli.without(_renewed(stored["argv"]), "--plugins", several=True)
-    argv = [*recorded, *cli.without(argv, "--resume")]
-    names = cli.parse_names(names_only, argv)
-    for option in registries:  # chosen by a default then
-        known = stored["args"].get(option, "")
-        setattr(names, option, getattr(names, option) or (tuple(known) if option == "model" else known))
-    return stored, names, argv
-
-
-def _begin_config(options: Any, registries: dict[str, Any], names: Any, typed: list[str]) -> tuple[Config, list[str]]:
-    """The `--config` file, whose components are filled into `names`, and the command line with these instead of it."""
-    if names.resume:
-        why = f"--resume {names.resume} takes every option from there"
-        raise UserError(f"--config is for new runs: {why}; leave it out")
-    config = read_config(names.config, Path(inspect.getfile(options)).name, registries, typed)
-    cli.import_for(config.file, config.plugins, names.plugins)
-    words = config.choose(names, registries, options.trainer)
-    return config, [*words, *cli.without(cli.without(typed, "--config"), "--model", several=True)]
-
-
-def _with_config(config: Config, default: Any, argv: list[str], small: set[str]) -> tuple[Any, list[str]]:
-    """The script's options with those of a file, but for `small` keys, and the command line with them."""
-    default, words = config.onto(default, small)
-    with one_line(str(config.file)):
-        check_bounds(default)
-    return default, [*words, *argv]
-
-
-def _renewed(argv: list[str]) -> list[str]:
-    """A command line whose `--track` has a value: without one, it means wandb, as it did when it was a switch."""
-    words: list[str] = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
-        words += {"--no-track": ["--track", "none"]}.get(word, [word])
-        words += ["wandb"] if word == "--track" and following.startswith("-") else []
-    return words
-
-
-def _names_of(options: type, registries: dict[str, Any]) -> type:
-    """Dataclass of the options that the first pass reads; each is empty where it is absent."""
+def _first_pass(registries: dict[str, Any], argv: list[str]) -> Any:
+    """The options by which the others are found; each is empty where it is absent."""
     made: list[Any] = [(name, str, field(default="")) for name in (*registries, "resume", "config") if name != "model"]
     made += [(name, tuple[str, ...], field(default=())) for name in ("model", "plugins")]
     made += [(name, bool, field(default=False)) for name in ("debug", "list")]
-    return make_dataclass("Names", made, kw_only=True)
+    return cli.parse_names(make_dataclass("Names", made, kw_only=True), argv)
 
 
-def _list(options: type, registries: dict[str, dict[str, type]], plugins: tuple[str, ...], quiet: bool) -> NoReturn:
-    """Print all components, with those of the plugins, and exit with 0."""
-    cli.import_plugins(plugins)
+def _list(registries: dict[str, dict[str, type]], script: str, quiet: bool) -> NoReturn:
+    """Print all components, and exit with 0."""
     if not quiet:
-        print(catalogue(registries, Path(inspect.getfile(options)).name), end="")
+        print(catalogue(registries, script), end="")
     raise SystemExit(0)
 
 
@@ -291,7 +244,8 @@ class _Defaults:
         self.values = {option: getattr(options, option) for option in registries} | self.of_trainer
         if names.debug:
             rules = rules_of(options).items()
-            self.values |= {name: rule.debug for name, rule in rules if rule.debug is not None and not rule.always}
+            known = [(name, rule) for name, rule in rules if not (rule.replay and contracts.estimates(trainer))]
+            self.values |= {name: rule.debug for name, rule in known if rule.debug is not None and not rule.always}
         # Model name -> registry name, as the trainer needs them, the policy first; `--model` replaces some.
         needs = contracts.needs_of(trainer)
         self.needs = needs | cli.chosen_models(registries["model"], needs, names.model)
@@ -366,59 +320,3 @@ def _of_data(default: Any, argv: list[str]) -> Any:
             return default
     offered = data.environment()
     return replace(default, env_options=offered_env(offered)[1]) if offered["name"] == default.env else default
-
-
-def _with_names_of_now(stored: dict[str, Any], registries: dict[str, dict[str, type]]) -> dict[str, Any]:
-    """A run's record in which the options of its components have the names that they have by now."""
-    args, argv = dict(stored["args"]), list(stored["argv"])
-    for option, registry in registries.items():
-        component, group = registry.get(str(args.get(option)), object), f"{option}_options"
-        for old, now in contracts.former_names_of(component).items():
-            if isinstance(args.get(group), dict):
-                args[group] = {now if name == old else name: value for name, value in args[group].items()}
-            before, after = (f"--{option}.{name.replace('_', '-')}" for name in (old, now))
-            parts = [word.partition("=") for word in argv]
-            argv = [(after if name.replace("_", "-") == before else name) + rest + v for name, rest, v in parts]
-    return stored | {"args": args, "argv": argv}
-
-
-def _recorded(options: Any, values: Any, run: str, place: str = "args") -> Any:
-    """Options with the values of a run's record; those that an older version did not have keep their defaults.
-
-    Raises:
-        UserError: a value that does not fit.
-    """
-    _check_recorded(values, type(options), run, place)
-    changes = {}
-    for name in (one.name for one in fields(options) if one.name in values):
-        default, value = getattr(options, name), values[name]
-        if is_dataclass(default):
-            changes[name] = _recorded(default, value, run, f"{place}.{name}")
-        else:
-            changes[name] = tuple(value) if isinstance(value, list) else value
-    with one_line(f"{run}/args.json"):
-        return replace(options, **changes)
-
-
-def _check_recorded(values: Any, kind: type, run: str, place: str = "args") -> None:
-    if problem := misfit(values, kind, place, finite=False):
-        raise UserError(f"{run}/args.json: damaged or incomplete: {problem}; its last checkpoint has the options, too")
-
-
-def _refuse_changes(run: str, stored: dict[str, Any], asked: dict[str, Any], may_change: Container[str]) -> None:
-    """Refuse changed options on a resume, but for those of `may_change`. Raises UserError listing them."""
-    stored, asked = (_flat(json.loads(json.dumps(options))) for options in (stored, asked))
-    fixed = [key for key in asked if key not in may_change and key.split(".")[0] not in may_change]
-    changed = [key for key in fixed if asked[key] != stored.get(key, asked[key])]
-    if changed:
-        lines = [f"{key.replace('_options', '')} {stored.get(key)} -> {asked[key]}" for key in changed]
-        raise UserError(
-            f"--resume {run} cannot change: {'; '.join(lines)}; start a new run (--init-from {run}) for that"
-        )
-
-
-def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in options.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from ..acting.evaluation import SCORES, score_of
 from ..errors import plain
+from ..intervals import number
 from ..records import BestRecord
 from .checkpoint import manifest_of, steps
 
@@ -92,4 +93,4 @@ def best_of(run: Path) -> BestRecord | None:
 
 def described(best: BestRecord) -> str:
     """A best step's measure in a few words: "success rate 0.96"."""
-    return f"{NAMES.get(best['metric'], plain(best['metric']))} {best['value']:.4g}"
+    return f"{NAMES.get(best['metric'], plain(best['metric']))} {number(best['value'])}"

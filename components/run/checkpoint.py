@@ -288,6 +288,21 @@ def examine(folder: Path, pieces: bool = True) -> tuple[dict[str, Any], list[str
     return manifest, damaged
 
 
+def whole(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a path such as `checkpoints/best` leads to now, and its manifest; pieces are not looked at.
+
+    Raises:
+        UserError: it is damaged, or in another run than the path.
+    """
+    folder = path.resolve()
+    if path.is_symlink():
+        check_folder(run_of(path))
+    try:
+        return folder, examine(folder, pieces=False)[0]
+    except DamagedError as error:
+        raise UserError(f"{path}: damaged checkpoint ({error}); take another one") from error
+
+
 def newest(root: Path, set_aside: bool = True) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint that verifies, and its manifest; damaged ones are reported and renamed to a dot name.
 
@@ -380,9 +395,7 @@ def load_weights(module: torch.nn.Module, name: str, run: Path) -> str:
     if not run.exists():
         raise UserError(f"{run}: no such run folder to load model {name!r} from")
     if (run / "manifest.json").exists():
-        folder, which = run.resolve(), ""  # which `best` leads to now
-        with one_line(f"{run}: damaged checkpoint"):
-            manifest, _ = examine(folder, pieces=False)
+        (folder, manifest), which = whole(run), ""
     else:
         folder, manifest = newest(run_of(run) / "checkpoints", set_aside=False)
         which = ", its newest checkpoint"

@@ -196,6 +196,18 @@ def choose_some(registry: dict[str, type]) -> Any:
     return tyro.conf.arg(constructor_factory=make, metavar="NAME ...", help_behavior_hint=hint)
 
 
+def one_word() -> Any:
+    """tyro's annotation of a `str` without an option before it; "" where there is none, and after unknown options."""
+    from tyro.constructors import PrimitiveConstructorSpec
+
+    def read(words: list[str]) -> str:
+        if len(words) > 1:
+            raise ValueError(f"expected one, found {' '.join(words)}")
+        return "".join(words)
+
+    return PrimitiveConstructorSpec("*", "RUN", read, lambda value: isinstance(value, str), lambda word: [word])
+
+
 def one_of(names: Sequence[str], default: str) -> str:
     """The end of the text of an option that chooses one of `names`, or some."""
     return f"One of {', '.join(names)}. (default: {default})"
@@ -234,7 +246,7 @@ def named(name: str) -> Any:
 
 def parse_names(options: type[T], argv: Sequence[str]) -> T:
     """First pass: read only the fields of `options`, and ignore the rest of the command line, `--help` included."""
-    return _tyro(options, argv, add_help=False)[0]
+    return _tyro(options, [word for word in argv if not asks_for_help([word])], add_help=False)[0]
 
 
 def parse(
@@ -266,8 +278,7 @@ def parse(
     parsed, unknown = _tyro(options, argv, add_help=False, **extra)
     unknown_options = [word for word in unknown if word.startswith("--")] or unknown
     if unknown_options:
-        file = getattr(sys.modules.get(options.__module__), "__file__", None) or ""
-        raise UserError(about_unknown(unknown_options[0].partition("=")[0], values, registries, file))
+        raise UserError(about_unknown(unknown_options[0].partition("=")[0], values, registries))
     return parsed
 
 

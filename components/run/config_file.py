@@ -17,7 +17,9 @@ from .. import contracts
 from ..errors import UserError, nearest, one_line
 from ..records import JSON_LIMIT, RunRecord, check_regular, hints_of, leaves, misfit, read_record, too_deep
 from . import command_line as cli
-from .record import renewed_options
+from .help import Registries
+from .record import renewed
+from .unknown import about_unknown
 
 OF_A_RUN = ("run_dir", "resume", "config", "seeds")  # of the run that an args.json is from, not of the next one
 WRITTEN = ("run_dir", "save_dataset", "dataset.cache_dir")  # options that name what a run writes
@@ -45,16 +47,20 @@ class Config:
     changed: set[str] = field(default_factory=set)
     """Keys that have another value than their default."""
 
-    def choose(self, names: Any, registries: dict[str, dict[str, type]], default: str) -> list[str]:
-        """Fill in the components that the command line leaves open; returns the words for these and for all models.
+    def choose(
+        self, names: Any, registries: dict[str, dict[str, type]], default: str, typed: Sequence[str]
+    ) -> list[str]:
+        """Fill in the components that the command line leaves open; returns it with words for these and for all models.
 
         Args:
             names: Of the first pass; changed.
             default: The script's own trainer.
+            typed: This command line.
 
         Raises:
-            UserError: a component or model that does not exist.
+            UserError: a component or model that does not exist, or a plugin that the command line does not name.
         """
+        cli.import_for(self.file, self.plugins, names.plugins)
         for option, name in self.names.items():
             if name not in (*registries[option], "none"):
                 raise UserError(f"{self.file}: {option} is {name!r}; {nearest(name, registries[option])}")
@@ -91,7 +97,8 @@ class Config:
         if not names.dataset and "dataset.path" in self.asked:  # by which a reader may be recognised
             words += ["--dataset.path", str(self.values["dataset.path"])]
         words += ["--model", *names.model] if given or (models and "model" in self.asked) else []
-        return words + ["--debug"] * self.debug
+        words += ["--debug"] * self.debug
+        return [*words, *cli.without(cli.without(typed, "--config"), "--model", several=True)]
 
     def _drop(self, which: Callable[[str], bool]) -> None:
         """Leave out some options."""
@@ -106,7 +113,7 @@ class Config:
         text = f"{self.file}, with {' '.join(self.instead)} instead of its own"
         return text + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
 
-    def onto(self, default: Any, small: Collection[str]) -> tuple[Any, list[str]]:
+    def onto(self, default: Any, small: Collection[str], registries: Registries) -> tuple[Any, list[str]]:
         """The script's options with the file's, and the words of the command line that say the same.
 
         Args:
@@ -120,10 +127,7 @@ class Config:
         changes: dict[tuple[str, ...], dict[str, Any]] = {}
         for key, value in self.values.items():
             if key not in known:
-                shown = {key.replace("_", "-"): None for key, slot in known.items() if not slot.again}
-                near = nearest(key.replace("_", "-"), shown)
-                near = near if near.startswith("nearest") else "--help lists them"
-                raise UserError(f"{self.file}: unknown option {key}; {near}")
+                raise UserError(f"{self.file}: {about_unknown(f'--{key}', default, registries)}")
             slot = known[key]
             if problem := misfit(value, slot.hint, key, finite=False):
                 raise UserError(f"{self.file}: {problem}")
@@ -164,7 +168,7 @@ class Config:
                 raise UserError(f"{where}; if files may be written there, add --{option} again")
 
 
-def read(name: str, script: str, registries: Collection[str], typed: Sequence[str]) -> Config:
+def read(name: str, script: str, registries: Registries, typed: Sequence[str]) -> Config:
     """Read a file of options: a run's `args.json`, the folder of a run, or a TOML.
 
     Args:
@@ -195,7 +199,8 @@ def read(name: str, script: str, registries: Collection[str], typed: Sequence[st
         record = read_record(path, RunRecord, "expected the args.json of a run")
         if record["script"] != script:
             raise UserError(f"{path} is of a run of {record['script']}; use it with that script")
-        found = from_record(record["args"] | renewed_options(record["args"]), registries)
+        record = renewed(record, registries)
+        found = from_record(record["args"], registries)
         asked = {key for key in found if cli.given(record["argv"], key.replace("_", "-"))}
     for option, key in (("seed", "seeds"), ("debug", "debug")):
         if cli.given(typed, option):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from ..intervals import number
 from .one_batch import learn_by_heart
 from .policies import load_policy
 from .profiling import Profile
@@ -103,8 +104,9 @@ def show_batch(batch: dict[str, Any], say: Callable[[str], None]) -> None:
     for key, value in batch.items():
         if isinstance(value, Tensor):
             x = value.float()
-            numbers = f"min {x.min():.4g}  mean {x.mean():.4g}  max {x.max():.4g}" if x.numel() else "empty"
-            say(f"batch {key}: {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}  {numbers}")
+            numbers = [f"{name} {number(float(getattr(x, name)()))}" for name in ("min", "mean", "max") if x.numel()]
+            kind = str(value.dtype).removeprefix("torch.")
+            say(f"batch {key}: {tuple(value.shape)} {kind}  {'  '.join(numbers) or 'empty'}")
         else:
             say(f"batch {key}: {type(value).__name__} {str(value)[:60]}")
 
@@ -113,7 +115,7 @@ def show_norms(record: dict[str, Any], say: Callable[[str], None]) -> None:
     """Print the gradient norms of a log line."""
     norms = {key.rpartition(".")[2]: value for key, value in record.items() if "grad_norm" in key}
     if norms:
-        say("gradient norms: " + "  ".join(f"{name} {value:.4g}" for name, value in norms.items()))
+        say("gradient norms: " + "  ".join(f"{name} {number(value)}" for name, value in norms.items()))
 
 
 def load_again(run: Any, checkpoints: Any, acts: bool) -> None:

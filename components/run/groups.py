@@ -16,7 +16,7 @@ from ..records import RunRecord, StatusRecord, read_record
 BOOKKEEPING = {"seed", "seeds", "run_dir", "resume", "config", "workers", "log_every", "eval_every", "eval_episodes"}
 BOOKKEEPING |= {"eval_envs", "save_every", "save_minutes", "keep_last", "save_buffer", "save_dataset", "save_format"}
 BOOKKEEPING |= {"save_what", "save_episodes", "env_timeout", "hang_timeout", "env_restarts"}
-OF_COMPONENTS = {"cache", "workers", "render_mode"}  # bookkeeping among the options of a component
+OF_COMPONENTS = {"cache", "cache_dir", "workers", "render_mode"}  # bookkeeping among the options of a component
 OWNERS = {"dataset_options": "dataset", "optimizer_options": "optimizer", "loss_options": "loss", "env": "env.name"}
 NAMED = ("trainer", "script", "dataset", "task")  # options whose values say enough, and on which others depend
 SHOWN = 60  # characters of a label

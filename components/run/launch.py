@@ -105,20 +105,11 @@ def last(text: str, error: bool = False) -> None:
 
 def hint() -> str:
     """What ends the warning with which `accelerate launch` begins; "" if there was none."""
-    start, home = (
-        started(),
-        os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"),
-    )
-    silent = (
-        "ACCELERATE_LOG_LEVEL" in os.environ or (Path(home).expanduser() / "accelerate/default_config.yaml").exists()
-    )
+    start, home = started(), os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME") or os.path.join(home, "huggingface")
+    configured = (Path(home).expanduser() / "accelerate/default_config.yaml").exists()
     given = {word.partition("=")[0].replace("-", "_").replace("__", "--", 1) for word in start.words}
-    if (
-        silent
-        or not start.launcher
-        or "accelerate" not in start.words[:2]
-        or not set(FULL) - given
-        or "--config_file" in given
-    ):
+    quiet = configured or "ACCELERATE_LOG_LEVEL" in os.environ or "--config_file" in given or given.issuperset(FULL)
+    if quiet or not start.launcher or "accelerate" not in start.words[:2]:
         return ""
     return "(accelerate's warning above needs nothing done; without it: export ACCELERATE_LOG_LEVEL=error)"

@@ -13,7 +13,9 @@ from torch import nn
 
 from .. import contracts
 from ..data.random_state import preserved, seed_all
+from ..intervals import number
 from ..learning.held_out import total_loss
+from .process import first_line
 
 UPDATES, SECONDS, RATE = 200, 2.5, 3e-3
 ZERO, DONE = 0.1, 0.01  # parts of the first loss: what counts as zero (of an L1 loss, too), and where it ends early
@@ -35,18 +37,13 @@ def learn_by_heart(learner: Any, batch: dict[str, Any]) -> str:
             losses = [step()]
             while len(losses) <= UPDATES and time.perf_counter() - began < SECONDS:
                 losses.append(step())
-                if not math.isfinite(losses[-1]) or losses[-1] < DONE * losses[0]:
+                if not math.isfinite(losses[-1]) or losses[-1] < DONE * losses[0] and min(losses) >= 0:
                     break
     except Exception as error:
-        return f"one batch: not learnt by heart: {first_line(error)}"
+        return f"one batch: no verdict: {first_line(error)}"
     hurried = time.perf_counter() - began > SECONDS and len(losses) <= UPDATES
     end = f"{len(losses) - 1} updates" + f" ({SECONDS:g} s)" * hurried
-    return f"one batch: {what} {losses[0]:.4g} -> {losses[-1]:.4g} in {end}: {verdict(losses, hurried)}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return f"one batch: {what} {number(losses[0])} -> {number(losses[-1])} in {end}: {verdict(losses, hurried)}"
 
 
 def verdict(losses: list[float], hurried: bool) -> str:
@@ -55,12 +52,14 @@ def verdict(losses: list[float], hurried: bool) -> str:
     early, late = losses[: 3 * len(losses) // 4] or losses, losses[3 * len(losses) // 4 :]
     if not math.isfinite(losses[-1]):
         return "NO, it is not finite"
-    if last < 0:
-        return "it falls below zero, as a likelihood may"
+    if min(first, last) < 0:
+        how = "it falls below zero" if last < first else "NO, it is below zero, and does not fall"
+        return f"{how}: right for a log-likelihood, wrong for an error"
     if last <= ZERO * first:
         return "yes, it falls to zero"
+    left = f"{last / first:.0%} is left" if first else "it began at zero"
     falls = min(late) < FALLS * min(early)
-    return f"{'not yet' if falls or hurried else 'NO'}, {last / first:.0%} is left{', and it still falls' * falls}"
+    return f"{'not yet' if falls or hurried else 'NO'}, {left}{', and it still falls' * falls}"
 
 
 def stepper(learner: Any, batch: dict[str, Any]) -> tuple[Callable[[], float], str]:

@@ -16,7 +16,7 @@ from ..acting.policy_folder import copy_policy, describe, load_folder
 from ..errors import UserError
 from ..records import check_folder
 from .best import best_of, described
-from .checkpoint import examine, run_of, steadily, steps
+from .checkpoint import examine, run_of, steadily, steps, whole
 from .pieces import DamagedError
 
 logger = logging.getLogger(__name__)
@@ -131,11 +131,7 @@ def _only(path: Path) -> Chosen:
     """The policy of a checkpoint's folder, or of a policy's."""
     if not (path / "manifest.json").exists():
         return Chosen(path, describe(path)[1].get("step"), "")
-    folder = path.resolve()  # which `best` leads to now
-    try:
-        manifest, _ = examine(folder, pieces=False)
-    except DamagedError as error:
-        raise UserError(f"{path}: damaged checkpoint ({error}); take another one") from error
+    folder, manifest = whole(path)
     if "policy.json" not in manifest["files"]:
         raise UserError(f"{path}: no policy here: {_without()}")
     best = best_of(run_of(path))

@@ -159,7 +159,7 @@ def exit_code(stop: SystemExit) -> int:
 
 def tell(text: str) -> None:
     """Tell who sits at a terminal, from a signal handler, in which `print` could meet itself."""
-    if is_first() and os.isatty(2):
+    if is_first() and os.isatty(2) and SEVERAL not in os.environ:  # else `--seeds` tells it
         with contextlib.suppress(OSError):
             os.write(2, f"\r\x1b[K{text}\n".encode())
 

@@ -15,6 +15,7 @@ from ..acting.policy import Policy
 from ..data.augmentation import Augmentation
 from ..data.normalisation import Normaliser
 from ..envs.vector import Environments
+from .checkpoint import Checkpoints
 
 LONGEST = 5
 OUTSIDE = "data, and the loop itself"  # what is in no other part
@@ -57,6 +58,7 @@ class Profile:
         self.mark(Environments, "step", "environment step")
         self.mark(Policy, "act", "policy acts")
         self.mark(Evaluator, "evaluate", "evaluation")
+        self.mark(Checkpoints, "save", "checkpoint")
         self.mark(self.run, "log", "log")
         was_on = torch.is_anomaly_enabled()
         torch.autograd.set_detect_anomaly(False)

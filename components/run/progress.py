@@ -15,6 +15,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from ..errors import crashes_pass, plain
+from ..intervals import number
 
 T = TypeVar("T")
 CLEAR = "\r\x1b[K"  # moves to the line's begin, and clears it
@@ -31,16 +32,12 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-def number(value: float) -> str:
-    """A number as people write it: four digits, and 12034 rather than 1.203e+04."""
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
-
-
 class Phase:
     """Work of a known kind: a part of a run, or what comes before it."""
 
     def __init__(self, what: str, total: int, unit: str) -> None:
         self.what, self.total, self.unit, self.done, self.began = what, total, unit, 0, time.monotonic()
+        self.prepared: float | None = None  # seconds until it was told that none is done yet
 
     @property
     def seconds(self) -> float:
@@ -175,7 +172,8 @@ class Progress:
         self.draw(now=True)
         try:
             yield self.done
-            self.took[what] = phase.seconds
+            # The first one may prepare what the others find, such as the goals of a task.
+            self.took[what] = phase.seconds - (0.0 if what in self.took else phase.prepared or 0.0)
         finally:
             self.phases.remove(phase)
             self.spent += 0.0 if self.phases else phase.seconds
@@ -188,6 +186,8 @@ class Progress:
         if self.phases:
             phase = self.phases[-1]
             phase.done, phase.total = done, total or phase.total
+            if not done and phase.prepared is None:
+                phase.prepared = phase.seconds
         self.draw()
 
     @property
@@ -238,7 +238,7 @@ class Progress:
             head = self.head(phase.what, phase.done, phase.total, count, room)
             return fitted(room, head, [left, run and f"step {run}"])
         if run:  # how long it is, is not known: the bar stays where the run is
-            return fitted(room, self.head(phase.what, self.step, self.total, run, room), [left])
+            return fitted(room, self.head(phase.what, self.step, self.total, f"step {run}", room), [left])
         return fitted(room, f"{phase.what} ...")
 
     def head(self, what: str, done: int, total: int, count: str, room: int) -> str:

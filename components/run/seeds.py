@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ..acting.evaluation import score_of
-from ..errors import UserError
+from ..errors import UserError, crashes_pass
+from ..intervals import number
 from ..records import SeedsRecord, check_folder, read_record
 from . import command_line as cli
 from .config_file import slots, words_of
@@ -183,6 +184,8 @@ class Seeds:
             (self.folder / RECORD).unlink(missing_ok=True)
             with suppress(OSError):  # a folder with other files stays
                 self.folder.rmdir()
+            if self.stop.asked:
+                last("stopped before the first run began")
             return code
         states = [read_status(path)["state"] for path in begun]
         left = len(self.seeds) - states.count("finished")
@@ -212,7 +215,7 @@ def result_of(path: Path) -> str:
     """The last score of a run, for the end of a line; "" if it has none."""
     lines = read_lines(path / "eval.jsonl")
     score = score_of(lines[-1]) if lines else None
-    return f": {score[0].replace('_', ' ')} {score[1]:.4g}" if score else ""
+    return f": {score[0].replace('_', ' ')} {number(score[1])}" if score else ""
 
 
 class Ranks:
@@ -267,7 +270,12 @@ class Ranks:
         if self.store is not None:
             port = self.told(f"port {place}", lambda: free_port(int(env["MASTER_PORT"]) + place + 1))
             env |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
-        child = subprocess.Popen(words, env=env)
+        # Until it has a handler of its own, Ctrl-C would end it with the traceback of an import.
+        before = signal.signal(signal.SIGINT, signal.getsignal(signal.SIGINT) if crashes_pass() else signal.SIG_IGN)
+        try:
+            child = subprocess.Popen(words, env=env)
+        finally:
+            signal.signal(signal.SIGINT, before)
         # A terminal sends Ctrl-C to the run, too. SIGUSR1 asks it to stop, and never counts as a second signal.
         self.stop.last_words = lambda: child.send_signal(signal.SIGTERM)
         asked, failed, since = False, f"failed {place}", 0.0

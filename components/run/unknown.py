@@ -14,21 +14,20 @@ SCRIPTS = ("offline_trainer.py", "online_trainer.py")
 ALIKE = 0.85  # from here on an option of a component that is not chosen counts as a misspelt one
 
 
-def about_unknown(word: str, values: Any, registries: Registries, file: str = "") -> str:
+def about_unknown(word: str, values: Any, registries: Registries) -> str:
     """A line about an option that the command does not have.
 
     Args:
         word: Such as "--trainer.kl-weight".
         values: The defaults of the command, with the options of the components that are chosen.
         registries: Of the options by which components are chosen.
-        file: Of the script, beside which the other one stands.
     """
     word = word.replace("_", "-")
     known = {flag for _, options in options_in(type(values), values) for one in options for flag in one.flags}
     option, dot, name = word[2:].rpartition(".")
     if dot and (told := _renamed(option, name, values, registries) or _owned(option, name, values, registries)):
         return f"unknown option {word}; {told}"
-    if other := _other_script(word, file):
+    if other := _other_script(word, getattr(sys.modules.get(type(values).__module__), "__file__", None) or ""):
         return f"unknown option {word}; {word} is an option of {other}"
     near = nearest(word, known)
     near = near if near.startswith("nearest") else ""

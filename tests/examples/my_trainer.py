@@ -7,8 +7,6 @@ from components import TRAINER_REGISTRY
 
 
 class MyTrainer:
-    """Regression."""
-
     def __init__(self, models, optimizers, loss, device):
         self.models, self.optimizers, self.loss, self.device = models, optimizers, loss, device
 
