@@ -33,6 +33,7 @@ from .run.checkpoint import run_of
 from .run.command_line import asks_for_help, check_reach, import_for, one_word, parse, parse_names, pick
 from .run.policies import taken
 from .run.progress import EVALUATING, showing
+from .run.reading import read_args, read_status
 
 CHOSEN = {"env": ENV_BUILDER_REGISTRY, "dataset": DATASET_BUILDER_REGISTRY}
 USAGE = "RUN [OPTIONS]"
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
             parse(Args, argv, registries=CHOSEN, usage=USAGE)
         raise UserError("which run? It comes first: python -m components.evaluate RUN [OPTIONS]")
     run = run_of(Path(names.run))
-    record = run_record.read_args(run)
+    record = read_args(run)
     import_for(run, record["args"]["plugins"], names.plugins)
     if wants_recordings(names, record, argv):
         return against_recordings(run, record, names, argv)
@@ -113,7 +114,7 @@ def main(argv: list[str]) -> int:
 
 def step_of(run: Path, chosen: Any) -> int:
     """The step of a policy that was `taken`; that of the run for its last one."""
-    return run_record.read_status(run)["step"] if chosen.step is None else chosen.step
+    return read_status(run)["step"] if chosen.step is None else chosen.step
 
 
 def conclude(run: Path, step: int, evaluator: Any, film: Path | None) -> None:

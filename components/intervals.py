@@ -37,6 +37,11 @@ def moments(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum(one * one for one in differences) / (len(values) - 1))
 
 
+def unbiased(deviation: float, count: int) -> float:
+    """The deviation (of n - 1) of two or more values, from that of n, which evaluations record."""
+    return deviation * math.sqrt(count / (count - 1))
+
+
 def of_mean(mean: float, deviation: float, count: int) -> Interval:
     """Student's t interval of a mean of two or more values."""
     half = student_t(count - 1) * deviation / math.sqrt(count)

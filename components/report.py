@@ -26,11 +26,11 @@ from .errors import UserError, plain
 from .intervals import Interval, measured, number
 from .records import ResultRow, read_record
 from .run import process
-from .run import record as run_record
 from .run.best import best_of
 from .run.command_line import parse
 from .run.curves import diverging, draw_curves, evaluations_in, is_number, read_lines
 from .run.groups import Group, grouped, task_of
+from .run.reading import read_args, read_status
 
 DEPTH = 3  # folders inside each other that are searched for runs
 
@@ -127,7 +127,7 @@ def found(folders: Sequence[Path]) -> list[Path]:
             problems.append(f"{folder}: no run here")
         for run in inner:
             try:
-                run_record.read_args(run)
+                read_args(run)
                 runs.setdefault(run.resolve(), run)
             except UserError as error:
                 problems.append(str(error))
@@ -157,8 +157,8 @@ def in_order(name: str) -> list[tuple[int, str]]:
 
 
 def own_evaluations(run: Path) -> list[dict[str, Any]]:
-    """The evaluations in the run's environment, or in the last one evaluated for a run without an environment."""
-    return evaluations_in(run, run_record.read_args(run)["env"])
+    """The evaluations that a run is compared by, as of `evaluations_in`."""
+    return evaluations_in(run, read_args(run)["env"])
 
 
 def last_score(run: Path) -> Score | None:
@@ -166,7 +166,7 @@ def last_score(run: Path) -> Score | None:
     lines = [line for line in own_evaluations(run) if score_of(line)]
     if not lines:
         return None
-    line = max(reversed(lines), key=lambda one: one["step"])
+    line = lines[-1]
     metric, value, sign = score_of(line)  # type: ignore[misc]
     deviation = line.get("return_std", -1.0) if metric == "return_mean" else -1.0
     return Score(metric, value, sign, line["episodes"], deviation if is_number(deviation) and deviation >= 0 else None)
@@ -195,7 +195,7 @@ def subject(record: dict[str, Any]) -> tuple[str, str]:
 
 def result_row(run: Path) -> dict[str, Any]:
     """One run as a row of a results file."""
-    record = run_record.read_args(run)
+    record = read_args(run)
     config = record["args"]
     suite, task = subject(record)
     score = last_score(run)
@@ -205,7 +205,7 @@ def result_row(run: Path) -> dict[str, Any]:
         "task": task,
         "trainer": config["trainer"],
         "seed": record["seed"],
-        "steps": run_record.read_status(run)["step"],
+        "steps": read_status(run)["step"],
         "metric": score.metric,
         "value": score.value,
         "episodes": score.episodes,
@@ -288,7 +288,7 @@ def facts_of(row: Row) -> dict[str, Any]:
     """All that is known of a configuration, with all digits."""
     group, scores = row.group, row.scores
     record = group.records[0]
-    status = [run_record.read_status(run) for run in group.runs]
+    status = [read_status(run) for run in group.runs]
     seconds = [run_seconds(run) for run in group.runs]
     best = [best_of(run) for run in group.runs]
     low, high = (row.interval if scores else None) or (None, None)
@@ -377,7 +377,7 @@ def interval_of(
     if len(values) > 1:
         bounds.append(intervals.of_mean(*intervals.moments(values), len(values)))
     elif deviation is not None and episodes and episodes[0] > 1:
-        bounds.append(intervals.of_mean(values[0], deviation * math.sqrt(episodes[0] / (episodes[0] - 1)), episodes[0]))
+        bounds.append(intervals.of_mean(values[0], intervals.unbiased(deviation, episodes[0]), episodes[0]))
     if metric == "success_rate" and any(episodes):
         bounds.append(intervals.wilson(*successes(values, episodes)))
         return max(0.0, min(low for low, _ in bounds)), min(1.0, max(high for _, high in bounds))
@@ -428,7 +428,7 @@ def episode_moments(score: Score) -> tuple[float, float, int] | None:
     """Mean, deviation (of n - 1) and number of one seed's episodes, if its deviation is known."""
     if score.deviation is None or score.episodes < 2:
         return None
-    return score.value, score.deviation * math.sqrt(score.episodes / (score.episodes - 1)), score.episodes
+    return score.value, intervals.unbiased(score.deviation, score.episodes), score.episodes
 
 
 def with_interval(

@@ -19,7 +19,7 @@ from components.datasets import convert, inspect
 from components.datasets.recognise import recognise
 from components.run import arguments, command_line
 from components.run.help import COLUMN, options_in
-from components.run.record import read_args
+from components.run.reading import read_args
 from conftest import FIXTURES, difference, in_this_process, weights
 
 Script = Callable[..., Path]

@@ -14,7 +14,7 @@ import pytest
 
 from components import UserError
 from components.run import provenance
-from components.run.record import read_args
+from components.run.reading import read_args
 from conftest import ROOT, command
 
 REQUIREMENTS = (ROOT / "requirements.txt").read_text()

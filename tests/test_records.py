@@ -22,7 +22,7 @@ from components.run import checkpoint
 from components.run.arguments import parse
 from components.run.curves import diverging, draw_curves, read_lines
 from components.run.files import as_json
-from components.run.record import read_args, read_status
+from components.run.reading import read_args, read_status
 
 Script = Callable[..., Path]
 SMALL = ("--model.hidden-dims", 8, "--model.critic.hidden-dims", 8)

@@ -95,6 +95,16 @@ def test_a_seed_that_fails_does_not_keep_the_others(together: Runs, capsys: pyte
     last = shown.splitlines()[-1]
     assert last.startswith("2 of 2 seeds are left (failed: 0, 1); continue with: ")
     assert last.endswith(" --resume x --plugins toy")
+    there = (
+        "--env",
+        "gymnasium",
+        "--env.id",
+        "json:Thing-v0",
+        "--eval-episodes",
+        0,
+    )  # a module that a resume must name
+    together(*TOY, *trouble, *there, "--trainer.seconds", 0, "--steps", 5, "--run-dir", "y", "--seeds", 0)
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" --resume y --plugins toy json")
 
 
 def test_a_refused_option_ends_all_and_leaves_nothing(together: Runs) -> None:

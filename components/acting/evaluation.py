@@ -1,7 +1,6 @@
 """Evaluation in an environment: a fixed list of seeds, one episode each, on any slot or process."""
 
 import gc
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -11,20 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from .. import parallel
 from ..contracts import options_of
 from ..data.pictures import IMAGES
-from ..data.random_state import preserved
 from ..envs.autoreset import Stepper
 from ..envs.observations import info_value, observation_batch, success_of
 from ..envs.vector import Environments, FaultyEnvError, action_width, executed
 from ..errors import UserError, one_line
 from ..intervals import wilson
+from .divided import Divided
 from .film import film_episodes
 from .policy import Policy
 from .recordings import Recordings
 
-logger = logging.getLogger(__name__)
 MAX_STEPS = 100_000  # a longer episode means that the environment lacks a time limit
 
 
@@ -188,7 +185,7 @@ class _Round:
         return results
 
 
-class Evaluator:
+class Evaluator(Divided):
     """Evaluates a policy in an environment; the episodes are divided among the processes.
 
     Args:
@@ -216,11 +213,9 @@ class Evaluator:
         options: Any = None,
     ) -> None:
         check_env(environments, policy.spec)
-        self.policy, self.environments, self.env, self.seeds = policy, environments, env, seeds
-        self.rank, self.world, self.tick, self.failed = rank, world, tick, False
-        self.options = options
+        super().__init__(policy, len(seeds), rank, world, tick)
+        self.environments, self.env, self.seeds, self.options, self.failed = environments, env, seeds, options, False
         self.reference: tuple[float, float] | None = None  # returns that are normalised to 0 and 100
-        self.seen: Callable[[int, int], None] = lambda done, total: None  # is told how many episodes have ended
 
     @classmethod
     def of(
@@ -262,35 +257,24 @@ class Evaluator:
         evaluator.seen = run.progress.done
         return evaluator
 
-    def evaluate(self, step: int) -> tuple[dict[str, Any] | None, str]:
-        """Run the episodes; returns (the line for `eval.jsonl`, "") or, on all processes, (None, reason of a failure).
-
-        Preserves the random state, so that training continues as without the evaluation.
-
-        Raises:
-            StoppedError: on all processes, when a stop was requested on any.
-        """
-        with preserved():
-            episodes, problem = parallel.joined(self.rank, self._play)
-        if problem:
-            return None, problem
-        episodes = sorted(episodes, key=lambda episode: episode["seed"])
-        result = summarise(episodes, self.env, step, self.policy)
-        if self.reference is not None:  # D4RL's normalised return (Fu et al., 2020)
-            low, high = self.reference
-            result["return_normalised"] = 100 * (result["return_mean"] - low) / (high - low)
-        return result, ""
-
-    def _play(self) -> list[dict[str, Any]]:
-        """The episodes of this process."""
+    def _part(self) -> list[dict[str, Any]]:
+        """The results of the episodes of this process."""
         if self.failed:
             self.environments.rebuild(self.seeds[0])
         self.failed = True
         seeds = list(self.seeds)[self.rank :: self.world]
-        of_all = lambda done: self.seen(min(done * self.world, len(self.seeds)), len(self.seeds))  # noqa: E731
-        episodes = run_episodes(self.policy, self.environments, seeds, tick=self.tick, seen=of_all)
+        episodes = run_episodes(self.policy, self.environments, seeds, tick=self.tick, seen=self._ended)
         self.failed = False
         return episodes
+
+    def _summarise(self, found: list[dict[str, Any]], step: int) -> dict[str, Any]:
+        """One line of `eval.jsonl`, in the order of the seeds."""
+        episodes = sorted(found, key=lambda episode: episode["seed"])
+        result = summarise(episodes, self.env, step, self.policy)
+        if self.reference is not None:  # D4RL's normalised return (Fu et al., 2020)
+            low, high = self.reference
+            result["return_normalised"] = 100 * (result["return_mean"] - low) / (high - low)
+        return result
 
     def film(self, path: Path) -> str:
         """Film the first episodes; returns why there is no film, or ""."""

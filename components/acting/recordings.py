@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .. import parallel
 from ..data.figures import literal, save_figure
 from ..data.normalisation import without_spread
 from ..data.random_state import preserved
 from ..errors import UserError, nearest, one_line
+from .divided import Divided
 from .policy import Policy
 
 AHEAD = 8  # steps whose observations are read together
@@ -42,7 +42,7 @@ class Recording(Protocol):
     def read(self, places: Sequence[int], keys: Sequence[str]) -> dict[str, Any]: ...
 
 
-class Recordings:
+class Recordings(Divided):
     """Evaluates a policy against recorded episodes, which are divided among the processes.
 
     Args:
@@ -72,8 +72,8 @@ class Recordings:
         data: str = "",
     ) -> None:
         check_recordings(policy, episodes)
-        self.policy, self.episodes, self.seed, self.slots = policy, list(episodes), seed, slots
-        self.rank, self.world, self.tick = rank, world, tick
+        super().__init__(policy, len(episodes), rank, world, tick)
+        self.episodes, self.seed, self.slots = list(episodes), seed, slots
         self.names = self.episodes[0].names
         self.discrete = "classes" in policy.spec["action"]
         self.deviation = np.ones(1) if self.discrete else deviations(policy.spec["action"], self.episodes)
@@ -84,7 +84,6 @@ class Recordings:
             for episode in self.episodes
         ]
         self.reference: Any = None  # recordings have no return
-        self.seen: Callable[[int, int], None] = lambda done, total: None  # is told how many episodes have ended
 
     @classmethod
     def of(cls, args: Any, run: Any, policy: Policy, held_out: Sequence[Recording], world: int) -> "Recordings | None":
@@ -110,21 +109,7 @@ class Recordings:
         run.say(f"evaluation against {count} of the recordings, since {unknown}")
         return found
 
-    def evaluate(self, step: int) -> tuple[dict[str, Any] | None, str]:
-        """Compare the actions; returns (the line for `eval.jsonl`, "") or, on all processes, (None, why it failed).
-
-        Preserves the random state, so that training continues as without the evaluation.
-
-        Raises:
-            StoppedError: on all processes, when a stop was requested on any.
-        """
-        with preserved():
-            compared, problem = parallel.joined(self.rank, self._compare)
-        if problem:
-            return None, problem
-        return self._summarise([one for _, one in sorted(compared, key=lambda pair: pair[0])], step), ""
-
-    def _compare(self) -> list[tuple[int, dict[str, Any]]]:
+    def _part(self) -> list[tuple[int, dict[str, Any]]]:
         """(place, errors) of the episodes of this process; those of similar length go together."""
         order = sorted(range(len(self.episodes)), key=lambda place: len(self.episodes[place]))
         mine = order[self.rank :: self.world]
@@ -138,9 +123,7 @@ class Recordings:
     def _predict(self, places: Sequence[int], before: int = 0) -> list[np.ndarray]:
         """The actions `[T, Da]` that the policy predicts in the episodes at `places`, after so many others."""
         episodes, seeds = [self.episodes[place] for place in places], [self.seed + place for place in places]
-        total = len(self.episodes)
-        seen = lambda done: self.seen(min((before + done) * self.world, total), total)  # noqa: E731  (of all processes)
-        return walk(self.policy, episodes, seeds, self.tick, seen)
+        return walk(self.policy, episodes, seeds, self.tick, lambda done: self._ended(before + done))
 
     def _errors(self, place: int, predicted: np.ndarray) -> dict[str, Any]:
         """Mean errors of an episode: absolute and squared ones `[Da]`, and by steps since the plan `[action_steps]`.
@@ -161,8 +144,9 @@ class Recordings:
         later = [scaled[age::period].mean() if age < len(scaled) else np.nan for age in range(period)]
         return {"absolute": np.abs(error).mean(0), "squared": (error**2).mean(0), "later": np.array(later)}
 
-    def _summarise(self, errors: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    def _summarise(self, found: list[tuple[int, dict[str, Any]]], step: int) -> dict[str, Any]:
         """One line of `eval.jsonl`; long and short episodes count alike."""
+        errors = [one for _, one in sorted(found, key=lambda pair: pair[0])]
         absolute, squared = (np.mean([one[kind] for one in errors], 0) for kind in ("absolute", "squared"))
         later = np.array([one["later"] for one in errors])  # [E, action_steps]
         later = later[:, ~np.isnan(later).all(0)]  # steps that some episode is long enough for

@@ -8,7 +8,7 @@ from ..errors import UserError
 from ..run.arguments import rules_of
 from ..run.checkpoint import run_of
 from ..run.inheritance import read_inherited
-from ..run.record import read_args
+from ..run.reading import read_args
 
 PLAIN = (0.0, 1.0)  # shift and scale of unchanged rewards
 

@@ -5,7 +5,6 @@ The first pass reads the chosen components, since they define the options and th
 
 import inspect
 import math
-import os
 import re
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
@@ -20,7 +19,8 @@ from . import debug
 from .config_file import read as read_config
 from .help import Option, catalogue, flags_of
 from .places import located
-from .record import renewed_words
+from .process import is_first
+from .reading import renewed_words
 from .resumed import Resumed
 from .seeds import spelled_out
 from .tracking import check_tracker
@@ -115,7 +115,7 @@ def parse(options: Any, argv: list[str], registries: dict[str, dict[str, type]])
     """
     typed = renewed_words(spelled_out(argv))
     given = _first_pass(registries, typed)
-    quiet = os.environ.get("RANK", "0") != "0"
+    quiet = not is_first()
     let_through(given.debug)
     cli.import_plugins(given.plugins)
     script = Path(inspect.getfile(options)).name

@@ -104,7 +104,7 @@ class _Writer:
 
     def __init__(self, root: Path, step: int, rank: int) -> None:
         self.root, self.step, self.rank = root, step, rank
-        self.final = root / f"step-{step:09d}"
+        self.final = folder_of(root, step)
         self.temporary = root / f".tmp-{self.final.name}"
         self.shapes: dict[str, dict[str, list[int]]] = {}
         self.pieces: list[str] = []  # file names of this process's
@@ -208,7 +208,7 @@ def tidy(root: Path, manifest: dict[str, Any], keep_last: int) -> None:
 
 def link_best(root: Path, step: int) -> None:
     """Point `best` at a step atomically; remove it when there is no such checkpoint."""
-    target = f"step-{step:09d}"
+    target = folder_of(root, step).name
     if not (root / target).exists():
         (root / "best").unlink(missing_ok=True)
     elif not (root / "best").is_symlink() or os.readlink(root / "best") != target:
@@ -243,7 +243,17 @@ def _own_hash(manifest: dict[str, Any]) -> str:
 def steps(root: Path) -> list[Path]:
     """The checkpoint folders, oldest first."""
     found = [path for path in root.iterdir() if STEP_NAME.fullmatch(path.name)] if root.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return root / f"step-{step:09d}"
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..errors import UserError, nearest, one_line
 from ..records import JSON_LIMIT, RunRecord, check_regular, hints_of, leaves, misfit, read_record, too_deep
 from . import command_line as cli
 from .help import Registries
-from .record import renewed
+from .reading import renewed
 from .unknown import about_unknown
 
 OF_A_RUN = ("run_dir", "resume", "config", "seeds")  # of the run that an args.json is from, not of the next one

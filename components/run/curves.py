@@ -154,7 +154,7 @@ def lines_of(run: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
             line["eval/success_rate_ci"] = tuple(one["success_ci"])
         episodes, deviation = one["episodes"], one.get("return_std", math.nan)
         if "eval/return_mean" in line and is_number(deviation) and deviation >= 0 and episodes > 1:
-            deviation *= math.sqrt(episodes / (episodes - 1))
+            deviation = intervals.unbiased(deviation, episodes)
             line["eval/return_mean_ci"] = intervals.of_mean(one["return_mean"], deviation, episodes)
         lines.append(line)
     return lines
@@ -219,7 +219,7 @@ def draw_curves(
     names, constant = (_chosen(names + constant, only), []) if only else (names, constant)
     panels = names[:PANELS] or ["train/loss"]
     drawn = [[[s for one in of_group if (s := series_of(one, name))] for of_group in lines] for name in panels]
-    diverged = {name for name in ("train/q", "train/v") if any(diverging(run) for g in groups for run in g.runs)}
+    diverged = any(diverging(run) for group in groups for run in group.runs)
 
     palette = matplotlib.colormaps["tab10" if len(groups) <= 10 else "tab20"]
     styles = [(palette(i % palette.N), STYLES[i // palette.N % len(STYLES)]) for i in range(len(groups))]
@@ -229,7 +229,7 @@ def draw_curves(
         for group, style, series in zip(groups, styles, of_groups, strict=True):
             shown += _draw(axis, name, series, style, group.label, len(groups) <= BANDED)
         there = [group for group, series in zip(groups, of_groups, strict=True) if series]
-        _finish_panel(axis, name, shown, _unit(there or groups), name in diverged)
+        _finish_panel(axis, name, shown, _unit(there or groups), diverged and name in ("train/q", "train/v"))
     for axis in axes[len(panels) :]:
         axis.axis("off")
     with warnings.catch_warnings():

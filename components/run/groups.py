@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import UserError, plain
 from ..intervals import number, thousands
-from ..records import RunRecord, StatusRecord, read_record
+from .reading import flat, read_args, read_status
 
 # Options of where, how fast and how often, which change nothing of what is learned.
 BOOKKEEPING = {"seed", "seeds", "run_dir", "resume", "config", "workers", "log_every", "eval_every", "eval_episodes"}
@@ -95,7 +95,7 @@ def _grouped(runs: Sequence[Path]) -> list[list[Member]]:
 def _read(run: Path) -> dict[str, Any]:
     """The run's `args.json`; {} if it is missing or damaged, as in the folder of curves that somebody copied."""
     try:
-        return read_record(run / "args.json", RunRecord, "")
+        return read_args(run)
     except UserError:
         return {}
 
@@ -131,10 +131,7 @@ def _shared(members: list[Member]) -> tuple[dict[str, Any], list[str]]:
 
 def _progress(member: Member) -> tuple[bool, int, str]:
     """How far a run came, and when it began."""
-    try:
-        status = read_record(member.run / "status.json", StatusRecord, "")
-    except UserError:
-        status = {"state": "", "step": 0}
+    status = read_status(member.run)
     return status["state"] == "finished", status["step"], str(member.record.get("started", ""))
 
 
@@ -159,15 +156,9 @@ def options_of(record: dict[str, Any]) -> dict[str, Any]:
         found[f"model.{name}"] = model
     for key, value in args.items():
         if key not in BOOKKEEPING | {"model", "env", "env_options"} and "track" not in key and key not in found:
-            found |= _flat(value, key)
-    found |= _flat(env, "env")
+            found |= flat({key: value})
+    found |= flat({"env": env})
     return {k: v for k, v in found.items() if "." not in k or k.rpartition(".")[2] not in OF_COMPONENTS}
-
-
-def _flat(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {place: value}
-    return {key: one for name, inner in value.items() for key, one in _flat(inner, f"{place}.{name}").items()}
 
 
 def task_of(record: dict[str, Any]) -> str:

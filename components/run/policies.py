@@ -16,7 +16,7 @@ from ..acting.policy_folder import copy_policy, describe, load_folder
 from ..errors import UserError
 from ..records import check_folder
 from .best import best_of, described
-from .checkpoint import examine, run_of, steadily, steps, whole
+from .checkpoint import examine, folder_of, run_of, steadily, step_of, steps, whole
 from .pieces import DamagedError
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def _choose(path: Path, which: str | int) -> Chosen:
         last = _last(path, final)
         return Chosen(last.folder, last.step, "the last: nothing is recorded by which one could be the best")
     step, why = (best["step"], f"best: {described(best)}") if best else (int(asked), "")
-    saved, problem = path / "checkpoints" / f"step-{step:09d}", ""
+    saved, problem = folder_of(path / "checkpoints", step), ""
     if saved.exists():
         try:
             if "policy.json" in examine(saved, pieces=False)[0]["files"]:
@@ -150,7 +150,7 @@ def _last(run: Path, final: Chosen | None) -> Chosen:
     """The final policy or, of a run that goes on or was stopped, that of the newest checkpoint which is whole."""
     done, damaged, without = -1 if final is None or final.step is None else final.step, "", False
     for folder in reversed(steps(run / "checkpoints")):
-        if _step(folder) <= done:
+        if step_of(folder) <= done:
             break
         try:
             manifest, _ = examine(folder, pieces=False)
@@ -179,12 +179,8 @@ def _without() -> str:
 
 def _known(run: Path, final: Chosen | None) -> str:
     """The steps with a policy, in words."""
-    known = {_step(folder) for folder in steps(run / "checkpoints") if (folder / "policy.json").exists()}
+    known = {step_of(folder) for folder in steps(run / "checkpoints") if (folder / "policy.json").exists()}
     known |= {final.step} if final and final.step is not None else set()
     best = best_of(run)
     texts = [f"{step} (best)" if best and best["step"] == step else str(step) for step in sorted(known)]
     return f"there are those of steps {', '.join(texts)}" if texts else "there is none"
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import contracts
-from ..acting.evaluation import Evaluator
+from ..acting.divided import Divided
 from ..acting.policy import Policy
 from ..data.augmentation import Augmentation
 from ..data.normalisation import Normaliser
@@ -57,7 +57,7 @@ class Profile:
         self.mark(Augmentation, "__call__", "augment")
         self.mark(Environments, "step", "environment step")
         self.mark(Policy, "act", "policy acts")
-        self.mark(Evaluator, "evaluate", "evaluation")
+        self.mark(Divided, "evaluate", "evaluation")
         self.mark(Checkpoints, "save", "checkpoint")
         self.mark(self.run, "log", "log")
         was_on = torch.is_anomaly_enabled()

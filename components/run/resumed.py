@@ -11,7 +11,7 @@ from ..records import misfit
 from . import command_line as cli
 from .checkpoint import recorded_options
 from .inheritance import read_inherited
-from .record import read_args, renewed
+from .reading import flat, read_args, renewed
 
 
 class Resumed:
@@ -115,7 +115,7 @@ def _check_recorded(values: Any, kind: type, run: str, place: str = "args") -> N
 
 def _refuse_changes(run: str, stored: dict[str, Any], asked: dict[str, Any], may_change: Collection[str]) -> None:
     """Refuse changed options on a resume, but for those of `may_change`. Raises UserError listing them."""
-    stored, asked = (_flat(json.loads(json.dumps(options))) for options in (stored, asked))
+    stored, asked = (flat(json.loads(json.dumps(options))) for options in (stored, asked))
     fixed = [key for key in asked if key not in may_change and key.split(".")[0] not in may_change]
     changed = [key for key in fixed if asked[key] != stored.get(key, asked[key])]
     if changed:
@@ -123,10 +123,3 @@ def _refuse_changes(run: str, stored: dict[str, Any], asked: dict[str, Any], may
         raise UserError(
             f"--resume {run} cannot change: {'; '.join(lines)}; start a new run (--init-from {run}) for that"
         )
-
-
-def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in options.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

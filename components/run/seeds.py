@@ -29,8 +29,9 @@ from .config_file import slots, words_of
 from .curves import draw_curves, read_lines
 from .files import write_json
 from .launch import again, last
-from .process import SEVERAL, StopRequest
-from .record import claim, read_args, read_status
+from .process import SEVERAL, StopRequest, is_first
+from .reading import read_args, read_status
+from .record import claim, confirmations
 
 RECORD = "seeds.json"
 PATIENCE = 20.0  # seconds in which a run ends by itself when it has failed on another rank
@@ -152,8 +153,7 @@ class Seeds:
                 changes += words
         if read_status(path)["state"] == "finished" and not changes:
             return []
-        plugins = ["--plugins", *self.args.plugins] if self.args.plugins else []
-        return ["--resume", str(path), *changes, *plugins]  # which refuses changes that it cannot take
+        return ["--resume", str(path), *changes, *confirmations(self.args)]  # which refuses changes that it cannot take
 
     def _names(self, seed: int) -> dict[str, str]:
         """Options by which the runs of the seeds keep apart, and together, elsewhere."""
@@ -196,15 +196,11 @@ class Seeds:
             draw_curves(begun, self.folder / "curves.png")
         if left and code != 2:  # whoever was refused has said so, as its last line
             why = f"failed: {', '.join(map(str, self.failed))}" if self.failed else "stopped"
-            last(f"{left} of {len(self.seeds)} seeds are left ({why}); continue with: {self._again()}")
+            how = again("--resume", self.folder, *confirmations(self.args))
+            last(f"{left} of {len(self.seeds)} seeds are left ({why}); continue with: {how}")
         elif not left:
             self._say(f"finished: {self.folder}")
         return code if self.over else int(bool(self.failed))
-
-    def _again(self) -> str:
-        """The command that continues."""
-        plugins = ["--plugins", *self.args.plugins] if self.args.plugins else []
-        return again("--resume", self.folder, *plugins)
 
     def _say(self, text: str) -> None:
         if self.ranks.first:
@@ -226,7 +222,7 @@ class Ranks:
     """
 
     def __init__(self, stop: StopRequest) -> None:
-        self.stop, self.first = stop, os.environ.get("RANK", "0") == "0"
+        self.stop, self.first = stop, is_first()
         # The launcher's store outlives the runs, or else one of the first rank, at the port that it named. Each run has
         # a store of its own, at another port: in this one it would find what the run before it has left.
         theirs = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -18,6 +18,7 @@ from ..acting.evaluation import scores
 from ..errors import one_line, require
 from .curves import read_lines
 from .logs import LATER
+from .reading import flat
 
 logger = logging.getLogger(__name__)
 PATIENCE = 3.0  # seconds to reach the server, and to join it; `finish` waits for twice as long
@@ -165,10 +166,10 @@ class TensorBoard:
         Args:
             step: Where the run begins; a run that was not tracked before it was resumed writes what its logs hold.
         """
-
         events = self.folder / "tensorboard"
         known = any(events.glob("events.*"))
-        rows = "".join(f"| {key} | {json.dumps(value)} |\n" for key, value in _flat(config))
+        named = {f"{key}.".replace("_options.", ".")[:-1]: value for key, value in flat(config).items()}
+        rows = "".join(f"| {key} | {json.dumps(value)} |\n" for key, value in named.items())
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -236,15 +237,6 @@ class TensorBoard:
     def _stopped(self, error: Exception) -> None:
         logger.warning("--track: TensorBoard stopped (%s); the run continues without it", error)
         self.writer = None
-
-
-def _flat(options: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    """Options and their values, as on the command line: trainer.lr."""
-    flat: list[tuple[str, Any]] = []
-    for key, value in options.items():
-        name = before + key.removesuffix("_options")
-        flat += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
-    return flat
 
 
 def gif(path: Path) -> bytes:
