@@ -225,7 +225,9 @@ class VectorEnv(Protocol):
 
     It may offer `state_dict()` and `load_state_dict()` (tensors and JSON values: everything, also what its wrappers
     keep); then a resumed online run continues in the middle of its episodes. In `tracked` it may name numbers of its
-    `info`: evaluations record their last and largest values.
+    `info`: evaluations record their last and largest values. Its `hold(observation, last action) -> action`, all `[n,
+    ...]`, tells evaluations with a delay how a robot stands still; NaN is the last action before the first. By default
+    it is zeros.
     """
 
     num_envs: int
@@ -242,6 +244,26 @@ class EnvFactory(Protocol):
     """Makes `num_envs` environments as one vector environment; `reset(seed=[...])` fixes the episodes."""
 
     def build(self, num_envs: int, seed: int) -> VectorEnv: ...
+
+
+@runtime_checkable
+class Robot(Protocol):
+    """What `components.acting.player.Player` drives, one of it and at a fixed rate. All is called from one thread.
+
+    A method returns within a part of the control period, or raises; the player stops the robot then.
+    """
+
+    def observe(self) -> dict[str, Any]:
+        """The newest observation by the data's keys, without a batch: arrays, pictures as uint8, and `task`, if any."""
+        ...
+
+    def act(self, action: Any) -> None:
+        """Send one action, `[Da]` float32 in the data's units; it does not wait until it is executed."""
+        ...
+
+    def stop(self) -> None:
+        """Bring the robot to rest. Called once at the end of a run, whatever ended it, before the first action too."""
+        ...
 
 
 # The option that chooses a factory -> its contract.

@@ -13,7 +13,7 @@ The map, each line standing on those above it:
     trainers/            algorithms, one file each
 
     envs/                environments, one file a family; vector environments that may fail
-    acting/              a policy in the environment's units: chunks, evaluation, saving, loading
+    acting/              a policy in the environment's units: chunks, evaluation, a robot's loop, saving, loading
     learning/            what is trained as one object: gradients, metrics, held-out loss
     speed/               --compile, CUDA graphs, matrix products
     run/                 arguments, run folder, what it began from, checkpoints, policies, clock, curves, how it ends

@@ -137,6 +137,11 @@ def former_names_of(component: type) -> dict[str, str]:
     return dict(getattr(component, "former_names", {}))
 
 
+def former_defaults_of(component: type) -> dict[str, Any]:
+    """Option of any component -> what a record of an older version means, which lacks it: `former_defaults`."""
+    return dict(getattr(component, "former_defaults", {}))
+
+
 def recogniser_of(readers: Iterable[Any]) -> Callable[[str], str] | None:
     """The function that finds the reader of a path, which dataset readers offer: `recognise(path)`; None without."""
     return next(filter(None, (getattr(reader, "recognise", None) for reader in readers)), None)
@@ -261,12 +266,26 @@ def construct(
     Raises:
         UserError: a constructor that cannot be called with these arguments.
     """
+    fit_loss(loss, spec, cls, config, device)
     norm_stats = {key: feature["stats"] for key, feature in spec.items() if "stats" in feature}
     available = {"device": device, "norm_stats": norm_stats, "spec": spec, "config": config}
     keywords = {name: available[name] for name in accepted(cls, available)}
     if problem := unbindable(cls, "__init__", (), ("models", "optimizers", "loss", *keywords)):
         raise UserError(problem)
     return cls(models=models, optimizers=optimizers, loss=loss, **keywords)
+
+
+def fit_loss(loss: Any, spec: dict[str, Any], cls: type, config: Any, device: torch.device) -> None:
+    """Tell a loss that has `fit_action(action, device)` what it compares: it has weights of the action's dimensions.
+
+    Raises:
+        UserError: weights that do not fit the action, or a trainer whose loss is also of other things.
+    """
+    if not callable(getattr(loss, "fit_action", None)):
+        return
+    if "action" not in spec or not isinstance(request_of(cls, config), Demonstrations | None):
+        raise UserError("--loss.weights: they are for imitation; this trainer's loss is also of values")
+    loss.fit_action(spec["action"], device)
 
 
 def passed_to(trainer: Any) -> list[str]:

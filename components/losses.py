@@ -5,33 +5,107 @@ The module of `nll` takes a distribution as the prediction.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .data.actions import SHOWN, learnt_names
 from .errors import UserError
 
 
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weights of the action's dimensions, for losses that are means over entries; for imitation."""
+
+    weights: tuple[str, ...] = ()
+    """Factors of the errors of the action's dimensions: a number for each, or NAME=NUMBER for some, the others having
+    1. They multiply the mean over all entries, and are not normalised."""
+
+    def reduced(self, loss: Any, **options: Any) -> nn.Module:
+        """The module of a class such as nn.MSELoss, with these weights. Raises UserError: no such numbers."""
+        if not self.weights:
+            return loss(**options)
+        return WeightedLoss(loss(reduction="none", **options), [str(word) for word in self.weights])
+
+
+class WeightedLoss(nn.Module):
+    """The mean of a loss whose entries `[..., Da]` are multiplied by a factor for each dimension of the action.
+
+    Args:
+        loss: Without a reduction.
+        words: The factors, as in `Weights`; `fit_action` turns them into numbers.
+
+    Raises:
+        UserError: words that are neither all numbers of 0 or more, nor all NAME=NUMBER.
+    """
+
+    def __init__(self, loss: nn.Module, words: Sequence[str]) -> None:
+        super().__init__()
+        self.loss = loss
+        self.register_buffer("factors", None, persistent=False)  # [Da]
+        self.words = [(name, _factor(number, words)) for name, _, number in (word.rpartition("=") for word in words)]
+        named = [name for name, _ in self.words if name]
+        if len(named) not in (0, len(words)) or len(set(named)) < len(named):
+            raise UserError(f"--loss.weights {' '.join(words)}: expected either numbers or NAME=NUMBER for each, once")
+
+    def fit_action(self, action: dict[str, Any], device: Any = None) -> None:
+        """Take the factors for an action, a feature of `spec`. Raises UserError: another width, or no such name."""
+        width, names = int(action["shape"][-1]), learnt_names(action)
+        more = [f"and {width - SHOWN} more"] * (width > SHOWN)
+        told = f"the action as it is learnt has {width}: {', '.join(names[:SHOWN] + more)}"
+        if not self.words[0][0]:
+            if len(self.words) != width:
+                raise UserError(f"--loss.weights: {len(self.words)} numbers; {told}")
+            factors = [number for _, number in self.words]
+        else:
+            factors = [1.0] * width
+            for name, number in self.words:
+                places = [place for place in range(width) if name == names[place]]
+                if not places:
+                    raise UserError(f"--loss.weights {name}: no such dimension; {told}")
+                for place in places:  # those of a rotation have the same name
+                    factors[place] = number
+        if not any(factors):
+            raise UserError("--loss.weights: all are 0, so that nothing would be learnt")
+        self.factors = torch.tensor(factors, device=device)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        if self.factors is None or prediction.shape[-1] != len(self.factors):
+            raise UserError(f"--loss.weights are of actions; this trainer compares {tuple(prediction.shape)}")
+        return (self.loss(prediction, target) * self.factors).mean()
+
+
+def _factor(text: str, words: Sequence[str]) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise UserError(f"--loss.weights {' '.join(words)}: {text!r} is no number of 0 or more")
+    return number
+
+
 @dataclass(frozen=True)
-class MSE:
+class MSE(Weights):
     """Mean squared error."""
 
     def build(self) -> nn.Module:
-        return nn.MSELoss()
+        return self.reduced(nn.MSELoss)
 
 
 @dataclass(frozen=True)
-class L1:
+class L1(Weights):
     """Mean absolute error; less sensitive to outliers than the squared error."""
 
     def build(self) -> nn.Module:
-        return nn.L1Loss()
+        return self.reduced(nn.L1Loss)
 
 
 @dataclass(frozen=True)
-class Huber:
+class Huber(Weights):
     """Huber loss: squared error below `delta`, linear above (Huber, 1964)."""
 
     delta: float = 1.0
@@ -40,7 +114,7 @@ class Huber:
     def build(self) -> nn.Module:
         if not self.delta > 0:
             raise UserError(f"--loss.delta {self.delta} must be above 0")
-        return nn.HuberLoss(delta=self.delta)
+        return self.reduced(nn.HuberLoss, delta=self.delta)
 
 
 @dataclass(frozen=True)

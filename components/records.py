@@ -33,7 +33,37 @@ Dtype = Literal[
 ]  # fmt: skip
 
 
-class Feature(TypedDict):
+class RotationRecord(TypedDict):
+    """Dimensions of an action that are a rotation, and those of the state that it is relative to."""
+
+    places: list[Size]
+    kind: str
+    state: list[Size]
+    state_kind: str
+
+
+class FormRecord(TypedDict):
+    """How actions are learnt (`data/actions.py`)."""
+
+    width: Size
+    mode: Literal["absolute", "relative", "delta"]
+    pairs: list[tuple[Size, Size]]
+    rotations: list[RotationRecord]
+    state_width: Size
+    stats: dict[str, list[float]]
+
+
+class Told(TypedDict):
+    """What a dataset tells of a key beside its shape, in its attribute `facts`."""
+
+    names: NotRequired[list[str]]
+    fps: NotRequired[float]
+    form: NotRequired[FormRecord]
+    steps: NotRequired[Size]
+    resized_from: NotRequired[list[list[Size]]]
+
+
+class Feature(Told):
     """One key of a policy's data."""
 
     shape: list[Size]
@@ -183,6 +213,10 @@ class Evaluation(TypedDict):
     success_rate: Share | None
     success_ci: tuple[Share, Share] | None
     return_mean: float | None
+    length_mean: NotRequired[float]
+    jerk_mean: NotRequired[float | None]
+    border_mean: NotRequired[float | None]
+    inside_mean: NotRequired[float | None]
     action_error: NotRequired[float | None]
     action_error_by_name: NotRequired[dict[str, float]]
 

@@ -36,7 +36,8 @@ DEPTH = 3  # folders inside each other that are searched for runs
 
 # Optional columns of a results file, and their titles in the table.
 FURTHER = {"plan_ms": "plan ms", "coverage_final": "final coverage", "coverage_max": "largest coverage"}
-FURTHER |= {"train_return": "return while it learns", "before": "before"}
+FURTHER |= {"jerk_mean": "jerk", "border_mean": "jump at borders"}
+FURTHER |= {"plan_ratio": "of 10 calls", "train_return": "return while it learns", "before": "before"}
 
 HEAD = ["run", "trainer", "task", "differs in", "seeds", "metric", "mean [95 %]", "best", "steps", "train s", "state"]
 

@@ -83,6 +83,7 @@ act-clipped: --trainer act {ACT} --model.dropout 0 --grad-clip 0.1 --policy.ense
 diffusion-noise: --trainer diffusion {CHANNELS} --trainer.prediction epsilon --policy.sampler ddpm
 diffusion-v: --trainer diffusion {DIT} --trainer.prediction v --trainer.schedule linear --dataset.obs-steps 2
 flow-midpoint: --trainer flow {DIT} --trainer.coupling ot --policy.sampler midpoint --policy.action-steps 2
+flow-shortcut: --trainer flow {DIT} --trainer.objective shortcut --policy.sampling-steps 1
 td3_bc-plain: --trainer td3_bc {CRITIC} {UNIT} --normalise action=scale observation=none --grad-clip 0.1
 iql-n-step: --trainer iql {VALUES} {HELD} --trainer.n-step 3 --normalise reward=return_range --grad-clip 0.5
 cql-calibrated: --trainer cql {CRITIC} {UNIT} --trainer.calibrated --mixed-precision bf16

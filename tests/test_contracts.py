@@ -77,7 +77,8 @@ def test_every_entry_satisfies_its_protocol(option: str, name: str) -> None:
 
 TRAINERS = [name for option, name in BUILT_IN if option == "trainer"]
 GROUPS = [p for p in vars(protocols).values() if getattr(p, "_is_protocol", False) and p.__module__ == "protocols"]
-GROUPS = [p for p in GROUPS if p not in {*protocols.FACTORIES.values(), protocols.Trainer, protocols.VectorEnv}]
+OTHERS = {*protocols.FACTORIES.values(), protocols.Trainer, protocols.VectorEnv, protocols.Robot}
+GROUPS = [p for p in GROUPS if p not in OTHERS]
 # What the table in `protocols.py` lists; its first column begins each row.
 TABLE = (protocols.__doc__ or "").partition("member of a trainer")[2].splitlines()
 ROWS = [line[4:40] for line in TABLE if line[4:5].strip()]
@@ -282,7 +283,7 @@ def test_components_stand_alone() -> None:
 
 # What a fork of the algorithms alone copies.
 KIT = ("trainers", "models", "data")
-KIT += ("errors.py", "losses.py", "optimizers.py", "value_learning.py", "parallel.py", "contracts.py")
+KIT += ("errors.py", "records.py", "losses.py", "optimizers.py", "value_learning.py", "parallel.py", "contracts.py")
 
 
 def test_a_part_of_components_trains_in_plain_pytorch(tmp_path: Path) -> None:

@@ -41,6 +41,17 @@ def test_training_evaluation_and_use(script: Script) -> None:
     assert np.isfinite(load_policy(run).act({"observation.state": np.zeros(toy.STATE, np.float32)})).all()
 
 
+def test_a_loaded_policy_moves_to_a_gpu(script: Script) -> None:
+    """It acts and plans as on the CPU, also in the middle of an episode."""
+    run = script(*toy.TRAINERS["act"], "--dataset.obs-steps", 2, "--steps", 2)
+    here, there = load_policy(run), load_policy(run, device="cuda")
+    for state in np.random.default_rng(0).normal(size=(6, 3, toy.STATE)).astype(np.float32):
+        seen = {"observation.state": state}
+        assert there.act(seen) == pytest.approx(here.act(seen), abs=1e-3)
+        assert there.plan(seen) == pytest.approx(here.plan(seen), abs=1e-3)
+        there.to("cpu" if there._device.type == "cuda" else "cuda")
+
+
 @pytest.mark.parametrize("name", ["sac", "ppo", "dqn", "rlpd"])
 def test_online_training_on_a_gpu(online: Script, uncompiled: None, name: str) -> None:
     """Replayed updates train the same there, too."""

@@ -1,8 +1,10 @@
 """Episodes, windows, the validation split, Meta-World demonstrations and LeRobot folders."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +110,19 @@ def test_statistics_are_those_of_the_training_episodes() -> None:
     assert built["norm_stats"] == {key: statistics(train[key]) for key in ("observation.state", "action")}
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 150])
+def test_statistics_are_numpys(rows: int) -> None:
+    """Also of one row, and with quantiles between two of them; a value that nearly all rows have is both quantiles."""
+    values = torch.cat([torch.randn(rows, 2), torch.arange(rows)[:, None] == rows // 2], 1).float()
+    x, found = values.numpy().astype(np.float64), statistics(values)
+    expected: dict[str, Any] = {name: getattr(x, name)(0) for name in ("mean", "std", "min", "max")}
+    expected |= {"q01": np.quantile(x, 0.01, axis=0), "q99": np.quantile(x, 0.99, axis=0)}
+    if rows == 150:
+        expected["q99"][2] = 0
+    for name, value in expected.items():
+        assert np.allclose(found[name], value, rtol=1e-12, atol=1e-12), name
+
+
 def test_episodes_of_a_plugin_are_kept_as_those_of_files() -> None:
     """Pictures of floats with the channels last, poses, and a number a step."""
     pictures = torch.randint(0, 256, (5, 6, 7, 3), dtype=torch.uint8)
@@ -144,6 +159,21 @@ def test_nan_and_inf_are_counted_and_located(bad: float) -> None:
 def test_windows_that_make_no_sense(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_episodes({"action": torch.zeros(3, 1)}, torch.tensor([3]), "data", **options)
+
+
+def test_what_a_dataset_tells_beside_shapes_is_checked() -> None:
+    class Telling(list):
+        facts: Any = {"action": {"names": ("x", "y"), "fps": 30}}
+
+    data = {"dataset": Telling([{"action": torch.zeros(2)}]), "norm_stats": {}}
+    assert features.describe_data(data, "mine")["action"] == {
+        "shape": (2,), "dtype": "float32", "names": ["x", "y"], "fps": 30
+    }  # fmt: skip
+    for facts in (3, None, {"action": None}, {"action": {"shape": (9,)}}, {"action": {"fps": math.nan}}, {"a": len}):
+        Telling.facts = facts
+        with pytest.raises(UserError, match="the attribute facts of Telling is not such as") as error:
+            features.describe_data(data, "mine")
+        assert "\n" not in str(error.value)
 
 
 def test_a_dataset_must_be_map_style_and_hold_something() -> None:

@@ -20,7 +20,7 @@ from components import (
     TRAINER_REGISTRY,
     load_policy,
 )
-from components.contracts import weights_follow
+from components.contracts import model_spec_of, weights_follow
 from components.data.features import build_models
 from components.errors import UserError
 from components.losses import sinkhorn, zero_padding
@@ -29,7 +29,7 @@ from components.models.encoder import ObservationEncoder
 from components.models.resnet18 import spatial_softmax
 from components.models.unet1d import Conv, ConvBlock, Double, Halve
 from components.optimizers import averages, decay_at
-from components.trainers import act, flow
+from components.trainers import act, few_step, flow
 from components.trainers.diffusion import DiffusionSampler, noise_schedule
 from conftest import Launches, learned, states, weights
 
@@ -154,9 +154,12 @@ def built(name: str, spec: dict[str, Any], loss: str = "mse", model: Any = None,
     entry = cls.needs["policy"]
     factory = model or MODEL_BUILDER_REGISTRY[entry](**small.get(entry, {}))
     factories = {"policy": factory, "encoder": MODEL_BUILDER_REGISTRY["cnn"]()}
-    models = build_models(list(factories), lambda key, seen: factories[key].build(seen), spec)
+    options = cls.Config(**config) if hasattr(cls, "Config") else None
+    models = build_models(
+        list(factories), lambda key, seen: factories[key].build(seen), spec, model_spec_of(cls, options)
+    )
     optimizers = {"policy": OPTIMIZER_BUILDER_REGISTRY["adamw"](lr=3e-3).build(models["policy"].parameters())}
-    arguments: dict[str, Any] = {"config": cls.Config(**config)} if hasattr(cls, "Config") else {}
+    arguments: dict[str, Any] = {"config": options} if options else {}
     if name in ("diffusion", "flow"):
         arguments["spec"] = spec
     return cls(models, optimizers, LOSS_BUILDER_REGISTRY[loss]().build(), **arguments)
@@ -257,6 +260,113 @@ def test_logit_normal_times_are_denser_in_the_middle() -> None:
     assert middle["logit_normal"] == pytest.approx(math.erf(math.log(3) / math.sqrt(2)), abs=0.03)  # |normal| < log 3
 
 
+# ---- shortcuts -----------------------------------------------------------------------------------------------------
+
+
+class Told(nn.Module):
+    """A denoiser that is given as a function of (noisy, time, step size), each `[B]` or `[1]` but the first."""
+
+    denoises = True
+
+    def __init__(self, predict: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.predict = predict
+
+    def condition(self, observation: dict[str, Tensor]) -> Tensor:
+        reached = observation[few_step.KEY].sum(1)  # 4 for a whole step, 3 for half a one, 0 for an infinitesimal one
+        return torch.where(reached > 0, 2.0 ** (reached - 4), 0.0)
+
+    def forward(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        return self.predict(noisy, time.view(-1, *[1] * (noisy.ndim - 1)), condition.view(-1, *[1] * (noisy.ndim - 1)))
+
+
+def test_the_shortcut_loss_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows 0 and 4 learn from two half steps, of 1/4 and of 1/16, which counts as infinitesimal; without gradients."""
+    w = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    f = lambda x, t, d, w=w: w * x + t + 10 * d  # noqa: E731
+    trainer = built("flow", SPEC, objective="shortcut")
+    trainer.models["policy"] = Told(f)
+    time = torch.tensor([0.8, 0.1, 0.2, 0.3, 0.99, 0.5, 0.6, 0.7], dtype=torch.float64)
+    level = torch.tensor([0.3, 0.1, 0.1, 0.1, 0.8, 0.1, 0.1, 0.1], dtype=torch.float64)  # sizes 1/2 and 1/8
+    drawn = iter([time, level])
+    monkeypatch.setattr(torch, "rand_like", lambda x: next(drawn))
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 2.0))
+    action = torch.arange(8 * 8 * 2, dtype=torch.float64).view(8, 8, 2) / 100
+    pad = torch.zeros(8, 8, dtype=torch.bool)
+    pad[4, 5:] = pad[5, 2:] = True
+    state = torch.zeros(8, 3, dtype=torch.float64)
+    loss, _ = trainer.losses({"observation.state": state, "action": action, "action_is_pad": pad})
+
+    begin = torch.tensor([0.5, 0.1, 0.2, 0.3, 0.875, 0.5, 0.6, 0.7], dtype=torch.float64)  # 0.8 and 0.99 on the grid
+    squares = torch.zeros(8, 8, 2, dtype=torch.float64)
+    for i, size in enumerate([0.5, 0, 0, 0, 0.125, 0, 0, 0]):
+        t = float(begin[i])
+        x, target = (1 - t) * 2 + t * action[i], action[i] - 2
+        if size:
+            half, known, now = size / 2, (0.25 if size == 0.5 else 0.0), w.detach()
+            first = f(x, t, known, now)
+            target = (first + f(x + half * first, t + half, known, now)) / 2
+        squares[i] = (f(x, t, size) - target) ** 2 * ~pad[i, :, None]
+    assert float(loss.detach()) == pytest.approx(float(squares.detach().mean()), rel=1e-12)
+    found, expected = (torch.autograd.grad(value, w)[0] for value in (loss, squares.mean()))
+    assert float(found) == pytest.approx(float(expected), rel=1e-12)
+
+
+def mean_velocity(x: Tensor, t: Tensor, size: Tensor, mean: float, std: float) -> Tensor:
+    """(x_(t+d) - x_t) / d between Gaussians, where a path keeps its quantile; for d = 0 the velocity."""
+    spread = lambda t: ((1 - t) ** 2 + (t * std) ** 2).sqrt()  # noqa: E731
+    end = mean * (t + size) + spread(t + size) / spread(t) * (x - mean * t)
+    return torch.where(size > 0, (end - x) / size.clamp(min=1e-9), gaussian_velocity(x, t, mean, std))
+
+
+def test_the_mean_velocity_of_a_flow_is_what_a_shortcut_learns_and_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sizes 1, 1/2 and 1/4 two half steps tell the same, and each number of steps arrives at the exact end."""
+    mean, std = 1.5, 0.5
+    network = Told(lambda x, t, size: mean_velocity(x, t, size, mean, std))
+    noise = torch.randn(64, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    draws = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(torch, "rand_like", lambda x: draws * 3 / 4)
+    found, target = few_step.shortcut(network, {}, noise, noise.flip(0), draws.flip(0))
+    assert torch.allclose(found[::4], target[::4], atol=1e-12)
+    assert torch.equal(target[1::4], (noise.flip(0) - noise)[1::4])
+    policy = flow.FlowSampler(nn.Identity(), network, (1,), shortcut=True)
+    assert policy.sampling_steps == 2
+    for steps in (1, 2, 4, 8):
+        policy.sampling_steps = steps
+        assert torch.allclose(policy({"noise": noise}), mean + std * noise, atol=1e-6)
+    for steps, error in ((10, 0.3), (1000, 3e-3)):  # the flow itself
+        policy.sampling_steps = steps
+        assert 0.1 * error < (policy({"noise": noise}) - (mean + std * noise)).abs().max() < error
+
+
+def test_a_shortcut_is_guided_to_continue_a_chunk() -> None:
+    """In one step the guided chunk is the old one where its weight is 1, of a constant velocity."""
+    policy = flow.FlowSampler(nn.Identity(), Told(lambda x, t, size: size + 0 * x), (4, 2), shortcut=True)
+    policy.sampling_steps = 1
+    noise, previous = torch.randn(2, 3, 4, 2, generator=torch.Generator().manual_seed(0))
+    weight = torch.tensor([[1.0, 1.0, 0.5, 0.0]]).expand(3, 4)
+    batch = {"noise": noise, "previous": previous, "previous_weight": weight, "prefix": torch.tensor([1, 1, 1])}
+    expected = noise + 1 + weight[..., None] * (previous - noise - 1)
+    assert policy.real_time and torch.allclose(policy(batch), expected, atol=1e-5)
+
+
+def test_two_processes_learn_the_shortcut_that_one_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same samples learn from half steps, whoever has them."""
+    trainer = built("flow", SPEC, objective="shortcut")
+    data = {"observation.state": torch.randn(16, 3), "action": torch.randn(16, 8, 2)}
+    gradients = []
+    for world in (1, 2):
+        trainer.models.zero_grad()
+        for rank in range(world):
+            for name, draw in toy.sliced_noise(rank, world).items():
+                monkeypatch.setattr(torch, name, draw)
+            part = {key: value.tensor_split(world)[rank] for key, value in data.items()}
+            (trainer.losses(part)[0] / world).backward()
+        gradients.append([p.grad.clone() for p in trainer.models.parameters()])
+    assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(*gradients, strict=True))
+    assert sum(float(grad.abs().sum()) for grad in gradients[0]) > 0
+
+
 # ---- losses --------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +380,45 @@ def test_sinkhorn_tends_to_the_linear_program() -> None:
     assert float((plan * cost).sum()) == pytest.approx(best, abs=2e-3)
     blurred = [float((sinkhorn(cost, eps, 500).exp() * cost).sum()) for eps in (0.05, 0.5, 50.0)]
     assert best < blurred[0] < blurred[1] < blurred[2] == pytest.approx(float(cost.mean()), abs=1e-2)
+
+
+@pytest.mark.parametrize("name", ["mse", "l1", "huber"])
+def test_dimensions_of_the_action_have_weights(name: str) -> None:
+    """A number for each or by name; padding is zero in any case; without them torch's own module is used."""
+    factory, plain = LOSS_BUILDER_REGISTRY[name], LOSS_BUILDER_REGISTRY[name]().build()
+    x, y, is_pad = torch.randn(5, 4, 3), torch.randn(5, 4, 3), torch.rand(5, 4) < 0.4
+    action = {"shape": (4, 3), "names": ["a", "b", "b"]}
+    for words, factors in ((("1", "0.5", "4"), [1, 0.5, 4]), (("b=2",), [1, 2, 2]), (("a=0", "b=3"), [0, 3, 3])):
+        loss = factory(weights=words).build()
+        loss.fit_action(action)
+        each = [plain(*zero_padding(x[..., d : d + 1], y[..., d : d + 1], is_pad)) for d in range(3)]
+        expected = sum(w * one for w, one in zip(factors, each, strict=True)) / 3
+        assert torch.allclose(loss(*zero_padding(x, y, is_pad)), torch.as_tensor(expected))
+        assert not loss.state_dict()
+    turned = {"shape": (4, 7), "form": {"width": 4, "rotations": [{"places": [0, 1, 2]}]}}  # the gripper is first
+    loss = factory(weights=("3=2", "0,1,2=5")).build()
+    loss.fit_action(turned)
+    assert loss.factors.tolist() == [2] + [5] * 6
+    assert type(plain).__module__.startswith("torch.nn")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--loss.weights", 1, 2, 3), "--loss.weights: 3 numbers; the action as it is learnt has 2"),
+        (("--loss.weights", "wrist=2"), "--loss.weights wrist: no such dimension; the action as it is learnt has 2"),
+        (("--loss.weights", "0=2", 1), "expected either numbers or NAME=NUMBER for each"),
+        (("--loss.weights", "0=nan"), "'nan' is no number of 0 or more"),
+        (("--loss.weights", "0=1", "0=2"), "NAME=NUMBER for each, once"),
+        (("--loss.weights", 0, 0), "all are 0, so that nothing would be learnt"),
+        (("--loss.weights", "1,2"), "'1,2' is no number of 0 or more"),
+        (("--trainer", "iql", "--loss.weights", 1, 2), "--loss.weights: they are for imitation"),
+    ],
+)
+def test_bad_input_weights_that_do_not_fit(script: Script, options: list[Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        script(*options, *([] if "iql" in options else ["--trainer", "bc"]), "--steps", 1)
+    assert "\n" not in str(error.value)
 
 
 def test_the_sinkhorn_loss_forgives_what_comes_a_step_late() -> None:
@@ -493,7 +642,11 @@ PICTURES = {
 @pytest.mark.parametrize("share", [False, True])
 def test_an_encoder_puts_one_vector_in_the_place_of_pictures_and_task(name: str, share: bool) -> None:
     torch.manual_seed(0)
-    encoder = MODEL_BUILDER_REGISTRY[name](features=16, task_features=4, share_weights=share).build(PICTURES)
+    language = "table" if share else "ngrams"
+    factory = MODEL_BUILDER_REGISTRY[name](features=16, task_features=4, share_weights=share, language=language)
+    encoder = factory.build(PICTURES)
+    if not share:
+        nn.init.normal_(encoder.task.layer.weight)  # it begins at zero
     pictures = torch.randint(256, (3, 2, 3, 32, 32), dtype=torch.uint8)
     batch = {"observation.images.a": pictures, "observation.images.b": pictures, "action": torch.zeros(3, 8, 2)}
     batch |= {"observation.state": torch.zeros(3, 2, 5), "task_index": torch.tensor([0, 2, 0])}
@@ -702,6 +855,14 @@ def test_part_by_part_fine_tuning(script: Script) -> None:
             "--policy.sampler euler: this policy knows ddim, ddpm",
         ),
         (("--trainer", "flow", "--policy.sampling-steps", 0), "--policy.sampling-steps 0 must be 1 to 10000"),
+        (
+            ("--trainer", "flow", "--trainer.objective", "shortcut", "--policy.sampler", "midpoint"),
+            "--policy.sampler midpoint: this policy knows euler",
+        ),
+        (
+            ("--trainer", "flow", "--trainer.objective", "shortcut", "--trainer.prefix", 2),
+            "--trainer.prefix goes with --trainer.objective flow",
+        ),
         (("--trainer", "bc", "--policy.ensemble", 0.1), "--policy.ensemble averages chunks"),
     ],
 )
@@ -719,3 +880,6 @@ def test_defaults_shrink_to_what_there_is(script: Script) -> None:
     assert load_policy(run).inference["chunk"] == 1
     run = script("--trainer", "flow", "--model.channels", 16, "--dataset.action-steps", 2, "--steps", 2, folder="short")
     assert load_policy(run).inference["action_steps"] == 2
+    short = ("--trainer.objective", "shortcut", "--steps", 2)
+    run = script("--trainer", "flow", "--model.channels", 16, *short, folder="shortcut")
+    assert load_policy(run).inference["sampling_steps"] == 2

@@ -181,7 +181,7 @@ def test_bad_input_actions_beyond_what_the_policy_gives(script: Script, name: st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--trainer", "qc", "--trainer.chunk", 11), "--trainer.chunk 11 is longer than the shortest episode of toy, "),
+        (("--trainer", "qc", "--trainer.chunk", 11, "--dataset.no-terminates"), "cuts every chunk of toy"),
         (("--trainer", "qc", "--dataset.action-steps", 2), "qc makes its own windows of the data"),
         (("--trainer", "iql", "--trainer.expectile", 1.5), "--trainer.expectile 1.5 must be 0 to 1"),
         (("--trainer", "iql", "--trainer.discount", 0), "--trainer.discount 0.0 must be in (0, 1]"),

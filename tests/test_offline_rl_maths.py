@@ -19,7 +19,7 @@ from components.contracts import GOAL, STATE, Goals, GoalSampling, Window, const
 from components.data.features import build_models, describe
 from components.data.normalisation import Normaliser
 from components.data.returns import returns_to_go
-from components.datasets.episodes import build, from_columns
+from components.datasets.episodes import build, build_episodes, from_columns
 from components.datasets.goals import GoalTransitions, goal_transitions
 from components.datasets.transitions import Transitions, transitions
 from components.models.actor import Actor
@@ -708,12 +708,26 @@ def test_returns_to_go_by_hand() -> None:
         assert data["norm_stats"]["reward"] == {"return_min": 15, "return_max": 240}  # 1 + 2 + 4 + 8, 16 + ... + 128
 
 
-@pytest.mark.parametrize(("known", "chunk", "shortest"), [(True, 5, 4), (False, 4, 3)])
-def test_a_chunk_longer_than_the_shortest_episode_is_refused(known: bool, chunk: int, shortest: int) -> None:
-    told = f"--trainer.chunk {chunk} is longer than the shortest episode of three, which has {shortest} steps"
+@pytest.mark.parametrize(
+    ("known", "chunk", "complete"), [(True, 5, {0, 1, 2, 3, 8, 9}), (False, 4, {0, 1, 2, 3, 8, 9})]
+)
+def test_a_chunk_longer_than_an_episode_is_cut_like_any_other(known: bool, chunk: int, complete: set[int]) -> None:
+    """Its return is known where a terminated step ends it; otherwise its value is not learnt, its actions are."""
+    found = rows(Transitions(three_episodes(known)["dataset"], "test", Window(chunk=chunk)))
+    assert set(found) == set(WINDOWS[known])
+    assert {t for t, row in found.items() if row["complete"]} == {0, 1, 2, 3, 8, 9}
+    short = found[4]  # of an episode of 4 steps that truncation ends
+    assert short["action_is_pad"] == [False] * (4 if known else 3) + [True] * (chunk - (4 if known else 3))
+    assert [a[0] for a in short["action"]] == sorted(a[0] for a in short["action"])  # the last one is repeated
+
+
+def test_chunks_of_which_none_is_complete_are_refused() -> None:
+    columns = {"observation.state": torch.rand(8, 2), "action": torch.rand(8, 2), "reward": torch.zeros(8)}
+    data = build_episodes(columns, torch.tensor([3, 8]), "cut", validation=0.0)
+    told = "--trainer.chunk 5: the end of its episode cuts every chunk of cut, whose longest episode has 4 steps"
     with pytest.raises(UserError, match=told):
-        Transitions(three_episodes(known)["dataset"], "test", Window(chunk=chunk))
-    assert len(Transitions(three_episodes(known)["dataset"], "test", Window(chunk=shortest))) == len(WINDOWS[known])
+        Transitions(data["dataset"], "test", Window(chunk=5))
+    assert len(Transitions(data["dataset"], "test", Window(chunk=4))) == 6
 
 
 def test_next_actions_are_those_of_the_data() -> None:

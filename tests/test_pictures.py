@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from components import DATASET_BUILDER_REGISTRY, UserError, load_policy
+from components.acting.evaluation import check_env
 from components.data.augmentation import Augmentation, uniform
 from components.data.batches import Batches
 from components.data.items import as_kept
-from components.data.pictures import as_bytes, as_recorded, find_layout, layout_of
+from components.data.pictures import as_bytes, as_recorded, find_layout, layout_of, resized, sizes_of
 from components.datasets import frames
 from components.datasets.lerobot import LeRobotDataset
 from components.datasets.untrusted import decode_picture
@@ -291,6 +293,123 @@ def test_bad_input_an_encoder_without_pictures(script: Script) -> None:
             script("--trainer", "bc", *words, "--steps", 2)
 
 
+# ---- size ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "to", "rows", "columns"),  # of what is no padding
+    [
+        ((480, 640), (224, 224), (28, 196), (0, 224)),
+        ((64, 48), (40, 64), (0, 40), (17, 47)),
+        ((48, 64), (96, 128), (0, 96), (0, 128)),
+        ((9, 11), (32, 64), (0, 32), (12, 51)),
+        ((2, 300), (8, 16), (3, 4), (0, 16)),
+    ],
+)
+def test_pictures_are_resized_as_pillow_does_and_centred_on_black(size: Any, to: Any, rows: Any, columns: Any) -> None:
+    pictures = torch.randint(0, 256, (2, 2, 3, *size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = resized(pictures, to)
+    assert found.shape == (2, 2, 3, *to) and found.dtype == torch.uint8
+    inner = (columns[1] - columns[0], rows[1] - rows[0])
+    for i in range(2):
+        one = Image.fromarray(pictures[i, 1].permute(1, 2, 0).numpy()).resize(inner, Image.Resampling.BILINEAR)
+        wanted = np.zeros((*to, 3), np.int64)
+        wanted[slice(*rows), slice(*columns)] = np.asarray(one)
+        assert np.abs(found[i, 1].permute(1, 2, 0).numpy() - wanted).max() <= 1
+        assert torch.equal(resized(pictures[i, 1].permute(1, 2, 0).contiguous().permute(2, 0, 1), to), found[i, 1])
+    wide = resized(pictures.flatten(1, 2), to)  # a stack
+    assert torch.equal(wide.view_as(found), found) and resized(found, to) is found
+
+
+def test_a_size_is_for_all_cameras_or_for_one_of_them() -> None:
+    a, b = f"{KEY}.a", f"{KEY}.b"
+    for words, wanted in (
+        (("48", "64"), {a: (48, 64), b: (48, 64)}),
+        (64, {a: (64, 64), b: (64, 64)}),
+        (("48x64",), {a: (48, 64), b: (48, 64)}),
+        (("corner2.a=48x64", f"{b}=32"), {a: (48, 64), b: (32, 32)}),
+        ((f"{b}=32x40", 96, 128), {a: (96, 128), b: (32, 40)}),
+        (("corner2.b=32x40",), {b: (32, 40)}),
+        ((), {}),
+    ):
+        assert sizes_of(words, [a, b]) == wanted
+    for words, message in (
+        (("48", "64", "3"), "--dataset.image-size 48 64 3: expected a height and a width"),
+        (("0", "64"), "of 8 to 4096 pixels"),
+        (("-8",), "of 8 to 4096 pixels"),
+        (("64.5",), "expected a height and a width"),
+        (("corner2.a=64", f"{a}=32"), "two sizes for the camera 'corner2.a'"),
+        (("corner2.a=5000x64",), "of 8 to 4096 pixels"),
+        (("top=64x64",), "no such camera is read as 'top'; known: corner2.a, corner2.b"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sizes_of(words, [a, b])
+    with pytest.raises(UserError, match="--dataset.image-size 64: the data has no pictures; see --dataset.cameras"):
+        sizes_of(("64",), [])
+
+
+@pytest.mark.parametrize("name", [*STORED, "aloha"])
+def test_every_reader_resizes_what_it_decodes(name: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"cameras": (STORED.get(name, "top"),), "validation": 0, "cache_dir": str(tmp_path)}
+    rows = torch.tensor([7, 3, 50, 3, 0])
+    whole = build(name, **options)["dataset"]
+    size = (40, 56)
+    wanted = resized(images(whole, rows), size)
+    prints = {json.dumps(whole.fingerprint())}
+    for cache in ("none", "disk"):
+        dataset = build(name, cache=cache, image_size=("40", "56"), **options)["dataset"]
+        assert torch.equal(images(dataset, rows), wanted), cache
+        (sizes,) = (told["resized_from"] for told in dataset.facts.values() if "resized_from" in told)
+        assert sizes == [list(images(whole, rows).shape[-2:])]
+        prints.add(json.dumps(dataset.fingerprint()))
+    assert len(prints) == 2  # the size tells a run's data, and not the cache
+    (file,) = (path for path in tmp_path.iterdir() if path.suffix == ".u8")
+    assert file.stat().st_size == 3 * 40 * 56 * len(next(iter(dataset.episodes.cameras.values())))
+
+
+def test_a_policy_resizes_what_it_sees_as_its_data_was_and_cameras_may_differ(script: Script) -> None:
+    path, sizes = FIXTURES / "lerobot_v30_image", ("corner2=40x56", "gripperPOV=32")
+    words = ["--dataset", "lerobot", "--dataset.path", path, "--dataset.cameras", "all", "--model", "cnn"]
+    words += ["--augment.drop-camera", 0.3, "--augment.blur", 1, "--augment.shift", 2, "--workers", 1, "--steps", 2]
+    policy = load_policy(script("--trainer", "bc", *words, "--dataset.image-size", *sizes, "--batch-size", 8))
+    other = KEY.replace("corner2", "gripperPOV")
+    assert [policy.spec[key]["shape"] for key in (KEY, other)] == [[3, 40, 56], [3, 32, 32]]
+    assert policy.spec[KEY]["resized_from"] == policy.spec[other]["resized_from"] == [[64, 64]]
+    item = build(path, cameras=("all",), validation=0)["dataset"][100]
+    seen = {key: item[key] for key in (KEY, other, "observation.state")}
+    small = seen | {KEY: resized(item[KEY], (40, 56)), other: resized(item[other], (32, 32))}
+    action = policy.act(small)
+    mirrored = item[KEY].numpy()[:, ::-1].copy()[:, ::-1]  # its strides are negative, as of frame[..., ::-1]
+    for one in (item[KEY], item[KEY].permute(1, 2, 0), item[KEY] / 255, mirrored):
+        policy.reset()
+        assert np.array_equal(policy.act(seen | {KEY: one}), action)
+        policy.reset()
+        batch = {key: np.stack([value, value]) for key, value in (seen | {KEY: one}).items()}
+        assert np.allclose(policy.act(batch), [action, action], atol=1e-6)
+    for bad, message in (
+        (item[KEY][:2], r"expects .* of shape \(3, 40, 56\), found \(2, 64, 64\): a picture is"),
+        (torch.zeros(3, 64, 3), "may have its channels first or last"),
+        (255 * torch.ones(3, 64, 64), "has values from 255 to 255, expected 0 to 1"),
+    ):
+        policy.reset()
+        with pytest.raises(UserError, match=message):
+            policy.act(seen | {KEY: bad})
+    with pytest.raises(UserError, match="it would be resized, had the policy been trained with --dataset.image-size"):
+        as_recorded(item[KEY], (3, 40, 56), KEY)
+
+
+def test_an_environment_may_show_other_sizes_to_a_policy_that_resizes() -> None:
+    envs = gym.vector.SyncVectorEnv([FloatPictures] * 2)
+    picture = {"shape": (3, 16, 16), "dtype": "uint8"}
+    spec = {"observation.images.camera": picture, "action": {"shape": (2,), "dtype": "float32"}}
+    with pytest.raises(UserError, match=r"of width \(3, 8, 9\), the dataset has \(3, 16, 16\)"):
+        check_env(envs, spec)
+    picture["resized_from"] = [[480, 640]]
+    check_env(envs, spec)
+    with pytest.raises(UserError, match=r"of width \(3, 8, 9\), the dataset has \(1, 16, 16\)"):
+        check_env(envs, spec | {"observation.images.camera": picture | {"shape": (1, 16, 16)}})
+
+
 # ---- stores --------------------------------------------------------------------------------------------------------
 
 
@@ -425,7 +544,7 @@ def test_a_picture_that_is_damaged_stops_the_run_in_one_line(video: Path, script
 # ---- augmentation --------------------------------------------------------------------------------------------------
 
 
-EVERYTHING = Augmentation(shift=3, crop=(20, 24), brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1)
+EVERYTHING = Augmentation(shift=3, crop=(20, 24), brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, blur=2.0)
 
 
 @pytest.fixture
@@ -476,6 +595,66 @@ def test_colours_change_as_the_options_say() -> None:
     assert int(full[:, 2].max()) > 150  # red turned to blue
 
 
+def test_a_blur_is_a_gaussian_whose_width_is_each_items_own() -> None:
+    place = torch.zeros(300, 2, 3, 21, 17, dtype=torch.uint8)
+    place[..., 10, 8] = 255
+    blurred = Augmentation(blur=2.0)({KEY: place}, torch.arange(300), 0, 0)[KEY]
+    deviations = 2.0 * uniform((0, 0, 0), np.arange(300), 7)[:, 6]
+    assert torch.equal(blurred[:, :1].expand_as(blurred), blurred)  # all steps of an item alike
+    for i in range(0, 300, 7):
+        kernels = [np.exp(-0.5 * ((np.arange(n) - m) / deviations[i]) ** 2) for n, m in ((21, 10), (17, 8))]
+        kernels = [kernel * (np.abs(np.arange(len(kernel)) - len(kernel) // 2) <= 5) for kernel in kernels]
+        wanted = 255 * np.outer(*(kernel / kernel.sum() for kernel in kernels))
+        assert np.abs(blurred[i, 0, 0].numpy() - wanted).max() <= 0.51
+    bright = torch.full((300, 3, 9, 9), 251, dtype=torch.uint8)
+    assert torch.equal(Augmentation(blur=9.0)({KEY: bright}, torch.arange(300), 0, 0)[KEY], bright)  # also at the edges
+
+
+def test_cameras_are_dropped_at_random_but_never_all_of_an_item(batch: dict[str, Any]) -> None:
+    shown = torch.full((4000, 2, 3, 4, 5), 9, dtype=torch.uint8)
+    keys = [f"observation.images.{name}" for name in ("a", "b", "c")]
+    data = {key: shown for key in (*keys, f"next.{keys[1]}")} | {"observation.state": torch.ones(4000, 2)}
+    found = Augmentation(drop_camera=0.3)(data, torch.arange(4000), 3, 5)
+    kept = torch.stack([found[key].flatten(1).min(1).values == 9 for key in keys])
+    assert torch.equal(kept[1], found[f"next.{keys[1]}"].flatten(1).min(1).values == 9)  # of a successor, too
+    assert all(set(found[key].flatten(1).float().std(1).tolist()) == {0.0} for key in keys)  # all of a picture or none
+    assert kept.any(0).all() and abs(float((~kept).float().mean()) - (0.3 - 0.3**3 / 3)) < 0.01
+    assert torch.equal(found["observation.state"], data["observation.state"])
+    most = Augmentation(drop_camera=0.999)(data, torch.arange(4000), 3, 5)
+    counts = torch.stack([most[key].flatten(1).any(1).bool() for key in keys]).float().mean(1)
+    assert float(counts.sum()) < 1.02 and float(counts.min()) > 0.3
+    # What else is random is as it would be without them.
+    both, rows = {KEY: batch[KEY], keys[0]: batch[KEY]}, torch.arange(8)
+    colours = Augmentation(shift=2, hue=0.1, brightness=0.2)
+    plain, changed = (x(both, rows, 1, 2) for x in (colours, replace(colours, drop_camera=0.5)))
+    assert any(not changed[key][i].any() for key in both for i in range(8))
+    for key in both:
+        here = changed[key].flatten(1).any(1).bool()
+        assert torch.equal(plain[key][here], changed[key][here])
+    assert np.array_equal(uniform((1, 2, 0), np.arange(9), 8)[:, :6], uniform((1, 2, 0), np.arange(9), 6))
+
+
+def test_states_are_dropped_by_chance() -> None:
+    """All steps of an item's history at once, with its successor; each a function of (seed, step, item)."""
+    key, other = "observation.state", "observation.environment_state"
+    spec = {key: {"shape": (2, 3), "dtype": "float32", "stats": {"mean": [7.0, 8.0, 9.0]}}, other: {"shape": (1,)}}
+    drop, rows = Augmentation(drop_state=0.3), torch.arange(2000)
+    assert drop.cropped(spec)[key] == spec[key]
+    state = torch.randn(2000, 2, 3)
+    batch = {key: state, f"next.{key}": -state, other: torch.ones(2000, 1)}
+    found = drop(batch, rows, 1, 2)
+    dropped = (found[key] == torch.tensor([7.0, 8.0, 9.0])).all(-1)
+    assert bool((dropped[:, 0] == dropped[:, 1]).all()) and 0.25 < float(dropped.float().mean()) < 0.35
+    assert torch.equal(found[key][~dropped[:, 0]], state[~dropped[:, 0]]) and found[other] is batch[other]
+    assert torch.equal((found[f"next.{key}"] == torch.tensor([7.0, 8.0, 9.0])).all(-1), dropped)
+    part = drop({name: value[500:600] for name, value in batch.items()}, rows[500:600], 1, 2)
+    assert torch.equal(part[key], found[key][500:600])
+    assert not torch.equal(drop(batch, rows, 1, 3)[key], found[key]) and torch.equal(batch[key], state)
+    for odd, data in ((1.0, spec), (-0.1, spec), (0.3, {key: spec[key]}), (0.3, {other: spec[other]})):
+        with pytest.raises(UserError, match="--augment.drop-state"):
+            Augmentation(drop_state=odd).cropped(data)
+
+
 def test_the_numbers_are_uniform_and_independent() -> None:
     numbers = uniform((3, 5, 0), np.arange(20_000), 6)
     assert numbers.min() >= 0 and numbers.max() < 1
@@ -491,6 +670,9 @@ def test_the_numbers_are_uniform_and_independent() -> None:
         (["--augment.crop", 3], "expected a height and a width"),
         (["--augment.hue", 0.7], "hue 0 to 0.5"),
         (["--augment.shift", -1], "shift must be 0 or more"),
+        (["--augment.blur", 11], "--augment.blur 11 must be 0 to 10 pixels"),
+        (["--augment.drop-camera", 0.1], "--augment.drop-camera never drops all cameras, so it needs two or more"),
+        (["--augment.crop", 40, 40, "--dataset.image-size", 39, 64], "--augment.crop 40 40 is more than"),
     ],
 )
 def test_bad_input_changes_that_make_no_sense(script: Script, options: list[Any], message: str) -> None:
@@ -527,6 +709,8 @@ def test_bc_learns_from_pictures_and_acts_on_whole_ones(script: Script) -> None:
         "--augment.crop",
         56,
         56,
+        "--augment.blur",
+        0.5,
         "--augment.brightness",
         0.2,
         "--log-every",

@@ -140,7 +140,7 @@ def test_every_checkpoint_has_its_policy(
     assert evaluate.main([str(folder), "--eval-episodes", "2"]) == 0
     assert f"{run}: policy of step {step} (best: success rate 0.9)" in capsys.readouterr().out
     assert [entry["step"] for entry in read_lines(run / "eval.jsonl")[-2:]] == [step, step]
-    monkeypatch.setattr(export, "export", lambda policy, path: path.write_text(str(act(policy))) and 0.0)
+    monkeypatch.setattr(export, "export", lambda policy, path, *_: path.write_text(str(act(policy))) and 0.0)
     assert export.main([str(folder)]) == 0 and (run / f"policy-step-{step:09d}.pt2").read_text() == str(act(best))
     assert export.main([str(run)]) == 0 and (run / "policy" / "policy.pt2").read_text() == str(act(last))
     with pytest.raises(UserError, match="would damage this checkpoint; name one in another folder"):

@@ -450,8 +450,9 @@ EXPORTED: dict[str, tuple[object, ...]] = {
     "mixture": MIXTURE,
     "pictures": toy.PICTURES,  # cut to their centre, and with two tasks
     "act": toy.TRAINERS["act"],
-    "diffusion": (*toy.TRAINERS["diffusion"], *DENOISER, "--policy.sampler", "ddpm"),
-    "flow": (*toy.TRAINERS["flow"], *DENOISER, "--policy.sampler", "midpoint"),
+    "diffusion": (*toy.TRAINERS["diffusion"], *DENOISER, "--policy.sampler", "ddpm", "--policy.sampling-steps", 3),
+    "flow": (*toy.TRAINERS["flow"], *DENOISER, "--policy.sampler", "midpoint", "--policy.sampling-steps", 2),
+    "shortcut": (*toy.TRAINERS["flow"], "--model.channels", 16, "--trainer.objective", "shortcut"),
     "sac": toy.TRAINERS["sac"],
     "td3_bc": toy.TRAINERS["td3_bc"],  # actions of another scale
     "fql": toy.TRAINERS["fql"],

@@ -44,7 +44,8 @@ def test_the_first_page_is_short() -> None:
 def test_the_quick_start_is_what_ci_runs() -> None:
     lines = re.search(r"```bash\n(.*?)```", README, re.DOTALL).group(1).splitlines()
     start = "python3 -m venv .venv && . .venv/bin/activate && "
-    runs, tests = "pip install -r requirements.txt", "pip install -r requirements.txt pytest ruff mypy pyte tensorboard"
+    runs = "pip install -r requirements.txt"
+    tests = f"{runs} pytest ruff mypy pyte tensorboard onnxscript onnxruntime"
     assert lines == [f"{start}{runs} && accelerate launch offline_trainer.py --trainer bc", f"{start}{tests} && pytest"]
     assert f": {tests}\n" in (ROOT / "requirements.txt").read_text()
     assert lines[1] in (ROOT / ".ci" / "run").read_text()
@@ -80,15 +81,16 @@ def test_every_page_is_linked_from_the_first() -> None:
 
 
 def test_every_trainer_and_dataset_has_a_line() -> None:
-    def first_words(heading: str) -> list[str]:
+    def named(heading: str) -> list[str]:
         section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-        return re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+        cells = re.findall(r"^\| (`[^|]*`) \|", section, re.MULTILINE)
+        return [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
 
-    assert sorted(first_words("Trainers")) == sorted(OWN_TRAINERS)
-    assert sorted(first_words("Datasets")) == sorted(OWN)
+    assert sorted(named("Trainers")) == sorted(OWN_TRAINERS)
+    assert sorted(named("Datasets")) == sorted(OWN)
 
 
-@pytest.mark.parametrize("name", ["imitation", "offline_rl"])
+@pytest.mark.parametrize("name", ["imitation", "few_step", "latency", "four_tasks", "offline_rl"])
 def test_tables_are_made_of_the_rows(name: str) -> None:
     results = ROOT / "tests" / "results"
     assert results_table(results / f"{name}.json").strip() in (results / "README.md").read_text()

@@ -142,10 +142,10 @@ def test_sac_on_two_processes_learns_as_fast(tmp_path: Path) -> None:
 DIT = ("--trainer", "flow", "--model", "dit", "--model.width", 16, "--model.layers", 1, "--dataset.action-steps", 8)
 
 
-@pytest.mark.parametrize("name", list(toy.TRAINERS))
+@pytest.mark.parametrize("name", toy.TRAINERS)
 def test_compiled_losses_train_the_same(script: Callable[..., Path], name: str) -> None:
     """What is drawn, too; dropout is on where a trainer has it by default."""
-    options = DIT if name == "flow" else toy.TRAINERS[name]  # the U-Net, which takes a minute, with diffusion
+    options = DIT if name == "flow" else toy.TRAINERS[name]  # the U-Net, which takes longer, with diffusion
     options += ("--optimizer", "sgd", "--optimizer.lr", 0.01, "--steps", 30)
     options += ("--model.dropout", 0.1) if name in ("bc", "act") else ()
     eager = script(*options, folder="eager")

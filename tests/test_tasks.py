@@ -40,7 +40,7 @@ def seen() -> dict[str, Any]:
     options = {
         "demos": 2,
         "cameras": ("behindGripper", "corner2"),
-        "image_size": 48,
+        "image_size": ("behindGripper=48x64", "corner2=48"),
         "cache_dir": "",
         "validation": 0.0,
     }
@@ -59,9 +59,9 @@ def test_demonstrations_with_cameras_are_those_without(seen: dict[str, Any]) -> 
     assert torch.equal(
         a["observation.state"], b["observation.state"][:, :4]
     )  # where object and goal are has to be seen
-    for camera in ("behindGripper", "corner2"):
+    for camera, width in (("behindGripper", 64), ("corner2", 48)):
         pictures = a[f"observation.images.{camera}"]
-        assert pictures.shape == (len(a["action"]), 3, 48, 48) and pictures.dtype == torch.uint8
+        assert pictures.shape == (len(a["action"]), 3, 48, width) and pictures.dtype == torch.uint8
         assert pictures.float().std() > 20 and not torch.equal(pictures[0], pictures[-1])
     assert seen["env"]["cameras"] == ("behindGripper", "corner2") and "cameras" not in plain["env"]
     steps = seen["dataset"].transitions().get_batch(torch.tensor([0]))
@@ -76,6 +76,7 @@ def test_the_environment_shows_what_the_demonstrations_show(seen: dict[str, Any]
     observation, _ = envs.reset(seed=[3, 4])
     named = observation_batch(observation)
     assert named["observation.state"].shape == (2, 4) and named["observation.images.corner2"].shape == (2, 3, 48, 48)
+    assert named["observation.images.behindGripper"].shape == (2, 3, 48, 64)
     again = observation_batch(envs.reset(seed=[3, 5])[0])
     assert np.array_equal(named["observation.images.corner2"][0], again["observation.images.corner2"][0])
     assert not np.array_equal(named["observation.images.corner2"][1], again["observation.images.corner2"][1])
@@ -85,8 +86,13 @@ def test_the_environment_shows_what_the_demonstrations_show(seen: dict[str, Any]
 def test_an_unknown_camera_is_named(seen: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="Meta-World has no camera 'behindgripper'; nearest: behindGripper"):
         DATASET_BUILDER_REGISTRY["metaworld"](demos=1, cameras=("behindgripper",), cache_dir="").build()
-    with pytest.raises(UserError, match="--env.image-size 4 must be 8 or more"):
+    with pytest.raises(UserError, match="--env.image-size 4: expected a height .* of 8 to 4096 pixels"):
         ENV_BUILDER_REGISTRY["metaworld"](cameras=("corner2",), image_size=4).build(1, 0)
+    with pytest.raises(UserError, match="--dataset.image-size: no size for the camera 'corner'; add corner=64x64"):
+        cameras = ("corner", "corner2")
+        DATASET_BUILDER_REGISTRY["metaworld"](cameras=cameras, image_size=("corner2=48x64",)).build()
+    with pytest.raises(UserError, match="--dataset.image-size 48: the data has no pictures; see --dataset.cameras"):
+        DATASET_BUILDER_REGISTRY["metaworld"](image_size=48).build()
 
 
 # ---- Push-T --------------------------------------------------------------------------------------------------------

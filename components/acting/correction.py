@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .policy import Policy
+from ..errors import UserError
+from .policy import AT_ONCE, Policy
 
 BASE_ACTION = "observation.base_action"  # the frozen policy's action in [-1, 1], which the residual policy observes
 
@@ -64,9 +65,25 @@ class CorrectedPolicy:
 
     def configure(self, **settings: Any) -> "CorrectedPolicy":
         """As `Policy.configure`, for the frozen policy."""
+        if delay := settings.get("delay", 0):
+            raise UserError(f"--policy.delay {delay}: {AT_ONCE}")
         self.frozen.configure(**settings)
         self.correction.reset()
         return self
+
+    def to(self, device: Any) -> "CorrectedPolicy":
+        """As `Policy.to`, for both policies."""
+        self.frozen.to(device)
+        self.correction.to(device)
+        return self
+
+    def plan(self, observation: dict[str, Any], previous: Any = None, delay: int = 0) -> np.ndarray:
+        """As `Policy.plan`, which a residual policy has not. Raises UserError."""
+        raise UserError("a residual policy corrects each action at its own step and plans no chunk; use act()")
+
+    def observe(self, observation: dict[str, Any]) -> None:
+        """As `Policy.observe`, which a residual policy has not. Raises UserError."""
+        raise UserError("a residual policy acts at each step, and observes only then; use act()")
 
     def reset(self, seeds: Any = None) -> None:
         """As `Policy.reset`."""

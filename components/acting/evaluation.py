@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 
 from ..contracts import options_of
+from ..data.actions import robot_width
+from ..data.features import frame_shape
 from ..data.pictures import IMAGES
 from ..envs.autoreset import Stepper
-from ..envs.observations import info_value, observation_batch, success_of
+from ..envs.observations import info_value, observation_batch, success_of, task_of
 from ..envs.vector import Environments, FaultyEnvError, action_width, executed
 from ..errors import UserError, one_line
 from ..intervals import wilson
 from .divided import Divided
 from .film import film_episodes
-from .policy import Policy
+from .jerk import Jerk, jerk_of
+from .policy import Policy, motionless
 from .recordings import Recordings
 
 MAX_STEPS = 100_000  # a longer episode means that the environment lacks a time limit
@@ -72,10 +75,10 @@ def check_env(envs: Any, spec: dict[str, Any]) -> None:
             raise UserError(f"it has the action space {space}; the policy chooses among {action['classes']} actions")
     elif not hasattr(space, "low"):
         raise UserError(
-            f"it has the action space {space}; the data's actions are vectors of width {action['shape'][-1]}"
+            f"it has the action space {space}; the data's actions are vectors of width {robot_width(action)}"
         )
-    elif action_width(space) != action["shape"][-1]:
-        widths = f"{action_width(space)}, the dataset and the model have {action['shape'][-1]}"
+    elif action_width(space) != robot_width(action):
+        widths = f"{action_width(space)}, the dataset and the model have {robot_width(action)}"
         raise UserError(f"it takes actions of width {widths}")
     observation, _ = envs.reset()
     parts = (
@@ -87,11 +90,13 @@ def check_env(envs: Any, spec: dict[str, Any]) -> None:
     for key in (key for key in spec if key.startswith("observation.")):
         if key not in found:
             raise UserError(f"it returns {', '.join(found)}, the policy needs {key!r}")
-        stored = tuple(spec[key].get("stored_shape", spec[key]["shape"]))
+        stored = frame_shape(spec[key], 1)
         frame = found[key].shape[1:]
-        if stored[-len(frame) :] != frame:
+        same = -2 if "resized_from" in spec[key] and len(frame) == 3 else None  # such pictures are resized
+        if stored[-len(frame) :][:same] != frame[:same]:
             have, want = (shape[0] if len(frame) == 1 else tuple(shape) for shape in (frame, stored[-len(frame) :]))
-            raise UserError(f"it returns {key!r} of width {have}, the dataset has {want}")
+            remedy = "; see --dataset.image-size" if len(frame) == 3 else ""
+            raise UserError(f"it returns {key!r} of width {have}, the dataset has {want}{remedy}")
 
 
 def run_episodes(
@@ -113,15 +118,20 @@ def run_episodes(
         seen: Called at each step with the number of episodes that have ended.
 
     Returns:
-        [{"seed", "success" (None if the environment reports none), "success_at_end", "return", "length"}], and the last
-        and the largest value of each number of `info` that the environment's `tracked` names.
+        [{"seed", "success" (None if the environment reports none), "success_at_end", "return", "length"}], the last
+        and the largest value of each number of `info` that the environment's `tracked` names, and how smooth the
+        executed actions are, as of `Jerk`.
     """
     episodes: list[dict[str, Any]] = []
     stepper = Stepper(envs)
+    hold = getattr(envs, "hold", None)
+    policy.hold = hold if callable(hold) else motionless
     for start in range(0, len(seeds), envs.num_envs):
         played = _Round(list(seeds[start : start + envs.num_envs]), envs)
         observation, info = stepper.reset(seed=played.padded)
         policy.reset(seeds=played.padded)
+        if isinstance(policy, Policy):
+            policy.tell(task_of(envs))
         while played.running.any():
             tick()
             if played.running[0]:
@@ -135,6 +145,8 @@ def run_episodes(
                 step.check(played.running)
             except FaultyEnvError as fault:
                 raise RuntimeError(fault.describe(0, played.padded, played.lengths, action)) from fault
+            done = getattr(envs, "executed", action)  # of `OnTop`, the sum
+            played.jerk.add(done, getattr(policy, "borders", np.ones(len(action), bool)), played.running)
             played.add(step.reward, step.info, step.ended)
             seen(len(episodes) + len(played.seeds) - int(played.running.sum()))
             observation, info = step.observation, step.info
@@ -159,6 +171,7 @@ class _Round:
         self.once: list[bool | None] = [None] * slots
         self.at_end: list[bool | None] = [None] * slots
         self.tracked: list[dict[str, float]] = [{} for _ in range(slots)]
+        self.jerk = Jerk(slots, envs.single_action_space)
 
     def add(self, reward: np.ndarray, info: dict[str, Any], ended: np.ndarray) -> None:
         """Count a step of the episodes that run, and end those of `ended` `[N]`."""
@@ -181,7 +194,8 @@ class _Round:
         results = []
         for i, seed in enumerate(self.seeds):
             result = {"seed": seed, "success": self.once[i], "success_at_end": self.at_end[i]} | self.tracked[i]
-            results.append(result | {"return": float(self.returns[i]), "length": int(self.lengths[i])})
+            result |= {"return": float(self.returns[i]), "length": int(self.lengths[i])}
+            results.append(result | self.jerk.of(i))
         return results
 
 
@@ -304,6 +318,7 @@ def summarise(episodes: list[dict[str, Any]], env: dict[str, Any], step: int, po
         "return_mean": float(returns.mean()),
         "return_std": float(returns.std()),
         "length_mean": float(np.mean([episode["length"] for episode in episodes])),
+        **jerk_of(episodes),
         **{key: float(np.mean([episode[key] for episode in episodes])) for key in tracked_of(episodes)},
         "seeds": [episode["seed"] for episode in episodes],
         "inference": policy.inference,
@@ -339,6 +354,9 @@ def headline(result: dict[str, Any]) -> str:
     if result.get("action_error") is not None:
         return Recordings.headline(result)
     more = "".join(f", {key.replace('_', ' ')} {result[key]:.2f}" for key in tracked_of(result))
+    late = "method" in result["inference"] and result.get("jerk_mean") is not None
+    names = [key for key in ("jerk_mean", "border_mean") if late and result[key] is not None]
+    more += "".join(f", {key.partition('_')[0]} {result[key]:.3g}" for key in names)
     return outcome(result) + more
 
 

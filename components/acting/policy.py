@@ -1,8 +1,9 @@
 """A policy in the environment's units: one action per step, with an observation history and action chunks."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import contracts
-from ..data.features import history_of
+from ..data.actions import ActionForm
+from ..data.features import frame_shape, history_of
 from ..data.normalisation import Normaliser
 from ..data.pictures import RULE, as_recorded, is_picture, pictures_of
-from ..errors import UserError, crashes_pass, nearest, where
+from ..errors import UserError, crashes_pass, nearest, one_line, plain, where
+from ..models.language import language_of
+from ..records import misfit
+from .timing import Rest, Timing, timing_of, whole_delay
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +37,17 @@ class Inference:
     sampling_steps: int | None = None
     """Steps of the sampler; midpoint evaluates the network twice in each."""
     task: str | None = None
-    """Text of the task, where the data has several and the environment names none."""
+    """Text of the task, where the data has several; by default what the environment says."""
+    delay: int = 0
+    """Environment steps from an observation to the first action planned from it; meanwhile the last chunk goes on."""
+    real_time: bool = False
+    """Real-time chunking: each chunk is made to agree with what is executed of the last one (flow, diffusion)."""
+    blocking: bool = False
+    """Hold still while a chunk is planned."""
 
 
 class Policy:
-    """Normaliser, network, observation history and action chunks in one: numpy in, numpy out.
+    """Normaliser, network, observation history and action chunks in one: numpy in, numpy out; for one thread at a time.
 
     Args:
         module: Normalised observations in, normalised action `[B, Da]` or chunk `[B, Ta, Da]` out. It takes the batch,
@@ -55,13 +66,22 @@ class Policy:
         self, module: nn.Module, normaliser: Normaliser, spec: dict[str, Any], settings: Inference | None = None
     ) -> None:
         self.module, self.normaliser, self.spec = module, normaliser, spec
+        self.form = ActionForm.of(spec)  # how actions are learnt
         self.base: Any = None  # the frozen `Base` of a residual policy
+        self.hold: Hold = motionless  # of the robot; an evaluation takes the environment's
         # History and chunk steps are the leading axis of an item; every chunk has a bool mask.
         self.chunked = "action_is_pad" in spec
         self.chunk = int(spec["action"]["shape"][0]) if self.chunked else 1
+        self.action_shape = (self.form.width,) if spec["action"]["shape"][self.chunked :] else ()  # of one, executed
         self.observation_keys = [key for key in spec if key.startswith("observation.")]
         self.obs_steps = math.prod(history_of(spec))
+        # A key may have a history of its own, flattened.
+        self.steps_of = {key: max(self.obs_steps, spec[key].get("steps", 1)) for key in self.observation_keys}
+        self.frames = {key: frame_shape(spec[key], self.obs_steps) for key in self.observation_keys}  # of one moment
+        self.seen_steps = max(self.steps_of.values(), default=1)
         self.settings = Inference()
+        normaliser.language = language_of(module)
+        self.told: str | list[str] | None = None  # the task by the environment
         self.assumed: str | None = None  # the task, where none is named
         self.configure(**asdict(settings or Inference()))
         self.takes_tensor = self._takes_tensor()
@@ -70,15 +90,22 @@ class Policy:
     def configure(self, **settings: Any) -> "Policy":
         """Change inference settings (fields of `Inference`; the others are kept); returns itself.
 
+        Of real time, blocking and ensembling, one that is newly asked for takes the place of the one in effect.
+
         Raises:
             UserError: a setting that this policy does not have, or that is out of range.
         """
         names = [field.name for field in fields(Inference)]
         if unknown := [name for name in settings if name not in names]:
             raise UserError(f"unknown policy setting {unknown[0]!r}; {nearest(unknown[0], names)}")
-        wanted = replace(self.settings, **settings)
+        plainly = {name: x.item() if isinstance(x, np.generic) else x for name, x in settings.items()}
+        wanted = replace(self.settings, **plainly)
+        if problem := misfit(asdict(wanted), Inference, finite=False):
+            raise UserError(f"policy setting {problem}")
+        wanted = one_way(wanted, lambda name: getattr(wanted, name) != getattr(self.settings, name))
         module: Any = self.module
         samplers = getattr(module, "samplers", ())
+        timing = self._check_timing(wanted)
         if wanted.action_steps is not None and not 1 <= wanted.action_steps <= self.chunk:
             raise UserError(
                 f"--policy.action-steps {wanted.action_steps} must be 1 to {self.chunk}, the chunk's length"
@@ -96,18 +123,53 @@ class Policy:
             raise UserError(f"--policy.sampling-steps {wanted.sampling_steps} must be 1 to {module.most_steps}")
         tasks = self.spec.get("task", {}).get("values", ())
         if wanted.task is not None and wanted.task not in tasks:
-            have = nearest(wanted.task, tasks) if tasks else "its data has one task only"
-            raise UserError(f"--policy.task {wanted.task!r}: the policy does not know it; {have}")
-        self.settings = wanted
-        self.action_steps = wanted.action_steps or self.chunk
+            if not tasks or self.normaliser.language is None:
+                have = nearest(wanted.task, tasks) if tasks else "its data has one task only"
+                raise UserError(f"--policy.task {wanted.task!r}: the policy does not know it; {have}")
+            with one_line("--policy.task"):
+                self.normaliser.described([wanted.task])
+        self.settings, self.timing, self.action_steps = wanted, timing, timing.steps
         # Whether an action depends on the newest observation only.
-        self.plain = self.chunk == self.obs_steps == 1 and wanted.ensemble is None and "task" not in self.spec
+        now = wanted.ensemble is None and "task" not in self.spec and not timing.delay
+        self.plain = self.chunk == self.seen_steps == 1 and now
         if wanted.sampler is not None:
             module.sampler = wanted.sampler
         if wanted.sampling_steps is not None:
             module.sampling_steps = wanted.sampling_steps
         self.reset()
         return self
+
+    def _check_timing(self, wanted: Inference) -> Timing:
+        """The timing of inference settings. Raises UserError: settings that exclude each other, or that it cannot."""
+        if len(methods := methods_of(wanted)) > 1:
+            two = " and ".join(f"--policy.{name.replace('_', '-')}" for name in methods[:2])
+            raise UserError(f"{two} are two ways to get from one chunk to the next; leave one out")
+        if wanted.ensemble is not None and self.chunk == 1 and wanted.delay:
+            raise UserError("--policy.ensemble averages chunks; with --policy.delay, these need two steps or more")
+        if wanted.real_time and not self.chunked:
+            raise UserError("--policy.real-time joins chunks; this policy returns single actions")
+        if wanted.real_time and not getattr(self.module, "real_time", False):
+            raise UserError("--policy.real-time needs a policy that samples chunks in steps, as flow and diffusion do")
+        if wanted.real_time:
+            self._check_prefix("--policy.delay", wanted.delay)
+        return timing_of(self.chunk, wanted.action_steps, wanted.delay, wanted.blocking)
+
+    def _check_prefix(self, option: str, delay: int) -> None:
+        """Raise UserError for more given actions than a policy has learned to continue."""
+        most = getattr(self.module, "most_prefix", 0)
+        if most and delay > most:
+            learned = f"this policy has learned to continue up to {most} actions (--trainer.prefix {most})"
+            raise UserError(f"{option} {delay}: {learned}; train it with --trainer.prefix {delay}, or 0 for guidance")
+
+    @property
+    def most_delay(self) -> int:
+        """The largest `delay` that `plan` takes: in real time, of a policy that has learned it, --trainer.prefix."""
+        return (self.settings.real_time and getattr(self.module, "most_prefix", 0)) or self.chunk
+
+    @property
+    def method(self) -> str:
+        """How the time that planning takes is bridged."""
+        return next(iter(methods_of(self.settings)), "naive")
 
     @property
     def inference(self) -> dict[str, Any]:
@@ -116,15 +178,40 @@ class Policy:
         how["ensemble"] = self.settings.ensemble
         if hasattr(self.module, "samplers"):
             how |= {"sampler": self.module.sampler, "sampling_steps": self.module.sampling_steps}
-        return how | ({"task": self.settings.task or self.assumed} if "task" in self.spec else {})
+        if self.settings.delay or self.method in ("blocking", "real_time"):
+            how |= {"delay": self.settings.delay, "method": self.method}
+        return how | ({"task": self.settings.task or self.told or self.assumed} if "task" in self.spec else {})
+
+    def tell(self, task: str | list[str] | None) -> None:
+        """Name the task of the environment, a text or one for each row; None, or one not understood, names none."""
+        self.told = None
+        if task is not None and "task" in self.spec:
+            with contextlib.suppress(UserError):
+                texts = [task] if isinstance(task, str) else task
+                self.normaliser.described(texts)
+                self.told = texts[0] if len(set(texts)) == 1 else texts
 
     def reset(self, seeds: Sequence[int] | None = None) -> None:
         """Start new episodes: clear history and chunks. `seeds` fix a stochastic policy's noise, one per row."""
         self._history: dict[str, list[Tensor]] = {}
-        self._age: Tensor | None = None  # [N], steps since each row's episode began
-        self._plan = torch.empty(0)  # [N, Ta, Da], each row's newest chunk
-        self._plans: list[tuple[Tensor, Tensor]] = []  # ensembling: (each row's age then [N], -1 for none; chunk)
+        self._age: Tensor | None = None  # [N], actions since each row's episode began
+        self._seen = torch.empty(0, dtype=torch.bool)  # [N], whether each row has frames in its history
+        self._plan = torch.empty(0)  # [slots, N, Ta, Da], each row's newest chunks, by their number
+        self._plans: list[tuple[Tensor, Tensor]] = []  # ensembling: (where each begins [N], -1 for none; chunk)
+        self._last = torch.empty(0)  # [N, Da], with a delay: each row's last action; of a first step NaN, or -1
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds or ()]
+
+    def to(self, device: Any) -> "Policy":
+        """Move the policy to a device, such as "cuda", "cuda:1", "mps" or "cpu"; returns itself.
+
+        Raises:
+            UserError: there is no such device here.
+        """
+        device = usable(device)
+        self.module.to(device)
+        self.normaliser.to(device)
+        self._history = {key: [frame.to(device) for frame in past] for key, past in self._history.items()}
+        return self
 
     def follow(self, transitions: dict[str, Any] | None) -> None:
         """Start new episodes where the next observation is the first of one; None (after a fault): in all rows."""
@@ -139,13 +226,19 @@ class Policy:
 
     def rank_state(self) -> dict[str, Any]:
         """The state of its episodes: histories, chunks, and the generators of `reset`'s seeds."""
-        state = {"age": self._age, "plan": self._plan, "history": self._history, "plans": self._plans}
+        state: dict[str, Any] = {"age": self._age, "seen": self._seen, "history": self._history}
+        state |= {"plan": self._plan, "plans": self._plans, "last": self._last}
         return state | {"generators": [generator.get_state() for generator in self._generators]}
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
         """Restore the state of `rank_state`."""
         self.reset()
         self._age, self._plan, self._plans = state["age"], state["plan"], state["plans"]
+        if self._plan.ndim == 3:  # of an older version
+            self._plan = self._plan[None]
+        self._last = state.get("last", self._last)
+        if self._age is not None:
+            self._seen = state.get("seen", self._age > 0)
         self._history = {k: [frame.to(self._device) for frame in past] for k, past in state["history"].items()}
         for saved in state.get("generators", ()):
             self._generators.append(torch.Generator())
@@ -154,7 +247,9 @@ class Policy:
     def restart(self, rows: Tensor) -> None:
         """Start new episodes in the rows `[n]` of a batch; the other rows continue."""
         if self._age is not None and len(rows):
-            self._age[rows] = 0
+            self._age[rows], self._seen[rows] = 0, False
+            if len(self._last):
+                self._last[rows] = unknown(self._last)
             for ages, _ in self._plans:
                 ages[rows] = -1
 
@@ -162,11 +257,13 @@ class Policy:
     def act(self, observation: dict[str, Any], rows: Tensor | None = None, env_step: int | None = None) -> np.ndarray:
         """Next action, `[Da]` for one observation or `[N, Da]` for a batch, in the environment's units, float32.
 
-        Discrete actions are their numbers, one or `[N]` int64.
+        Discrete actions are their numbers, one or `[N]` int64. With a delay it is what a robot would execute now, while
+        the policy plans: `hold(observation, last)` gives the actions where it stands still.
 
         Args:
             observation: key -> array of one frame, or of N frames (the same N until `reset`); `task`, a text or N.
-                Pictures are uint8, or floats from 0 to 1, with the channels first or last.
+                Pictures are uint8, or floats from 0 to 1, with the channels first or last; of any size where the
+                policy's data was resized (--dataset.image-size), as they are then resized in the same way.
             rows: `[n]`, the rows of the batch that act, whose frames these are; the other rows are unchanged.
             env_step: Environment steps of the run so far, for a module whose exploration depends on it.
 
@@ -176,110 +273,261 @@ class Policy:
         """
         if env_step is not None:
             contracts.set_env_step(self.module, env_step)
+        frames, batched = self._looked(observation, rows)
+        if self.plain:
+            only = self._planned(frames, rows).numpy()
+            return only if batched else only[0]
+        assert self._age is not None
+        chosen = torch.arange(len(self._age)) if rows is None else rows
+        age = self._age[chosen]  # [n]
+        self._remember(frames, chosen)
+        due = self.timing.due(age)
+        if due.any():
+            self._replan(observation, chosen[due], age[due], due)
+        action = self._now(chosen, age) if self.settings.ensemble is None else self._averaged(chosen, age)
+        if self.settings.delay:
+            action = self._held(action, frames, chosen, age)
+        self._age[chosen] += 1
+        return action.numpy() if batched else action[0].numpy()
+
+    @torch.no_grad()
+    def plan(self, observation: dict[str, Any], previous: Any = None, delay: int = 0) -> np.ndarray:
+        """A whole chunk, `[Ta, Da]` for one observation or `[N, Ta, Da]` for a batch, in the environment's units.
+
+        The observation joins the history, as in `act`. The chunk is float32, of single actions `[1, Da]`, and of
+        discrete ones `[Ta]` int64. It is neither kept nor executed: what `act` does next does not depend on it.
+
+        Args:
+            observation: As of `act`.
+            previous: What is left of the last chunk, `[Tp, Da]` or `[N, Tp, Da]`, whose first action is that of this
+                step. With `real_time`, the chunk is made to agree with it.
+            delay: How many of these are executed before the chunk takes over; with `real_time` it begins with them.
+
+        Raises:
+            UserError: as of `act`, or `previous` and `delay` that do not fit.
+        """
+        rows, batched = self._observed(observation)
+        rest = None if previous is None else self._rest_of(previous, delay, len(rows), batched)
+        chunk = self._chunks(observation, rows, rest=rest).numpy()
+        return chunk if batched else chunk[0]
+
+    def _rest_of(self, previous: Any, delay: int, rows: int, batched: bool) -> Rest | None:
+        """The rest of the last chunk, as of `plan`; None where nothing is made of it."""
+        shape = ((rows,) if batched else ()) + ("Tp", *self.action_shape)
+        given = numbers(previous, "previous").float()
+        if given.ndim != len(shape) or any(a != b for a, b in zip(given.shape, shape, strict=True) if b != "Tp"):
+            raise UserError(f"previous has shape {list(given.shape)}, expected [{', '.join(map(str, shape))}]")
+        left = given.shape[batched]
+        if left > self.chunk:
+            raise UserError(f"previous has {left} actions, expected at most {self.chunk}, the chunk's")
+        delay = whole_delay("delay", delay, left, "actions of previous")
+        if not given.isfinite().all():
+            raise UserError("previous has NaN or Inf; expected the actions that are executed next")
+        if not self.settings.real_time or not left:
+            return None
+        self._check_prefix("delay", delay)
+        given = given if batched else given[None]
+        actions = given.new_zeros(rows, self.chunk, given.shape[-1])
+        actions[:, :left] = given
+        return Rest(actions, torch.full((rows,), left), delay)
+
+    @torch.no_grad()
+    def observe(self, observation: dict[str, Any]) -> None:
+        """Add an observation to the history, at a step at which nothing is planned. Raises UserError, as of `act`."""
+        self._observed(observation)
+
+    def _observed(self, observation: dict[str, Any]) -> tuple[Tensor, bool]:
+        """Add an observation to the history; returns (all rows `[N]`, whether it came as a batch)."""
+        frames, batched = self._looked(observation, None)
+        rows = torch.arange(len(next(iter(frames.values()))))
+        self._remember(frames, rows)
+        return rows, batched
+
+    def _looked(self, observation: dict[str, Any], rows: Tensor | None) -> tuple[dict[str, Tensor], bool]:
+        """The checked frames of an observation, on the module's device, and whether they came as a batch.
+
+        Raises UserError: as of `_frames`, or another number of rows than before.
+        """
         frames, batched = self._frames(observation)
         if self._age is None:
-            self._age = torch.zeros(len(next(iter(frames.values()))), dtype=torch.int64)
+            if not (count := len(next(iter(frames.values())))):
+                raise UserError("the observation has no rows")
+            self._age, self._seen = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
         for key, frame in frames.items():
             if len(frame) != (len(self._age) if rows is None else len(rows)):
                 found = f"{key!r} has {len(frame)} rows after {len(self._age)}"
                 raise UserError(f"{found}; call reset() for other episodes")
-        if self.plain:
-            only = self._planned(frames, rows).numpy()
-            return only if batched else only[0]
-        chosen = torch.arange(len(self._age)) if rows is None else rows
-        age = self._age[chosen]  # [n]
-        self._remember(frames, chosen, age)
-        due = age % self.action_steps == 0
-        if due.any():
-            self._replan(observation, chosen[due], age[due], due)
-        if self.settings.ensemble is None:
-            action = self._plan[chosen, age % self.action_steps]
-        else:
-            action = self._averaged(chosen, age)
-        self._age[chosen] += 1
-        return action.numpy() if batched else action[0].numpy()
+        return frames, batched
 
-    def _planned(self, batch: dict[str, Any], rows: Tensor | None) -> Tensor:
-        """The module's output for a batch, in the environment's units, on the CPU."""
-        action = self._forward(self.normaliser(batch), rows)
-        return self.normaliser.undo("action", action.float() if action.is_floating_point() else action).cpu()
+    def _planned(self, batch: dict[str, Any], rows: Tensor | None, rest: Rest | None = None) -> Tensor:
+        """The module's output for a batch, in the environment's units, on the CPU.
 
-    def _remember(self, frames: dict[str, Tensor], rows: Tensor, age: Tensor) -> None:
+        Args:
+            batch: Observations in the environment's units.
+            rest: What is left of the last chunks, with which these are to agree, or None.
+        """
+        normalised = self.normaliser(batch)
+        action = self._forward(normalised if rest is None else normalised | self._known(batch, rest), rows)
+        action = self.normaliser.undo("action", action.float() if action.is_floating_point() else action).cpu()
+        action = self.form.to_robot(action, batch)
+        if rest is not None:
+            frozen = torch.arange(self.chunk) < rest.frozen[:, None]
+            action = torch.where(frozen[..., None], rest.actions, action)  # they are executed in any case
+        return action
+
+    def _known(self, batch: dict[str, Any], rest: Rest) -> dict[str, Tensor]:
+        """What a sampler is told of the last chunks: `previous`, normalised, `previous_weight` and `prefix`."""
+        ended = torch.arange(self.chunk) >= rest.left[:, None]
+        previous = self.form.from_robot(rest.actions, batch).to(self._device)  # to what is observed now
+        previous = self.normaliser({"action": previous})["action"]
+        previous = previous.masked_fill(ended[..., None].to(self._device), 0.0)
+        told = {"previous": previous, "previous_weight": rest.weight, "prefix": rest.frozen}
+        return {key: value.to(self._device) for key, value in told.items()}
+
+    def _remember(self, frames: dict[str, Tensor], rows: Tensor) -> None:
         """Add frames of `rows` to the history; the first frame of an episode fills its whole history."""
+        begins = self.seen_steps > 1 and not bool((seen := self._seen[rows]).all())
         for key, frame in frames.items():
-            past = self._history.get(key, [frame] * self.obs_steps)
+            past = self._history.get(key, [frame] * self.steps_of[key])
             everything, at = len(rows) == len(past[0]), rows.to(frame.device)
             newer = [*(before if everything else before[at] for before in past[1:]), frame]
-            if self.obs_steps > 1 and not age.all():
-                first = (age == 0).to(frame.device).view(-1, *[1] * (frame.ndim - 1))
+            if begins:
+                first = (~seen).to(frame.device).view(-1, *[1] * (frame.ndim - 1))
                 newer = [torch.where(first, frame, before) for before in newer]
             if not everything:
                 newer = [before.index_copy(0, at, now) for before, now in zip(past, newer, strict=True)]
             self._history[key] = newer
+        if begins:
+            self._seen[rows] = True
 
-    def _replan(self, observation: dict[str, Any], rows: Tensor, age: Tensor, due: Tensor) -> None:
-        """Replace the chunks of `rows` `[n]` by new ones, in the environment's units, on the CPU."""
+    def _chunks(
+        self, observation: dict[str, Any], rows: Tensor, due: Tensor | None = None, rest: Rest | None = None
+    ) -> Tensor:
+        """New chunks `[n, Ta, Da]` of `rows` `[n]` from their histories, in the environment's units, on the CPU.
+
+        Args:
+            due: Which rows of the observation these are, bool; None for all.
+            rest: What is left of their last chunks.
+        """
         everything = len(rows) == len(next(iter(self._history.values()))[0])
         batch: dict[str, Any] = {}
         for key, past in self._history.items():
             frames = past if everything else [frame[rows.to(frame.device)] for frame in past]
-            batch[key] = torch.stack(frames, 1) if self.obs_steps > 1 else frames[-1]
+            batch[key] = torch.stack(frames, 1) if self.obs_steps > 1 else torch.cat(frames, 1)
         if "task" in self.spec:
-            texts = self._tasks(observation, len(due))
-            batch["task"] = [text for text, now in zip(texts, due.tolist(), strict=True) if now]
-        action = self._planned(batch, rows)
-        chunk = action if self.chunked else action[:, None]
-        if everything:
-            self._plan = chunk
+            texts = self._tasks(observation, len(rows) if due is None else len(due))
+            batch["task"] = [text for i, text in enumerate(texts) if due is None or due[i]]
+        action = self._planned(batch, rows, rest)
+        return action if self.chunked else action[:, None]
+
+    def _replan(self, observation: dict[str, Any], rows: Tensor, age: Tensor, due: Tensor) -> None:
+        """Plan new chunks of `rows` `[n]`, which take their places among those that are kept."""
+        assert self._age is not None
+        number = self.timing.number(age)
+        rest = self._unfinished(rows, number) if self.settings.real_time else None
+        chunk = self._chunks(observation, rows, due, rest)
+        count, everything = len(self._age), len(rows) == len(self._age)
+        if self.settings.ensemble is not None:
+            starts = torch.full_like(self._age, -1)
+            starts[rows] = self.timing.start(age)
+            whole = chunk if everything else chunk.new_zeros(count, *chunk.shape[1:]).index_copy(0, rows, chunk)
+            self._plans.append((starts, whole))
+        elif everything and self.timing.slots == 1:
+            self._plan = chunk[None]
         else:
             if not len(self._plan):
-                assert self._age is not None
-                self._plan = chunk.new_zeros(len(self._age), *chunk.shape[1:])
-            self._plan = self._plan.index_copy(0, rows, chunk)
-        if self.settings.ensemble is not None:
-            assert self._age is not None
-            ages = torch.full_like(self._age, -1)
-            ages[rows] = age
-            self._plans.append((ages, self._plan))
+                self._plan = chunk.new_zeros(self.timing.slots, count, *chunk.shape[1:])
+            self._plan = self._plan.index_put((number % self.timing.slots, rows), chunk)
+
+    def _unfinished(self, rows: Tensor, number: Tensor) -> Rest | None:
+        """What is left, after their `steps`, of the plans before those of `number` `[n]`; None where all are first."""
+        left = torch.where(number > 0, self.chunk - self.action_steps, 0)
+        if not left.any():
+            return None
+        before = self._plan[(number - 1).clamp(min=0) % self.timing.slots, rows]
+        return Rest(before.roll(-self.action_steps, 1), left, self.settings.delay)
+
+    def _now(self, rows: Tensor, age: Tensor) -> Tensor:
+        """The actions `[n, Da]` of this step, by the chunks that have arrived."""
+        if self.timing.slots == 1 and not self.settings.delay:
+            return self._plan[0][rows, age % self.action_steps]
+        number, step = self.timing.current(age)
+        return self._plan[number.clamp(min=0) % self.timing.slots, rows, step.clamp(min=0)]
+
+    def _held(self, action: Tensor, frames: dict[str, Tensor], rows: Tensor, age: Tensor) -> Tensor:
+        """`action` `[n, Da]` with those in place that hold the robot still where no chunk has arrived."""
+        assert self._age is not None
+        if not len(self._last):
+            self._last = torch.empty(len(self._age), *action.shape[1:], dtype=action.dtype)
+            self._last[:] = unknown(self._last)
+        still = self.timing.current(age)[1] < 0
+        if still.any():
+            seen = {key: frame.cpu()[still].numpy() for key, frame in frames.items()}
+            held = np.asarray(self.hold(seen, self._last[rows[still]].numpy()))
+            action = action.clone()
+            if held.shape != action[still].shape:
+                raise UserError(f"hold() returned actions of shape {held.shape}, expected {tuple(action[still].shape)}")
+            action[still] = torch.as_tensor(held, dtype=action.dtype)
+        self._last[rows] = action
+        return action
+
+    @property
+    def borders(self) -> np.ndarray:
+        """`[N]` bool: another chunk than in the step before it, or stillness, has given the last action of `act`.
+
+        Of single actions each is one.
+        """
+        assert self._age is not None
+        return np.ones(len(self._age), bool) if self.plain else self.timing.borders(self._age - 1).numpy()
 
     def _averaged(self, rows: Tensor, age: Tensor) -> Tensor:
         """The weighted mean `[n, Da]` of the actions that all chunks plan for this step (Zhao et al., 2023)."""
         assert self.settings.ensemble is not None and self._age is not None
         actions, counts = [], []
-        for ages, chunk in self._plans:  # the oldest first
-            planned = age - ages[rows]  # steps ago
-            counts.append((ages[rows] >= 0) & (planned < self.chunk))
+        for starts, chunk in self._plans:  # the oldest first
+            start = starts[rows]
+            planned = age - start  # steps ago
+            there = (start >= 0) & (planned < self.chunk)
+            counts.append(there & self.timing.arrived(start, age) if self.settings.delay else there)
             actions.append(chunk[rows, planned.clamp(0, self.chunk - 1)])
         valid = torch.stack(counts)  # [chunks, n]
         place = valid.cumsum(0) - 1  # 0 for the oldest
         weights = (-self.settings.ensemble * place).masked_fill(~valid, -math.inf).softmax(0)
-        kept = [bool(((self._age - ages < self.chunk) & (ages >= 0)).any()) for ages, _ in self._plans]
+        kept = [bool(((self._age - starts < self.chunk) & (starts >= 0)).any()) for starts, _ in self._plans]
         self._plans = [plan for plan, alive in zip(self._plans, kept, strict=True) if alive]
+        if self.form.changes:
+            return self.form.mean(weights, torch.stack(actions))
         return self.normaliser.exact("action", (weights[..., None] * torch.stack(actions)).sum(0))
 
     def _tasks(self, observation: dict[str, Any], rows: int) -> list[str]:
         """The text of each row's task."""
-        task = observation.get("task", self.settings.task or self.assumed)
+        told = self.told if isinstance(self.told, str) or len(self.told or ()) == rows else None
+        task = observation.get("task", self.settings.task or told or self.assumed)
         if task is None:
             task, *others = self.spec["task"]["values"]
             logger.warning(
                 "no task is named (--policy.task, or 'task' of act()); of %d it is %r", 1 + len(others), task
             )
             self.assumed = task  # warned once, and recorded with evaluations
-        return [task] * rows if isinstance(task, str) else [str(text) for text in task]
+        texts = [task] * rows if isinstance(task, str) else [str(text) for text in task]
+        if len(texts) != rows:
+            raise UserError(f"'task' has {len(texts)} texts; expected one, or one for each of {rows} rows")
+        return texts
 
     def _frames(self, observation: dict[str, Any]) -> tuple[dict[str, Tensor], bool]:
         """Check the observation and add a batch dimension if it has none; returns (frames, whether it had one)."""
+        if not isinstance(observation, Mapping):
+            found = type(observation).__name__
+            raise UserError(f"an observation is a dict by the data's keys, {', '.join(self.frames)}; found {found}")
         frames, batched = {}, True
         for key in self.observation_keys:
             if key not in observation:
                 found = ", ".join(observation) or "nothing"
                 raise UserError(f"the policy needs the observation {key!r}; found: {found}")
-            stored = self.spec[key].get("stored_shape", self.spec[key]["shape"])  # pictures may be cropped
-            shape = tuple(stored)[self.obs_steps > 1 :]
-            frame = numbers(observation[key], key)
+            shape = self.frames[key]
+            frame = numbers(observation[key], f"the observation {key!r}")
             if is_picture(key, self.spec[key]["dtype"]):
-                frame, batched = as_recorded(frame, shape, key)
+                frame, batched = as_recorded(frame, shape, key, "resized_from" in self.spec[key])
             else:
                 frame, batched = vectors(frame, shape, key)
             # The GPU is synchronised only once, when the action is copied back.
@@ -342,12 +590,66 @@ class Policy:
         return self.takes_tensor
 
 
-def numbers(value: Any, key: str) -> Tensor:
-    """An observation as a tensor. Raises UserError: it holds no numbers, or rows of several lengths."""
+Hold = Callable[[dict[str, np.ndarray], np.ndarray], np.ndarray]
+"""(observation, one frame of each of n rows; last action `[n, Da]`, NaN in an episode's first step) -> the action `[n,
+Da]` with which the robot stands still."""
+
+
+def methods_of(settings: Inference) -> list[str]:
+    """The ways to get from one chunk to the next that settings ask for."""
+    asked = {"blocking": settings.blocking, "real_time": settings.real_time, "ensemble": settings.ensemble is not None}
+    return [name for name, wanted in asked.items() if wanted]
+
+
+def one_way(settings: Inference, asked: Callable[[str], bool]) -> Inference:
+    """Settings in which a way from one chunk to the next that is `asked` for, by name, replaces one that is not."""
+    ways = methods_of(settings)
+    others = [name for name in ways if not asked(name)] if any(map(asked, ways)) else []
+    return replace(settings, **{name: getattr(Inference, name) for name in others})
+
+
+def motionless(observation: dict[str, np.ndarray], last: np.ndarray) -> np.ndarray:
+    """Zeros, of which an environment takes what is nearest within its bounds."""
+    return np.zeros_like(last)
+
+
+def unknown(last: Tensor) -> float:
+    """What stands for no action."""
+    return math.nan if last.is_floating_point() else -1
+
+
+def usable(device: Any) -> torch.device:
+    """A device by its name, on which a tensor can be made. Raises UserError: in one line, what there is."""
     try:
-        return value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        if not isinstance(device, str | int | torch.device):
+            raise TypeError('expected a name such as "cuda:0"')
+        found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it has no memory")
+        torch.zeros(1, device=found)
+    except Exception as error:  # of many types: a name that is none, a build without it, no driver, no such number
+        kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if mps_is_there() else [])]
+        reason = plain(str(error).splitlines()[0] if str(error) else type(error).__name__)[:120]
+        raise UserError(f"device {device!r} cannot be used here ({reason}); there is: {', '.join(kinds)}") from error
+    return found
+
+
+def mps_is_there() -> bool:
+    """Whether this machine has Apple's graphics processor."""
+    return torch.backends.mps.is_available()
+
+
+def numbers(value: Any, place: str) -> Tensor:
+    """An array or list as a tensor. Raises UserError: it holds no real numbers, or rows of several lengths."""
+    try:
+        if isinstance(value, Tensor):
+            return value
+        if np.iscomplexobj(array := np.asarray(value)):
+            raise TypeError("they are complex")
+        # torch takes no mirrored arrays, as of frame[..., ::-1], and warns of read-only ones, as of Pillow.
+        return torch.as_tensor(array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy())
     except (TypeError, ValueError) as error:
-        raise UserError(f"the observation {key!r} is no array of numbers ({str(error)[:80]})") from error
+        raise UserError(f"{place} is no array of numbers ({str(error)[:80]})") from error
 
 
 def vectors(frame: Tensor, shape: tuple[int, ...], key: str) -> tuple[Tensor, bool]:
@@ -370,6 +672,9 @@ def vectors(frame: Tensor, shape: tuple[int, ...], key: str) -> tuple[Tensor, bo
         problem = "values beyond the range of float32" if beyond else "NaN or Inf"
         raise UserError(f"the observation {key!r} has {problem}, which no policy can act on; check what it comes from")
     return converted, batched
+
+
+AT_ONCE = "a residual policy corrects the action of each step from the observation of that step, and cannot be late"
 
 
 def check_encoder(args: Any, spec: dict[str, Any]) -> None:
@@ -411,15 +716,19 @@ def acting_policy(
             raise UserError(f"trainer {args.trainer!r} has no policy: neither policy() nor a model named 'policy'")
         return None
     module.to(learner.device)  # it may have further tensors
-    settings, given = args.policy, args.given
+    given = args.given
+    settings = one_way(args.policy, lambda name: given(f"policy.{name.replace('_', '-')}"))
     chunk = int(spec["action"]["shape"][0]) if "action_is_pad" in spec else 1
     if settings.action_steps is not None and not given("policy.action-steps"):
-        settings = replace(settings, action_steps=min(settings.action_steps, chunk))
+        most = chunk if settings.blocking or chunk == 1 else max(chunk - settings.delay, 1)
+        settings = replace(settings, action_steps=min(settings.action_steps, most))
     if chunk == 1 and not given("policy.ensemble"):
         settings = replace(settings, ensemble=None)
     if settings.sampling_steps is not None and not given("policy.sampling-steps"):
-        most = getattr(module, "most_steps", settings.sampling_steps)
+        most = getattr(module, "usual_steps", getattr(module, "most_steps", settings.sampling_steps))
         settings = replace(settings, sampling_steps=min(settings.sampling_steps, most))
+    if base and settings.delay:
+        raise UserError(f"--policy.delay {settings.delay}: {AT_ONCE}")
     policy = Policy(module, normaliser, spec, settings)
     policy.base = base
     return policy

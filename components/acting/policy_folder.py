@@ -14,7 +14,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..contracts import construct, has_policy, instantiate, model_spec_of, options_of, weights_follow
+from ..contracts import (
+    construct,
+    former_defaults_of,
+    has_policy,
+    instantiate,
+    model_spec_of,
+    options_of,
+    weights_follow,
+)
+from ..data.actions import robot_width
 from ..data.features import build_models
 from ..data.normalisation import Normaliser
 from ..data.tensor_files import save_tensors
@@ -187,6 +196,10 @@ def normalisation_of(folder: str | Path, spec: dict[str, Any]) -> dict[str, str]
     """
     path, description = describe(folder)
     there, modes = description["spec"], description["normalisation"]
+    if "form" in there["action"]:
+        raise UserError(
+            f"--init-from {path.parent}: its actions are relative to the state, or 6D; here they are executed"
+        )
     for key, feature in spec.items():
         stored = there.get(key, {})
         shape = tuple(stored.get("shape", ()))
@@ -211,7 +224,8 @@ def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path)
             plugins = ", ".join(files) or "a plugin"
             raise UserError(f"{path}: {entry['name']!r} is not registered; import {plugins} before load_policy")
         cls = registry[entry["name"]]
-        return cls, recorded_options(cls, entry["options"], f"{path}: {entry['name']}")
+        options = former_defaults_of(cls) | entry["options"]
+        return cls, recorded_options(cls, options, f"{path}: {entry['name']}")
 
     wanted = description["models"]
     if not description["own_policy"]:
@@ -243,8 +257,8 @@ def with_base(folder: Path, correction: Policy) -> Any:
     if not path.exists():
         return correction
     how = read_record(path, ResidualRecord, REMEDY)
-    base = load_folder(base_folder(folder))
-    width = base.spec["action"]["shape"][-1]
+    base = load_folder(base_folder(folder), delay=0)  # since a correction belongs to the action of its own step
+    width = robot_width(base.spec["action"])
     if not len(how["low"]) == len(how["high"]) == width:
         raise UserError(f"{path}: damaged: low and high must have {width} numbers, as the actions of its base")
     if fingerprint(base_folder(folder)) != how["sha256"]:

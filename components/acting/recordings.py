@@ -13,10 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ..data.actions import ActionForm, robot_stats, robot_width
+from ..data.features import frame_shape
 from ..data.figures import literal, save_figure
 from ..data.normalisation import without_spread
 from ..data.random_state import preserved
-from ..errors import UserError, nearest, one_line
+from ..errors import UserError, nearest, one_line, plain
 from .divided import Divided
 from .policy import Policy
 
@@ -75,7 +77,7 @@ class Recordings(Divided):
         super().__init__(policy, len(episodes), rank, world, tick)
         self.episodes, self.seed, self.slots = list(episodes), seed, slots
         self.names = self.episodes[0].names
-        self.discrete = "classes" in policy.spec["action"]
+        self.discrete, self.form = "classes" in policy.spec["action"], ActionForm.of(policy.spec)
         self.deviation = np.ones(1) if self.discrete else deviations(policy.spec["action"], self.episodes)
         sources = list(dict.fromkeys(Path(episode.data).name for episode in self.episodes))
         self.record = {"name": "recordings", "data": data or ", ".join(sources)}
@@ -123,7 +125,10 @@ class Recordings(Divided):
     def _predict(self, places: Sequence[int], before: int = 0) -> list[np.ndarray]:
         """The actions `[T, Da]` that the policy predicts in the episodes at `places`, after so many others."""
         episodes, seeds = [self.episodes[place] for place in places], [self.seed + place for place in places]
-        return walk(self.policy, episodes, seeds, self.tick, lambda done: self._ended(before + done))
+        predicted = walk(self.policy, episodes, seeds, self.tick, lambda done: self._ended(before + done))
+        # The same rotation has several numbers: those nearest to the recorded ones are compared.
+        alike = lambda actions, to: self.form.nearest(torch.from_numpy(actions), torch.from_numpy(to)).numpy()  # noqa: E731
+        return [alike(*pair) for pair in zip(predicted, (episode.actions for episode in episodes), strict=True)]
 
     def _errors(self, place: int, predicted: np.ndarray) -> dict[str, Any]:
         """Mean errors of an episode: absolute and squared ones `[Da]`, and by steps since the plan `[action_steps]`.
@@ -259,7 +264,7 @@ def walk(
     """
     lengths, keys = np.array([len(episode) for episode in episodes]), policy.observation_keys
     # A residual policy looks at each step, whatever its frozen policy does.
-    period, history = (policy.action_steps, policy.obs_steps) if isinstance(policy, Policy) else (1, 1)
+    period, history = (policy.action_steps, policy.seen_steps) if isinstance(policy, Policy) else (1, 1)
     policy.reset(seeds=list(seeds))
     predicted = [np.empty(episode.actions.shape) for episode in episodes]
     latest: dict[int, dict[str, Any]] = {}  # episode -> its observation when the policy last looked
@@ -293,7 +298,7 @@ def deviations(feature: dict[str, Any], episodes: Sequence[Recording]) -> np.nda
     """
     recorded = np.concatenate([episode.actions for episode in episodes])
     units = np.where(without_spread(recorded.mean(0), recorded.std(0)), 1.0, recorded.std(0))
-    stats = feature.get("stats", {})
+    stats = robot_stats(feature)
     if {"mean", "std"} <= set(stats):
         mean, std = (np.asarray(stats[name], dtype=np.float64) for name in ("mean", "std"))
         if std.ndim > 1:  # of each step of a chunk
@@ -311,20 +316,32 @@ def check_recordings(policy: Any, episodes: Sequence[Recording]) -> None:
     if not episodes:
         raise UserError("there are no episodes; expected one or more")
     spec = policy.spec
-    width = 1 if "classes" in spec["action"] else spec["action"]["shape"][-1]
+    if delay := policy.settings.delay:
+        problem = f"--policy.delay {delay}: nothing is late in recordings"
+        raise UserError(f"{problem}; use --policy.delay 0, or name an environment")
+    width = 1 if "classes" in spec["action"] else robot_width(spec["action"])
+    language = getattr(getattr(policy, "normaliser", None), "language", None)
     for episode in episodes:
         if (found := episode.actions.shape[1]) != width:
             raise UserError(f"{episode.data} has actions of width {found}, the policy of {width}")
+        order = [plain(name) for name in spec["action"].get("names", ())]
+        if set(order) == set(episode.names) and order != episode.names:
+            orders = f"in the order {', '.join(episode.names[:PANELS])}, the policy {', '.join(order[:PANELS])}"
+            raise UserError(f"{episode.data} has the dimensions of the action {orders}")
         known = spec.get("task", {}).get("values", ())
         if unknown := sorted(episode.tasks - set(known)) if known else []:
-            raise UserError(f"{episode.data}: unknown task {unknown[0]!r}; {nearest(unknown[0], known)}")
+            if language is None:
+                raise UserError(f"{episode.data}: unknown task {unknown[0]!r}; {nearest(unknown[0], known)}")
+            with one_line(f"{episode.data}"):
+                language.vectors(unknown)
         for key in policy.observation_keys:
             recorded = episode.shape_of(key)
-            stored = tuple(spec[key].get("stored_shape", spec[key]["shape"]))[policy.obs_steps > 1 :]
+            stored = frame_shape(spec[key], policy.obs_steps)
             if recorded is None:
                 camera = f"; see --dataset.cameras {key.rpartition('.')[2]}" if len(stored) == 3 else ""
                 raise UserError(f"{episode.data} has no {key!r}, which the policy observes{camera}")
-            if tuple(recorded) != stored:
+            same = -2 if "resized_from" in spec[key] and len(recorded) == 3 else None  # such pictures are resized
+            if tuple(recorded)[:same] != stored[:same]:
                 raise UserError(f"{episode.data} has {key!r} of shape {tuple(recorded)}, the policy observes {stored}")
 
 

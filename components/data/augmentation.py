@@ -4,7 +4,7 @@ So they are equal for any number of processes and workers, and after a resume.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from torch import Tensor
 from ..errors import UserError
 from .pictures import is_picture, pictures_of
 
+MOST_BLUR, REACH = 10, 2.5  # pixels; how far a blur reaches, in deviations
+STATE, STATE_DRAWS = "observation.state", -1  # the key of its random numbers; those of pictures are their places
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 # Hue is a rotation of the two colour axes of YIQ.
 TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
@@ -21,12 +23,14 @@ TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes to the pictures of training batches."""
+    """Random changes to the pictures of training batches, and to their states."""
 
     shift: int = 0
     """Largest random shift in pixels; edge pixels are repeated (DrQ, Kostrikov et al., 2021)."""
     crop: tuple[int, ...] = ()
     """Height and width of a random crop; evaluation and inference crop the centre."""
+    drop_state: float = 0.0
+    """Probability by which the state of an item becomes its mean, so that other observations are learnt from, too."""
     brightness: float = 0.0
     """Largest change x of the brightness, which is multiplied by 1 - x to 1 + x."""
     contrast: float = 0.0
@@ -35,6 +39,10 @@ class Augmentation:
     """Largest change x of the saturation, which is multiplied by 1 - x to 1 + x."""
     hue: float = 0.0
     """Largest rotation of the hue, as a fraction of a full circle, at most 0.5."""
+    blur: float = 0.0
+    """Largest deviation of a Gaussian blur in pixels, at most 10; each item draws its own from 0 to this."""
+    drop_camera: float = 0.0
+    """Probability by which each camera of an item becomes black, but never all of them; acting drops none."""
 
     def cropped(self, spec: dict[str, Any]) -> dict[str, Any]:
         """The `spec` of the models' input: cropped pictures; `stored_shape` is their size before the crop.
@@ -45,11 +53,20 @@ class Augmentation:
         jitter = (self.brightness, self.contrast, self.saturation)
         if self.shift < 0 or not all(0 <= x <= 1 for x in jitter) or not 0 <= self.hue <= 0.5:
             raise UserError("--augment: shift must be 0 or more, hue 0 to 0.5, the other amounts 0 to 1")
+        if not 0 <= self.blur <= MOST_BLUR:
+            raise UserError(f"--augment.blur {self.blur:g} must be 0 to {MOST_BLUR} pixels")
+        if not 0 <= self.drop_camera < 1:
+            raise UserError(f"--augment.drop-camera {self.drop_camera:g} must be a probability from 0 to below 1")
         if self.crop and (len(self.crop) != 2 or min(self.crop) < 1):
             raise UserError(f"--augment.crop {' '.join(map(str, self.crop))}: expected a height and a width")
         keys = pictures_of(spec)
-        if self != Augmentation() and not keys:
+        if self.drop_state:
+            self._take_mean(spec)
+        if replace(self, drop_state=0.0) != Augmentation() and not keys:
             raise UserError("--augment changes pictures, and the data has none; see --dataset.cameras")
+        if self.drop_camera and len(cameras := {key.removeprefix("next.") for key in keys}) < 2:
+            needs = "never drops all cameras, so it needs two or more"
+            raise UserError(f"--augment.drop-camera {needs}; the data has {', '.join(cameras)}")
         spec = dict(spec)
         for key in keys if self.crop else ():
             shape = tuple(spec[key]["shape"])
@@ -66,20 +83,56 @@ class Augmentation:
         """
         if self == Augmentation():
             return batch
-        out = dict(batch)
+        out = self._without_state(batch, rows, (seed, step)) if self.drop_state else dict(batch)
         keys = pictures_in(batch)
+        drawn = {}
         for number, key in enumerate(keys):
-            numbers = torch.from_numpy(uniform((seed, step, number), rows.cpu().numpy(), 6))  # [B, 6] in [0, 1)
-            out[key] = self._change(batch[key], numbers)
+            drawn[key] = torch.from_numpy(uniform((seed, step, number), rows.cpu().numpy(), 8))  # [B, 8] in [0, 1)
+            out[key] = self._change(batch[key], drawn[key])
+        if self.drop_camera:
+            now = {key: numbers[:, 7] for key, numbers in drawn.items() if not key.startswith("next.")}
+            for key, keep in self._kept(now).items():
+                for both in (key, f"next.{key}"):
+                    if both in drawn:
+                        out[both] = out[both] * keep.to(out[both].device).view(-1, *[1] * (out[both].ndim - 1))
+        return out
+
+    def _kept(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Camera -> 1 where it is kept and 0 where it is dropped, `[B]` uint8, by numbers `[B]` in [0, 1).
+
+        Of those that would all be dropped, the one with the largest number is kept.
+        """
+        stacked = torch.stack([*numbers.values()])  # [cameras, B]
+        keep = (stacked >= self.drop_camera) | (torch.arange(len(stacked))[:, None] == stacked.argmax(0))
+        return dict(zip(numbers, keep.to(torch.uint8), strict=True))
+
+    def _take_mean(self, spec: dict[str, Any]) -> None:
+        """Take the mean of the state from its statistics. Raises UserError: no such state, or nothing besides."""
+        others = [key for key in spec if key.startswith("observation.") and key != STATE]
+        if not 0 <= self.drop_state < 1:
+            raise UserError(f"--augment.drop-state {self.drop_state:g} must be a probability from 0 to below 1")
+        if "mean" not in spec.get(STATE, {}).get("stats", {}) or not others:
+            have = ", ".join(key for key in spec if key.startswith("observation.")) or "none"
+            raise UserError(f"--augment.drop-state needs {STATE!r} and another observation beside it; found: {have}")
+        object.__setattr__(self, "_mean", torch.tensor(spec[STATE]["stats"]["mean"], dtype=torch.float32))
+
+    def _without_state(self, batch: dict[str, Any], rows: Tensor, key: tuple[int, int]) -> dict[str, Any]:
+        """The batch with the states `[B, (To,) Ds]` of some items, and of their successors, replaced by the mean."""
+        dropped = torch.from_numpy(uniform((*key, STATE_DRAWS), rows.cpu().numpy(), 1)[:, 0] < self.drop_state)
+        out, mean = dict(batch), self._mean  # type: ignore[attr-defined]
+        for name in (STATE, f"next.{STATE}"):
+            if name in batch:
+                x = batch[name]
+                out[name] = torch.where(dropped.to(x.device).view(-1, *[1] * (x.ndim - 1)), mean.to(x.device), x)
         return out
 
     def _change(self, x: Tensor, numbers: Tensor) -> Tensor:
-        """Shift, crop and colour jitter of pictures by `numbers` `[B, 6]` in [0, 1)."""
+        """Shift, crop, colour jitter and blur of pictures by `numbers` `[B, 7 or more]` in [0, 1)."""
         if self.shift or self.crop:
             x = self._move(x, numbers[:, :2])
         if self.brightness or self.contrast or self.saturation or self.hue:
-            x = self._jitter(x, (2 * numbers[:, 2:] - 1).to(x.device, torch.float32))
-        return x
+            x = self._jitter(x, (2 * numbers[:, 2:6] - 1).to(x.device, torch.float32))
+        return self._blurred(x, self.blur * numbers[:, 6]) if self.blur else x
 
     def _move(self, x: Tensor, numbers: Tensor) -> Tensor:
         """Crop and shift by `numbers` `[B, 2]` in [0, 1): down and right."""
@@ -118,6 +171,28 @@ class Augmentation:
             matrix = torch.linalg.inv(to) @ turn @ to  # [B, 3, 3]
             pictures = torch.einsum("bij,btjhw->btihw", matrix, pictures).clamp(0, 1)
         return (pictures * 255).round().to(torch.uint8).view_as(x)
+
+    def _blurred(self, x: Tensor, deviations: Tensor) -> Tensor:
+        """Pictures blurred by a Gaussian with `deviations` `[B]` in pixels; edge pixels are repeated.
+
+        It adds up shifted pictures. So each item's result is the same in any batch, which no convolution promises.
+        """
+        radius = math.ceil(REACH * self.blur)
+        taps = torch.arange(radius + 1, dtype=torch.float64)
+        weights = (-0.5 * (taps / deviations.clamp(min=1e-3)[:, None]) ** 2).exp()  # [B, radius + 1]
+        weights = (weights / (2 * weights.sum(1, keepdim=True) - 1)).to(x.device, torch.float32)
+        y = x.flatten(1, -3).float()  # [B, To * C, H, W]
+        for axis in (2, 3):
+            length = y.shape[axis]
+            place = torch.arange(-radius, length + radius, device=x.device).clamp(0, length - 1)
+            padded, weight = y.index_select(axis, place), weights[..., None, None, None]  # [B, radius + 1, 1, 1, 1]
+            y = padded.narrow(axis, radius, length) * weight[:, 0]
+            both = torch.empty_like(y)
+            for tap in range(1, radius + 1):
+                before, after = (padded.narrow(axis, radius + to, length) for to in (-tap, tap))
+                torch.add(before, after, out=both)
+                y += both.mul_(weight[:, tap])
+        return y.round().clamp(0, 255).to(torch.uint8).view_as(x)
 
     def _grey(self, pictures: Tensor) -> Tensor:
         """Luma of colour pictures, `[B, To, 1, H, W]`."""

@@ -1,5 +1,6 @@
 """The features of a dataset: keys, shapes, dtypes and statistics of an item, and checks of them."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from ..errors import UserError
+from ..errors import UserError, nearest
+from ..records import Told, misfit
 from .pictures import IMAGES, is_picture, pictures_of
 
 NO_CHOICE = "produces vectors, and the actions are discrete; use --trainer ppo or dqn"
@@ -49,6 +51,19 @@ def history_of(spec: dict[str, Any]) -> tuple[int, ...]:
         if key.startswith("observation."):
             return tuple(feature["shape"][: -3 if is_picture(key, feature.get("dtype")) else -1])
     return ()
+
+
+def frame_shape(feature: dict[str, Any], obs_steps: int) -> tuple[int, ...]:
+    """Shape of an observation at one moment, as it is recorded, of one with a history, or a flattened one (`steps`).
+
+    Raises UserError: a record that contradicts itself.
+    """
+    shape = tuple(feature.get("stored_shape", feature["shape"]))[obs_steps > 1 :]  # pictures may be cropped
+    if (steps := feature.get("steps", 1)) == 1:
+        return shape
+    if len(shape) != 1 or steps < 1 or shape[0] % steps:
+        raise UserError(f"a spec has {steps} steps in the shape {shape}")
+    return (shape[0] // steps,)
 
 
 def check_widths(key: str, feature: dict[str, Any]) -> None:
@@ -115,7 +130,31 @@ def describe_data(data: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
     """
     dataset = data["dataset"]
     check_dataset(dataset, name)
-    return describe(dataset[0], data["norm_stats"] or {}, getattr(dataset, "tasks", ()))
+    spec = describe(dataset[0], data["norm_stats"] or {}, getattr(dataset, "tasks", ()))
+    for key, told in facts_of(dataset).items():
+        for name in (key, f"next.{key}"):
+            if name in spec:
+                spec[name] |= told
+    return spec
+
+
+def facts_of(dataset: Any) -> dict[str, Any]:
+    """What a dataset tells of its keys beside shapes, in its attribute `facts`; {} without it.
+
+    Raises UserError: other values than `records.Told` declares.
+    """
+    facts = getattr(dataset, "facts", {})
+    try:
+        told = json.loads(json.dumps(facts))  # as it is saved: tuples are lists
+        problem = misfit(told, dict[str, Told])
+    except (TypeError, ValueError) as error:
+        told, problem = {}, str(error)
+    if not problem and (odd := {name for one in told.values() for name in one} - {*Told.__annotations__}):
+        problem = f"unknown {sorted(odd)[0]!r}; {nearest(sorted(odd)[0], Told.__annotations__)}"
+    if problem:
+        kind, example = type(getattr(dataset, "dataset", dataset)).__name__, '{"action": {"names": ["x", "y"]}}'
+        raise UserError(f"the attribute facts of {kind} is not such as {example}: {problem}")
+    return told
 
 
 def width(spec: dict[str, Any], key: str) -> int:

@@ -1,5 +1,6 @@
 """Normalisation: used by the training loop and saved inside the policy, so that the two cannot differ."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,22 +30,32 @@ SMALL = 1e-8  # added to a variance, as Gymnasium's wrappers do
 
 def statistics(values: Tensor) -> dict[str, list[float]]:
     """Statistics over rows, `[N, D] -> {name: [D]}`, in float64 (the float32 deviation of a constant is not 0)."""
-    x = values.numpy().astype(np.float64)
-    q01, q99 = np.quantile(x, [0.01, 0.99], axis=0)
-    usual = np.quantile(x, 0.5, axis=0, method="lower")
-    q01, q99 = on_plateau(usual, (x == usual).mean(0), q01, q99)
-    stats = {"mean": x.mean(0), "std": x.std(0), "min": x.min(0), "max": x.max(0), "q01": q01, "q99": q99}
+    found = [_statistics(np.sort(column)) for column in values.numpy().T]  # one by one, which stay in a cache
+    mean, std, low, high, q01, usual, q99, share = np.array(found, np.float64).reshape(-1, 8).T
+    q01, q99 = on_plateau(usual, share, q01, q99)
+    stats = {"mean": mean, "std": std, "min": low, "max": high, "q01": q01, "q99": q99}
     return {name: value.tolist() for name, value in stats.items()}
 
 
-def quantile(values: np.ndarray, weights: np.ndarray, q: float) -> np.ndarray:
-    """Weighted quantile over rows, `[N, D]` with weights `[N] -> [D]`; with equal weights, numpy's linear one."""
-    order = np.argsort(values, axis=0)
-    x, w = np.take_along_axis(values, order, 0), weights[order]
-    # Row i is at the share of weight below it, scaled so that the first row is at 0 and the last at 1.
-    below = np.cumsum(w, axis=0) - w
-    places = below / below[-1].clip(min=1e-300)
-    return np.array([np.interp(q, places[:, d], x[:, d]) for d in range(x.shape[1])])
+def _statistics(ordered: np.ndarray) -> list[float]:
+    """Mean, deviation, least, largest, two quantiles around the median, and the median's share, of `[N]` in order."""
+    x, last = ordered.astype(np.float64), len(ordered) - 1
+    usual = x[last // 2]
+    share = (np.searchsorted(x, usual, "right") - np.searchsorted(x, usual)) / len(x)
+    q01, q99 = np.interp([0.01 * last, 0.99 * last], np.arange(len(x)), x)
+    return [x.mean(), x.std(), x[0], x[-1], q01, usual, q99, share]
+
+
+def quantiles(values: np.ndarray, weights: np.ndarray, wanted: Sequence[float]) -> list[np.ndarray]:
+    """Weighted quantiles over rows `[N, D]` with weights `[N]`, each `[D]`; with equal weights, numpy's linear ones."""
+    found = []
+    for column in np.ascontiguousarray(values.T):
+        order = np.argsort(column)
+        x, w = column[order], weights[order]
+        # Row i is at the share of weight below it, scaled so that the first row is at 0 and the last at 1.
+        below = np.cumsum(w) - w
+        found.append(np.interp(wanted, below / below[-1].clip(min=1e-300), x))
+    return list(np.array(found).T)
 
 
 def on_plateau(usual: np.ndarray, share: np.ndarray, q01: np.ndarray, q99: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,6 +94,7 @@ class Normaliser:
         self.running: RunningStatistics | None = None  # which change it
         # Texts of the tasks; the models receive their numbers, as `task_index`.
         self.tasks = {text: number for number, text in enumerate(spec.get("task", {}).get("values", ()))}
+        self.language: Any = None  # the model that understands further texts, as `task_vector`
         self.crops = {key: tuple(f["shape"][-2:]) for key, f in spec.items() if "stored_shape" in f}
         self.offset: dict[str, Tensor] = {}
         self.scale: dict[str, Tensor] = {}
@@ -129,15 +141,12 @@ class Normaliser:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Normalise every known key of a batch; the dict is new, the tensors that need no change are shared.
 
-        Raises UserError: a task that the data did not have, where it had several.
+        Raises UserError: as `described`.
         """
         out = dict(batch)
         if len(self.tasks) > 1 and "task" in batch:
-            for text in batch["task"]:
-                if text not in self.tasks:
-                    raise UserError(f"unknown task {text!r}; {nearest(text, self.tasks)}")
             device = next(value.device for value in batch.values() if isinstance(value, Tensor))
-            out["task_index"] = torch.tensor([self.tasks[text] for text in batch["task"]], device=device)
+            out |= {key: value.to(device) for key, value in self.described(batch["task"]).items()}
         for key, value in batch.items():
             base = key.removeprefix("next.")
             base = self.like.get(base, base)
@@ -148,6 +157,18 @@ class Normaliser:
             elif base in self.crops:
                 out[key] = centre(value, *self.crops[base])
         return out
+
+    def described(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The texts of tasks `[B]` as the models take them: their numbers, or what `language` makes of further ones.
+
+        Raises UserError: a text that neither the data nor `language` knows.
+        """
+        if all(text in self.tasks for text in texts):
+            return {"task_index": torch.tensor([self.tasks[text] for text in texts])}
+        if self.language is not None:
+            return {"task_vector": self.language.vectors(texts)}
+        unknown = next(text for text in texts if text not in self.tasks)
+        raise UserError(f"unknown task {unknown!r}; {nearest(unknown, self.tasks)}")
 
     def with_ranges(self, spec: dict[str, Any]) -> dict[str, Any]:
         """`spec` with the `range` of each key with known bounds: [min, max], normalised."""

@@ -3,22 +3,25 @@
 A picture is uint8 from 0 to 255 or float from 0 to 1, `[C, H, W]` or `[H, W, C]` with 1, 3 or 4 channels, or `[H, W]`.
 A stack of S pictures has one axis more in front, or S times as many channels. The shape, the bounds of a space, a
 file's metadata or a policy's record tell these apart. Pictures are stored as uint8 `[C, H, W]`, stacks as
-`[S * C, H, W]`.
+`[S * C, H, W]`. Where data is resized, so is what the policy observes, by the same function.
 """
 
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 
 IMAGES = "observation.images."
 CHANNELS = (1, 3, 4)
 RULE = "a picture is uint8 0 to 255 or float 0 to 1, [C, H, W] or [H, W, C] with 1, 3 or 4 channels, or a stack of such"
 SIDE = 4  # pixels; floats of smaller sides are numbers, such as poses
+LEAST, MOST = 8, 4096  # pixels of a side, of pictures that are resized
 SLACK = 1e-5  # by which rounding may take a float beyond its bounds
 
 
@@ -158,30 +161,120 @@ def declared_top(dtype: Any, low: Any, high: Any) -> float | None:
     return 1.0 if dtype_name(dtype).startswith("float") and (high == 1).all() else None
 
 
-def as_recorded(pictures: Tensor, shape: tuple[int, ...], key: str) -> tuple[Tensor, bool]:
+# ---- size ----------------------------------------------------------------------------------------------------------
+
+
+def resized(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 pictures `[..., C, H, W]` scaled by one factor until they fit `size`, centred, with black around them.
+
+    Height and width are scaled by the same factor, and rounded to pixels. The filter is bilinear with antialiasing, on
+    bytes, as Pillow's: reduced pictures average all pixels that they cover. It runs on the CPU, in training and when
+    a policy acts, so that both see the same bytes. Pictures of this size are returned as they are.
+    """
+    height, width = pictures.shape[-2:]
+    if (height, width) == size:
+        return pictures
+    if height * size[1] >= width * size[0]:  # the height decides, as it is relatively larger
+        inner = (size[0], max((2 * width * size[0] + height) // (2 * height), 1))
+    else:
+        inner = (max((2 * height * size[1] + width) // (2 * width), 1), size[1])
+    flat = pictures.cpu().flatten(0, -4) if pictures.ndim > 3 else pictures.cpu()[None]
+    if not len(flat):
+        return pictures.new_empty(*pictures.shape[:-2], *size)
+    flat = functional.interpolate(flat, inner, mode="bilinear", antialias=True)
+    if inner != size:
+        top, left = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+        small, flat = flat, flat.new_zeros(len(flat), flat.shape[1], *size)
+        flat[..., top : top + inner[0], left : left + inner[1]] = small
+    return flat.reshape(*pictures.shape[:-2], *size).to(pictures.device)
+
+
+def sizes_of(words: int | Sequence[Any], keys: Iterable[str], option: str = "--dataset.image-size") -> dict[str, Any]:
+    """Key -> (height, width), of the cameras whose size the option `image_size` says.
+
+    Args:
+        words: A number for squares, a height and a width, or CAMERA=HEIGHTxWIDTH for some of the cameras; these come
+            before numbers for all.
+        keys: Of the cameras that there are, by name or as observation.images.X.
+
+    Raises:
+        UserError: other words, sides out of range, an unknown camera, no pictures.
+    """
+    texts = [str(words)] if isinstance(words, int) else [part for word in words for part in str(word).split()]
+    given = f"{option} {' '.join(texts)}"
+    cameras = {camera_of(key): key for key in keys}
+    if texts and not cameras:
+        raise UserError(f"{given}: the data has no pictures; see --dataset.cameras")
+    named = [text.rpartition("=") for text in texts if "=" in text]
+    every = "x".join(text for text in texts if "=" not in text)
+    sizes = {key: _size(every, given) for key in cameras.values()} if every else {}
+    own: dict[str, tuple[int, int]] = {}
+    for name, _, text in named:
+        if (camera := camera_of(name)) not in cameras:
+            raise UserError(f"{given}: no such camera is read as {name!r}; {nearest(camera, cameras)}")
+        if cameras[camera] in own:
+            raise UserError(f"{given}: two sizes for the camera {camera!r}")
+        own[cameras[camera]] = _size(text, given)
+    return sizes | own
+
+
+def _size(text: str, given: str) -> tuple[int, int]:
+    """(height, width) of such as 224x320, or of a square. Raises UserError."""
+    parts = text.split("x")
+    sides = [int(part) if part.isascii() and part.isdigit() and len(part) < 9 else 0 for part in parts]
+    if len(sides) > 2 or not all(LEAST <= side <= MOST for side in sides):
+        forms = "a height and a width (224 320), a square (224), or one for each camera (front=224x320 wrist=128x128)"
+        raise UserError(f"{given}: expected {forms}, of {LEAST} to {MOST} pixels")
+    return sides[0], sides[-1]
+
+
+def as_recorded(pictures: Tensor, shape: tuple[int, ...], key: str, resizes: bool = False) -> tuple[Tensor, bool]:
     """Pictures as a policy's record has them, uint8 `[N, C, H, W]`, and whether they came as a batch.
 
     Args:
         pictures: One picture or N of them, in any layout of the rule that fits the record.
         shape: (C, H, W) of the record.
         key: Its key, for messages.
+        resizes: Whether pictures of other sizes are resized, as the policy's data was.
 
     Raises:
-        UserError: another shape, type or range.
+        UserError: another shape, type or range; a shape that may be two layouts.
     """
     channels, height, width = shape
-    shape = (channels, height, width)
-    kinds = [Layout(shape, shape, False), Layout((height, width, channels), shape, True)]
+    found = _fitting(tuple(pictures.shape), (channels, height, width))
+    others = [] if found else _fitting(tuple(pictures.shape), (channels, 0, 0))
+    if len({layout.last for layout, _ in others}) > 1:
+        place = f"{key!r} of shape {tuple(pictures.shape)} may have its channels first or last"
+        raise UserError(f"the observation {place}; give it with {channels} channels and larger sides: {RULE}")
+    if not found and not (resizes and others):
+        note = "; it would be resized, had the policy been trained with --dataset.image-size" if others else ""
+        shapes = f"{key!r} of shape {(channels, height, width)}, found {tuple(pictures.shape)}"
+        raise UserError(f"the policy expects {shapes}{note}: {RULE}")
+    layout, batched = (found or others)[0]
+    stored = layout(as_bytes(pictures, f"the observation {key!r}"))
+    return resized(stored if batched else stored[None], (height, width)), batched
+
+
+def _fitting(found: tuple[int, ...], shape: tuple[int, int, int]) -> list[tuple[Layout, bool]]:
+    """Layouts in which pictures of shape `found` are one of `shape`, or, True, a batch of these.
+
+    Args:
+        shape: (C, H, W); H and W are 0 for those that are found.
+    """
+    channels, *sides = shape
+    forms: list[tuple[Any, ...]] = [(channels, None, None), (None, None, channels)]
     for c in CHANNELS:
         if channels % c == 0 and channels > c:  # a stack, as an environment gives it
-            kinds.append(Layout((channels // c, c, height, width), shape, False))
-            kinds.append(Layout((channels // c, height, width, c), shape, True))
-    if channels == 1:
-        kinds.append(Layout((height, width), shape, False))
-    for layout in kinds:
-        if tuple(pictures.shape[-len(layout.shape) :]) == layout.shape:
-            batched = pictures.ndim - len(layout.shape)
-            if batched in (0, 1):
-                found = layout(as_bytes(pictures, f"the observation {key!r}"))
-                return (found, True) if batched else (found[None], False)
-    raise UserError(f"the policy expects {key!r} of shape {shape}, found {tuple(pictures.shape)}: {RULE}")
+            forms += [(channels // c, c, None, None), (channels // c, None, None, c)]
+    forms += [(None, None)] if channels == 1 else []
+    fitting = []
+    for form in forms:
+        batched, own = len(found) - len(form), found[-len(form) :]
+        if batched not in (0, 1):
+            continue
+        free = [own[axis] for axis, length in enumerate(form) if length is None]
+        fixed = all(length is None or own[axis] == length for axis, length in enumerate(form))
+        if fixed and (free == sides if any(sides) else min(free) > 0):
+            last = form[-1] is not None
+            fitting.append((Layout(own, (channels, free[0], free[1]), last), bool(batched)))
+    return fitting

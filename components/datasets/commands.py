@@ -55,7 +55,7 @@ def parse(
     component = cli.pick(DATASET_BUILDER_REGISTRY, "dataset", name)
     known = {field.name for field in fields(component)} if is_dataclass(component) else set()
     values = {key: value for key, value in wants.items() if key in known}
-    if "image_size" in known:  # such a dataset renders its pictures, and only those of the cameras that are named
+    if getattr(component, "renders", False):  # its pictures are drawn, and only those of the cameras that are named
         values.pop("cameras", None)
     if len(words) == positional:
         if "path" not in known:

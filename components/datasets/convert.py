@@ -69,6 +69,9 @@ def main(argv: list[str]) -> int:
     dataset = built_by(factory)["dataset"]
     if not isinstance(dataset, EpisodeDataset):
         raise UserError(f"{type(factory).__name__} has no episodes to write; convert its sources one by one")
+    if dataset.form is not None or dataset.state_steps > 1:
+        learnt = "--dataset.action, --dataset.rotations and --dataset.state-steps"
+        raise UserError(f"{learnt} are of what is learnt; a conversion writes what was recorded: leave them out")
     print(write(dataset.episodes, dest, options))
     return 0
 

@@ -7,7 +7,7 @@ transition. Vectors are kept in memory; pictures are decoded when they are neede
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -18,15 +18,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..contracts import Place
+from ..data.actions import STATE, ActionForm, Dimensions, check_rotations, described, form_of, step_statistics
 from ..data.fingerprint import digest, moments
 from ..data.normalisation import statistics
-from ..data.pictures import CHANNELS, IMAGES, as_bytes, camera_of, find_layout, is_picture, layout_of
+from ..data.pictures import CHANNELS, IMAGES, as_bytes, camera_of, find_layout, is_picture, layout_of, sizes_of
 from ..errors import UserError, nearest
 from ..run.progress import phase
-from .frames import Frames, stored
+from .frames import Frames, ResizedFrames, resized_store, stored
 from .recognise import recognise
 
 logger = logging.getLogger(__name__)
+AT_ONCE = 1 << 15  # actions that are encoded together, which fit into a cache
 CHOICE = re.compile(r"(!?)(-?\d{1,18})?(?:(:)(-?\d{1,18})?)?")  # a word of --dataset.episodes
 
 
@@ -67,8 +69,12 @@ class Episodes:
     """The data's own number of each episode; by default their places."""
     files: dict[str, str] = field(default_factory=dict)
     """Fingerprints of the files of pictures, where `observations` may hold these decoded."""
+    resized_from: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Camera -> the size [H, W] that its pictures had before they were resized."""
     generated: bool = False
     """Whether they were made, so that another machine may make them with other last digits."""
+    instruction: str = ""
+    """Text of the only task, of data without `tasks`; a mixture tells its sources apart by it."""
 
     @property
     def lengths(self) -> Tensor:
@@ -92,6 +98,23 @@ class Episodes:
         borders = digest(torch.cat([self.ends, self.at, self.after]))
         rows = {"episodes": len(self.ends), "rows": len(self.at)}
         return rows | {"borders": borders, "content": content, "generated": self.generated}
+
+    def resize(self, words: Sequence[Any]) -> None:
+        """Resize pictures as the option `image_size` says: those in memory now, others when they are decoded.
+
+        Raises UserError: as `sizes_of`.
+        """
+        if not words:
+            return
+        keep_forms(self)
+        for key, size in sizes_of(words, self.cameras).items():
+            store = self.observations[key]
+            self.resized_from[key] = [list(store.shape[-2:])]
+            if isinstance(store, Frames):
+                self.observations[key] = ResizedFrames(store, size)
+            else:
+                self.files[key] = f"{digest(store)} resized to {list(size)}"
+                self.observations[key] = resized_store(store, size)
 
     def place(self, row: int) -> tuple[int, int]:
         """(number of the episode, step within it) of step `row`."""
@@ -231,6 +254,8 @@ class EpisodeDataset(Batched):
     deterministic = True  # no random choices, so each process may read its part of a batch alone
     checked = True  # `build` has checked for NaN
     kept = True  # pictures and vectors have their kept form
+    form: ActionForm | None = None  # of the actions, where they are not learnt as they are
+    state_steps = 1  # of the state alone, whose history is flattened to one vector, the newest last
 
     def __init__(
         self,
@@ -279,9 +304,13 @@ class EpisodeDataset(Batched):
                 batch["action_is_pad"] = chunk > last
             else:
                 batch[key] = column.index_select(0, rows)
+        if self.form is not None:
+            batch["action"] = self.form.encode(batch["action"], self.states(rows))
         at = self.before(rows)
         for key, store in data.observations.items():
             batch[key] = take(store, at)
+        if self.state_steps > 1:
+            batch[STATE] = take(data.observations[STATE], self.before(rows, self.state_steps)).flatten(1)
         if "reward" in data.columns:
             then = self.after(rows)
             if self.gaps:
@@ -289,13 +318,17 @@ class EpisodeDataset(Batched):
             for key, store in data.observations.items():
                 if self.next_images or not is_picture(key, store.dtype):
                     batch[f"next.{key}"] = take(store, then)
+            if self.state_steps > 1:
+                both = [batch[STATE], batch[f"next.{STATE}"]]
+                batch[f"next.{STATE}"] = torch.cat(both, 1)[:, both[1].shape[1] :]
         return batch
 
-    def before(self, rows: Tensor) -> Tensor:
-        """Indices of the observations at steps `rows` `[B]`: `[B]`, or `[B, To]` with the history."""
-        if self.obs_steps == 1:
+    def before(self, rows: Tensor, steps: int | None = None) -> Tensor:
+        """Indices of the observations at steps `rows` `[B]`: `[B]`, or `[B, To]` with a history of so many steps."""
+        steps = self.obs_steps if steps is None else steps
+        if steps == 1:
             return self.episodes.at[rows]
-        history = rows[:, None] + torch.arange(1 - self.obs_steps, 1)  # [B, To]
+        history = rows[:, None] + torch.arange(1 - steps, 1)  # [B, To]
         return self.episodes.at[torch.maximum(history, self.first[rows, None])]
 
     def after(self, rows: Tensor) -> Tensor:
@@ -307,8 +340,53 @@ class EpisodeDataset(Batched):
             return then
         return torch.cat([self.before(rows)[:, 1:], then[:, None]], 1)  # [B, To]
 
+    def states(self, rows: Tensor) -> Tensor:
+        """The states `[B, Ds]` at steps `rows` that actions are relative to; zeros where none is needed."""
+        if self.form is None or not self.form.relates:
+            return torch.zeros(len(rows), 1)
+        return take(self.episodes.observations[STATE], self.episodes.at[rows])
+
+    def counts(self) -> list[int]:
+        """How many items have an action of their own, before their episode ends, at each step of a chunk."""
+        left = torch.bincount((self.last - torch.arange(len(self.last)))[self.rows], minlength=self.action_steps)
+        return left.flip(0).cumsum(0).flip(0)[: self.action_steps].tolist()
+
+    def learnt(self) -> Callable[[int], Tensor]:
+        """Step of a chunk -> the actions there as they are learnt, of the items that `counts` counts, `[n, Da]`."""
+        actions, form, deltas = self.episodes.columns["action"], self.form, torch.empty(0)
+        if form is not None and form.mode == "delta" and self.action_steps > 1:  # `[N - 1]`, each to the one before
+            pairs = torch.stack([actions[:-1], actions[1:]], 1)
+            deltas = form.encode(pairs, actions.new_zeros(len(pairs), form.state_width))[:, 1]
+
+        def at(step: int) -> Tensor:
+            rows = self.rows[self.rows + step <= self.last[self.rows]]
+            if step and len(deltas):
+                return deltas[rows + step - 1]
+            if form is None:
+                return actions[rows + step]
+            return torch.cat([form.encode(actions[some + step], self.states(some)) for some in rows.split(AT_ONCE)])
+
+        return at
+
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What `spec` has beside shapes: names, rate and form of actions, sizes before resizing, steps of the state."""
+        data, found = self.episodes, dict[str, dict[str, Any]]()
+        for key, names in data.names.items():
+            column = data.columns.get(key, data.observations.get(key))
+            if isinstance(column, Tensor) and column.shape[1:] == (len(names),):
+                found[key] = {"names": [str(name) for name in names]}
+        action = found.setdefault("action", {})
+        if self.form:
+            action["form"] = self.form.record()
+        if isinstance(rate := data.stored.get("fps"), int | float) and 0 < rate < 1e9:
+            action["fps"] = float(rate)
+        if self.state_steps > 1:
+            found[STATE] = {"steps": self.state_steps}
+        return found | {key: {"resized_from": sizes} for key, sizes in data.resized_from.items()}
+
     def values(self, key: str) -> Tensor:
-        """A vector of all items, `[n, D]`, without history or chunks."""
+        """A vector of all items, `[n, D]`, without history or chunks, in the data's units."""
         data = self.episodes
         return data.columns[key][self.rows] if key in data.columns else data.observations[key][data.at[self.rows]]
 
@@ -326,7 +404,9 @@ class EpisodeDataset(Batched):
         if "reward" not in data.columns:
             raise UserError(f"{data.name}: no rewards in this data; found: {', '.join(data.columns)}")
         rows = self.rows[(data.after[self.rows] >= 0) | data.columns["terminated"][self.rows]]
-        return EpisodeDataset(data, rows, self.obs_steps, self.action_steps, next_images=True)
+        found = EpisodeDataset(data, rows, self.obs_steps, self.action_steps, next_images=True)
+        found.form, found.state_steps = self.form, self.state_steps
+        return found
 
 
 def take(store: Any, rows: Tensor) -> Tensor:
@@ -337,7 +417,102 @@ def take(store: Any, rows: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scales:
+class LearntOptions:
+    """Options of the form in which actions (`data/actions.py`) and states are learnt; the policy does the same."""
+
+    action: Literal["absolute", "relative", "delta"] = "absolute"
+    """How actions are learnt: as they are, relative to the state at the chunk's start, or as steps from one to the
+    next, the first one from the state. Dimensions of action and state are paired by their names where both have some,
+    or else by their places."""
+    action_keys: tuple[str, ...] = ()
+    """Dimensions that --dataset.action changes, all by default: names or places such as 0:6, NAME=STATE_NAME for a pair
+    of other names, and '!gripper' for one that stays absolute."""
+    rotations: tuple[str, ...] = ()
+    """Rotations of the action, which are learnt as 6D (Zhou et al., 2019), as NAMES=KIND, such as rx,ry,rz=axis_angle
+    or 3:7=quaternion_xyzw, with @NAMES=KIND after it where the state has another form. Kinds: axis_angle,
+    quaternion_xyzw, quaternion_wxyz, matrix, 6d_rows, 6d_columns, euler_xyz (fixed axes), euler_XYZ (turning axes) and
+    the other orders."""
+    state_steps: int = 1
+    """Steps of the state alone, the last being now, as one longer vector; pictures keep their --dataset.obs-steps."""
+
+    def form(self, episodes: "Episodes") -> ActionForm | None:
+        """The form of the actions of some episodes that these options describe; None for actions as they are.
+
+        Raises:
+            UserError: as `form_of`; actions that are no vectors of numbers, or no rotations.
+        """
+        if self.action == "absolute" and not self.rotations and not self.action_keys:
+            return None
+        column, state = episodes.columns.get("action"), episodes.observations.get(STATE)
+        if column is None or column.ndim != 2 or not column.is_floating_point():
+            raise UserError(f"--dataset.action {self.action}: the actions of {episodes.name} are no vectors of numbers")
+        state = state if isinstance(state, Tensor) and state.ndim == 2 else None
+        action = Dimensions.of("action", column.shape[1], episodes.names.get("action", ()))
+        names = episodes.names.get(STATE, ())
+        of_state = None if state is None else Dimensions.of(STATE, state.shape[1], names)
+        form = form_of(self.action, self.action_keys, self.rotations, action, of_state)
+        check_rotations(form, column, state, episodes.name)
+        logger.info("%s", described(form, action, of_state))
+        return form
+
+    def remember(self, datasets: Iterable[Any], norm_stats: dict[str, Any]) -> None:
+        """Give the states of all these datasets their history, and repeat their statistics.
+
+        Raises:
+            UserError: no such state, or a history of all observations beside it.
+        """
+        if self.state_steps == 1:
+            return
+        for dataset in datasets:
+            store = getattr(getattr(dataset, "episodes", None), "observations", {}).get(STATE)
+            if self.state_steps < 1 or not isinstance(store, Tensor) or store.ndim != 2:
+                raise UserError(f"--dataset.state-steps {self.state_steps} must be 1 or more, of data with {STATE!r}")
+            if dataset.obs_steps > 1:
+                raise UserError("--dataset.state-steps and --dataset.obs-steps: the state has one history; choose one")
+            dataset.state_steps = self.state_steps
+        norm_stats[STATE] = {name: list(value) * self.state_steps for name, value in norm_stats[STATE].items()}
+
+    def formed(self, built: dict[str, Any]) -> dict[str, Any]:
+        """The result of `build` with actions and states as these options say, and their statistics."""
+        dataset = built["dataset"]
+        self.remember([built[part] for part in ("dataset", "validation") if part in built], built["norm_stats"])
+        if (form := self.form(dataset.episodes)) is not None:
+            form = replace(form, stats=built["norm_stats"]["action"])
+            for part in (dataset, built.get("validation")):
+                if part is not None:
+                    part.form = form
+            with phase("computing statistics"):
+                built["norm_stats"]["action"] = learnt_statistics([dataset], statistics_of)
+        return built
+
+
+def statistics_of(parts: list[Tensor]) -> dict[str, list[float]]:
+    """`statistics` of the rows of all parts."""
+    return statistics(torch.cat(parts))
+
+
+def learnt_statistics(
+    datasets: Sequence[EpisodeDataset], statistics: Callable[[list[Tensor]], dict[str, list[float]]]
+) -> dict[str, Any]:
+    """Statistics of the actions as they are learnt: `[D]`, or `[T, D]` where steps of a chunk differ by their nature.
+
+    Args:
+        statistics: Of the actions `[n, D]` of each dataset, maybe none.
+    """
+    form, steps = datasets[0].form, datasets[0].action_steps
+    actions = [dataset.learnt() for dataset in datasets]
+    if form is None or form.mode == "absolute" or steps == 1:
+        return statistics([at(0) for at in actions])
+    counts = [sum(of) for of in zip(*(dataset.counts() for dataset in datasets), strict=True)]
+
+    def of(steps: Sequence[int]) -> dict[str, list[float]]:
+        return statistics([torch.cat([at(step) for step in steps]) for at in actions])
+
+    return step_statistics(counts, of)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scales(LearntOptions):
     """Options that rescale the rewards and actions of a dataset."""
 
     action_scale: float = 1.0
@@ -359,7 +534,8 @@ class Scales:
         return episodes
 
     def with_scale(self, built: dict[str, Any]) -> dict[str, Any]:
-        """Add the statistic `scale` of the actions to the result of `build`."""
+        """The result of `build` with actions as the options say, and the statistic `scale` of the actions."""
+        self.formed(built)
         if self.action_scale != 1.0 and "action" in built["norm_stats"]:
             built["norm_stats"]["action"]["scale"] = self.action_scale
         return built
@@ -373,6 +549,9 @@ class Reader(Scales):
     """File or folder of the data."""
     cameras: tuple[str, ...] = ()
     """Cameras whose pictures are loaded, or all; none by default."""
+    image_size: tuple[int | str, ...] = ()
+    """Height and width to which pictures are resized, with black around them where their shape differs: 224 320, or 224
+    for a square; front=224x320 wrist=128x128 for some cameras. The policy then resizes what it observes, too."""
     episodes: tuple[str, ...] = ()
     """Episodes that are used, all by default: numbers and ranges such as 0:40 as in Python, and '!7' to leave one out
     (or '!5:8'). They are the data's own numbers where it has some (LeRobot, robomimic, Minari,
@@ -432,8 +611,9 @@ class Reader(Scales):
 
     def finish(self, episodes: Episodes, held_out: Tensor | None = None) -> dict[str, Any]:
         """The result of `build` for `episodes`; `held_out` `[E]` is a validation split that the data brings along."""
+        episodes.resize(self.image_size)
         lazy = {key: store for key, store in episodes.observations.items() if isinstance(store, Frames)}
-        episodes.files = {key: store.fingerprint() for key, store in lazy.items()}
+        episodes.files |= {key: store.fingerprint() for key, store in lazy.items()}
         episodes.observations |= stored(lazy, self.cache, self.cache_dir, episodes.name, episodes.files)
         window = (self.obs_steps, self.action_steps)
         return self.with_scale(build(self.scaled(episodes), *window, self.validation, self.seed, held_out))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..data.fingerprint import digest
-from ..data.pictures import Layout, as_bytes
+from ..data.pictures import Layout, as_bytes, resized
 from ..errors import UserError, require
 from ..run.files import beside
 from ..run.progress import phase
@@ -113,6 +113,48 @@ class SomeFrames(Frames):
 
     def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
         self.whole.decode(self.rows[rows], out)
+
+
+class ResizedFrames(Frames):
+    """The pictures of a camera in another size; each is resized as soon as it is decoded.
+
+    Args:
+        whole: The camera.
+        size: Height and width.
+    """
+
+    def __init__(self, whole: Frames, size: tuple[int, int]) -> None:
+        super().__init__(len(whole), (whole.shape[0], *size), whole.files)
+        self.whole, self.size = whole, size
+
+    def fingerprint(self) -> str:
+        return f"{self.whole.fingerprint()} resized to {list(self.size)}"
+
+    def decode(self, rows: np.ndarray, out: np.ndarray) -> None:
+        into: Any = _Resizing(out, self.size)
+        self.whole.decode(rows, into)
+
+
+class _Resizing:
+    """Stands for the array that a camera decodes into, so that no more than it decodes at once is kept whole."""
+
+    def __init__(self, out: np.ndarray, size: tuple[int, int]) -> None:
+        self.out, self.size = out, size
+
+    def __setitem__(self, slots: Any, pictures: np.ndarray) -> None:
+        owned = pictures if pictures.flags.writeable else pictures.copy(order="K")
+        self.out[slots] = resized(torch.from_numpy(owned), self.size).numpy()
+
+
+def resized_store(store: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures `[M, C, H, W]` that are in memory, in another size."""
+    check_memory(len(store) * store.shape[1] * math.prod(size), "--dataset.image-size", "choose a smaller size")
+    small = store.new_empty(len(store), store.shape[1], *size)
+    with phase("resizing pictures", len(store)) as done:
+        for start in range(0, len(store), AT_ONCE):
+            small[start : start + AT_ONCE] = resized(store[start : start + AT_ONCE], size)
+            done(min(start + AT_ONCE, len(store)))
+    return small
 
 
 class EncodedFrames(Frames):

@@ -29,6 +29,15 @@ def goal_transitions(data: dict[str, Any], trainer: str, goals: Goals) -> dict[s
     return data | {"norm_stats": {key: value for key, value in stats.items() if key in item}}
 
 
+def check_executed(source: EpisodeDataset, trainer: str) -> None:
+    """Refuse actions in another form than they are executed in. Raises UserError."""
+    if source.form is not None:
+        raise UserError(
+            f"{trainer} learns the value of actions as they are executed; leave out --dataset.action"
+            f" {source.form.mode} and --dataset.rotations, which are for imitation"
+        )
+
+
 class GoalTransitions(Batched):
     """Steps of episodes with goals that are sampled for each batch.
 
@@ -56,6 +65,8 @@ class GoalTransitions(Batched):
             raise UserError(f"{trainer} draws goals among the states, {STATE!r} alone; {data.name} has {found}")
         if source.obs_steps > 1 or source.action_steps > 1:
             raise UserError(f"{trainer} takes single steps; leave out --dataset.obs-steps and --dataset.action-steps")
+        if goals.value:
+            check_executed(source, trainer)
         # All states in their order, with the last one of each episode where it is known.
         ends, states, steps = data.ends, data.observations[STATE], torch.arange(len(data.at))
         more = (data.after[ends - 1] >= 0).long()  # [E], states beyond the steps
@@ -67,6 +78,7 @@ class GoalTransitions(Batched):
         order[self.final[ends - 1]] = torch.where(more > 0, data.after[ends - 1], data.at[ends - 1])
         self.states, self.actions, self.successors = states[order], data.columns["action"], (states, data.after)
         self.rows = source.rows[data.after[source.rows] >= 0]
+        self.form, self.facts = source.form, source.facts
         if goals.discount == 1 and any(sampling and sampling.geometric for sampling in (goals.actor, goals.value)):
             raise UserError("with --trainer.discount 1 no goal has a geometric distance: leave the geometric ones out")
         self.actor, self.value = goals.actor, goals.value
@@ -81,7 +93,8 @@ class GoalTransitions(Batched):
         step = self.rows[indices]
         here, final = self.place[step], self.final[step]
         states, after = self.successors
-        batch = {STATE: self.states[here], "action": self.actions[step], f"next.{STATE}": states[after[step]]}
+        action = self.actions[step] if self.form is None else self.form.encode(self.actions[step], self.states[here])
+        batch = {STATE: self.states[here], "action": action, f"next.{STATE}": states[after[step]]}
         if self.value is not None:
             goal = self.draw(self.value, here, final, generator)
             reached = goal == here

@@ -41,6 +41,8 @@ class GymnasiumRollouts(Scales):
     """Steps until an episode is cut; None keeps the limit that is registered with the id."""
     kwargs: str = ""
     """Arguments of the environment as JSON, such as '{"continuing_task": false}'."""
+    image_size: tuple[int | str, ...] = ()
+    """Height and width to which its pictures are resized, as for recordings."""
     obs_steps: int = 1
     """Observation steps per sample, the last being now."""
     action_steps: int = 1
@@ -82,6 +84,7 @@ class GymnasiumRollouts(Scales):
         columns = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
         episodes = self.scaled(from_columns(columns, torch.tensor(ends), f"gymnasium {self.id}"))
         episodes.names, episodes.generated = names, True
+        episodes.resize(self.image_size)
         window = (self.obs_steps, self.action_steps)
         built = self.with_scale(build(episodes, *window, self.validation, self.seed))
         return built | {"env": self.environment()}

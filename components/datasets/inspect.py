@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.features import read
+from ..data.actions import learnt_names
+from ..data.features import facts_of, read
 from ..data.figures import literal, save_figure
 from ..data.items import as_kept
 from ..data.pictures import CHANNELS, IMAGES
@@ -96,6 +97,8 @@ def main(argv: list[str]) -> int:
         draw_page(page_of(episodes, found), path)
         print(f"\npage: {path}\n")
     names = getattr(getattr(dataset, "episodes", None), "names", {})
+    if "form" in (told := facts_of(dataset).get("action", {})):
+        names = names | {"action": learnt_names(told)}
     print("\n".join(map(plain, statistics_table(built["norm_stats"], names))))
     if "validation" in built:
         rest = len(built["validation"])
@@ -259,7 +262,9 @@ def table(episodes: Episodes) -> list[str]:
     for key, store in episodes.cameras.items():
         shown = take(store, episodes.at[evenly(len(episodes.at), 50)]).numpy()
         black = sum(picture.min() == picture.max() for picture in shown)
-        note = f"{black} of {len(shown)} pictures of one colour" if black else ""
+        sizes = " and ".join(_shape(size) for size in episodes.resized_from.get(key, ()))
+        notes = [f"{black} of {len(shown)} pictures of one colour"] if black else []
+        note = "; ".join([*notes, *([f"resized from {sizes}"] if sizes else [])])
         rows.append((key, _shape(store.shape[-3:]), "uint8", str(shown.min()), str(shown.max()), "0", note))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -317,8 +322,11 @@ def statistics_table(norm_stats: dict[str, Any], names: dict[str, list[str]]) ->
     for key, stats in norm_stats.items():
         named = ((name, value) for name, value in stats.items() if name != "count")
         arrays = {name: np.atleast_1d(np.asarray(value, float)) + 0.0 for name, value in named}
-        lines += [f"  {key:28s} " + " ".join(f"{name:>11s}" for name in arrays)]
         known = names.get(key, [])
+        if max(array.ndim for array in arrays.values()) == 2:  # each step of a chunk
+            arrays = {name: array[0] if array.ndim == 2 else array for name, array in arrays.items()}
+            key += ", first step"
+        lines += [f"  {key:28s} " + " ".join(f"{name:>11s}" for name in arrays)]
         for dim in range(len(next(iter(arrays.values())))):
             numbers = " ".join(f"{array.reshape(len(array), -1)[dim, 0]:11.5g}" for array in arrays.values())
             lines += [f"  {f'[{dim}]':28s} {numbers}" + (f"  {known[dim]}" if dim < len(known) else "")]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..data.random_state import derive_seed
 from ..data.tensor_files import save_tensors
-from ..envs.metaworld import draw_off_screen
+from ..envs.metaworld import INSTRUCTIONS, draw_off_screen, sizes_drawn
 from ..envs.observations import observation_batch
 from ..errors import UserError, require
 from ..parallel import end_with_parent, starter
@@ -56,8 +56,8 @@ class MetaWorldDemonstrations(Scales):
     """Steps until an attempt counts as failed, here and in the evaluation."""
     cameras: tuple[str, ...] = ()
     """Cameras whose pictures are rendered, such as behindGripper; the state is then hand and gripper alone."""
-    image_size: int = 64
-    """Height and width of the pictures."""
+    image_size: int | tuple[int | str, ...] = 64
+    """Height and width in which they are rendered: 64 for squares, 48 64, or behindGripper=64x64 corner2=48x64."""
     obs_steps: int = 1
     """Observation steps per sample, the last being now."""
     action_steps: int = 1
@@ -69,6 +69,7 @@ class MetaWorldDemonstrations(Scales):
     cache_dir: str = "~/.cache/tendon"
     """Folder that keeps finished demonstrations; empty for none."""
 
+    renders = True
     env_name = "metaworld"  # the command line shows its options; `environment` says what they are
     debug_options = {"demos": 5}
     former_names = {"cache": "cache_dir"}
@@ -95,8 +96,7 @@ class MetaWorldDemonstrations(Scales):
             raise UserError(
                 f"--dataset.max-episode-steps {self.max_episode_steps} must be 1 to 500, Meta-World's limit"
             )
-        if self.image_size < 8:
-            raise UserError(f"--dataset.image-size {self.image_size} must be 8 or more")
+        sizes_drawn(self.image_size, self.cameras, "--dataset.image-size")
         if self.cameras:
             draw_off_screen()
         require("metaworld", "metaworld")
@@ -104,7 +104,7 @@ class MetaWorldDemonstrations(Scales):
 
         check_task(self.task)
         episodes = self.scaled(from_columns(*self._load_or_make(), f"metaworld {self.task}"))
-        episodes.generated = True
+        episodes.generated, episodes.instruction = True, INSTRUCTIONS.get(self.task, "")
         window = (self.obs_steps, self.action_steps)
         built = self.with_scale(build(episodes, *window, self.validation, self.seed))
         return built | {"env": self.environment()}
@@ -122,7 +122,10 @@ class MetaWorldDemonstrations(Scales):
         from safetensors.torch import load_file
 
         recipe = [RECIPE, self.task, self.demos, self.seed, self.max_episode_steps, version("metaworld")]
-        recipe += [*self.cameras, self.image_size] if self.cameras else []
+        if self.cameras:
+            sizes: list[Any] = [*sizes_drawn(self.image_size, self.cameras).values()]
+            side = sizes[0][0]
+            recipe += [*self.cameras, *([side] if {*sizes} == {(side, side)} else sizes)]
         recipe += [self.noise, self.random] if self.noise or self.random else []
         digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
         path = Path(self.cache_dir).expanduser() / f"metaworld-{self.task}-{self.demos}-{digest}.safetensors"
@@ -203,7 +206,7 @@ def demonstrate(
     task: str,
     max_episode_steps: int,
     cameras: tuple[str, ...] = (),
-    image_size: int = 64,
+    image_size: int | tuple[int | str, ...] = 64,
     noise: float | None = None,
 ) -> dict[str, np.ndarray] | None:
     """One attempt of the expert: columns `[T, ...]`, or None when it did not succeed in time.

@@ -10,8 +10,8 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -21,13 +21,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..contracts import Place, options_of
-from ..data.features import read
+from ..data.actions import STATE, ActionForm, check_rotations, numbered
+from ..data.features import facts_of, read
 from ..data.fingerprint import of_dataset
 from ..data.items import as_kept
-from ..data.normalisation import on_plateau, quantile, statistics
+from ..data.normalisation import on_plateau, quantiles, statistics
+from ..data.pictures import is_picture
 from ..data.random_state import derive_seed
 from ..errors import UserError, nearest
-from .episodes import Batched, EpisodeDataset, Episodes
+from .episodes import Batched, EpisodeDataset, Episodes, LearntOptions, learnt_statistics
 from .recognise import recognise
 
 logger = logging.getLogger(__name__)
@@ -36,15 +38,18 @@ SAME_RATE = 0.01  # largest relative difference of frames a second that count as
 
 
 @dataclass(frozen=True)
-class MixtureDataset:
+class MixtureDataset(LearntOptions):
     """A weighted mixture of datasets, such as --dataset.sources demos/a:0.7 metaworld:0.3."""
 
     sources: Annotated[tuple[str, ...], Place("(?:[^=,]*=)?([^,=]+)(?:,.*)?:[^:]*")] = ()
     """SOURCE:WEIGHT for each. SOURCE is a path whose format is recognised, NAME=PATH, or the NAME of a dataset that
     needs no path; its options follow after commas, as in robomimic=demos.hdf5,split=train:0.5, and the words of one are
-    separated by spaces, as in 'demos/a,episodes=0:40 !7:0.5'."""
+    separated by spaces, as in 'demos/a,episodes=0:40 !7:0.5'. Of any source, text=open the drawer|pull it open names
+    its task in place of its own texts; its episodes get several wordings in turn."""
     cameras: tuple[str, ...] = ()
     """Cameras whose pictures are loaded, the same for every source."""
+    image_size: tuple[int | str, ...] = ()
+    """Size to which the pictures of every source are resized: 224 320, or front=224x320 wrist=128x128."""
     cache: Literal["none", "memory", "disk"] = "none"
     """Decode all pictures of the sources once, into memory or into a file; none decodes each when it is needed."""
     obs_steps: int = 1
@@ -59,8 +64,11 @@ class MixtureDataset:
     """Mix sources whose steps take different times."""
     allow_names: bool = False
     """Mix sources whose dimensions have different names, by their places."""
+    instructions: bool = True
+    """Tell sources without texts apart by what their task is, where all sources then have texts (Meta-World's)."""
 
     env_name = "gymnasium"
+    former_defaults = {"instructions": False}
 
     def build(self, **kwargs: Any) -> dict[str, Any]:
         """Return {"dataset", "validation", "norm_stats"}, and the first source's "env".
@@ -76,18 +84,27 @@ class MixtureDataset:
             raise UserError("--dataset.sources is needed: SOURCE:WEIGHT of each, such as demos/a:0.7 demos/b:0.3")
         named = [self._parse(source) for source in self.sources]
         names = [
-            f"{i}-{name}" if [n for n, _, _ in named].count(name) > 1 else name for i, (name, _, _) in enumerate(named)
+            f"{i}-{name}" if [n for n, *_ in named].count(name) > 1 else name for i, (name, *_) in enumerate(named)
         ]
-        total = sum(weight for _, weight, _ in named)
-        shares = [weight / total for _, weight, _ in named]
+        total = sum(weight for _, weight, *_ in named)
+        shares = [weight / total for _, weight, *_ in named]
         parts = []
-        for name, share, (_, _, factory) in zip(names, shares, named, strict=True):
+        for name, share, (_, _, factory, _) in zip(names, shares, named, strict=True):
             logger.info("source %s: %s, %.3g %% of each batch", name, type(factory).__name__, 100 * share)
             parts.append(as_kept(factory.build(**kwargs | {"params": vars(factory)})))
         datasets = [part["dataset"] for part in parts]
         known = {n: d.episodes for n, d in zip(names, datasets, strict=True) if isinstance(d, EpisodeDataset)}
+        asked = {name: texts for name, (*_, texts) in zip(names, named, strict=True) if texts}
+        if others := [name for name in asked if name not in known]:
+            raise UserError(f"--dataset.sources {others[0]}: text= names the task of episodes; it has single items")
+        give_texts(known, asked, self.instructions and len(known) == len(names))
         check_rates(known, self.allow_fps)
         align(known, self.allow_names)
+        form = self._form(dict(zip(names, datasets, strict=True)))
+        for part in parts if form else ():
+            for dataset in (part["dataset"], part.get("validation")):
+                if dataset is not None:
+                    dataset.form = form
         keys = common_keys(dict(zip(names, datasets, strict=True)))
         built: dict[str, Any] = {
             "dataset": Mixture(datasets, names, shares, keys),
@@ -97,8 +114,13 @@ class MixtureDataset:
                 if key in keys and all(key in part["norm_stats"] for part in parts)
             },
         }
+        if form:
+            form.stats.update(built["norm_stats"]["action"])
+            built["norm_stats"]["action"] = learnt_statistics(datasets, partial(weighted, shares))
         for key, scale in common_scale(parts).items():
             built["norm_stats"][key] |= scale
+        whole = [part[which] for part in parts for which in ("dataset", "validation") if which in part]
+        self.remember(whole, built["norm_stats"])
         held_out = [(part["validation"], i) for i, part in enumerate(parts) if "validation" in part]
         if held_out:
             some = [i for _, i in held_out]
@@ -113,8 +135,35 @@ class MixtureDataset:
         found = [part for factory in factories for part in getattr(factory, "reaches", list)()]
         return [("sources", module, what) for _, module, what in found]
 
-    def _parse(self, source: str) -> tuple[str, float, Any]:
-        """(name, weight, factory) of one entry of `sources`."""
+    def _form(self, datasets: dict[str, Any]) -> ActionForm | None:
+        """The form of the actions of all sources, whose dimensions are in the same order by now.
+
+        Raises:
+            UserError: as `LearntOptions.form`; a source of single items, or whose state has another width.
+        """
+        if (self.action, self.rotations, self.action_keys) == ("absolute", (), ()):
+            return None
+        for name, dataset in datasets.items():
+            if not isinstance(dataset, EpisodeDataset):
+                raise UserError(f"--dataset.action {self.action}: {name} is a {type(dataset).__name__} of single items")
+        first, *others = [dataset.episodes for dataset in datasets.values()]
+        named: dict[str, list[str]] = {}
+        for key in ("action", STATE):
+            named[key] = next((data.names[key] for data in (first, *others) if data.names.get(key)), [])
+        if (form := self.form(replace(first, names=named))) is None:
+            return None
+        for name, dataset in [*datasets.items()][1:]:
+            data = dataset.episodes
+            if form.relates and (
+                STATE not in data.observations or data.observations[STATE].shape[1] != form.state_width
+            ):
+                raise UserError(f"--dataset.action {self.action}: {name} has no {STATE!r} of width {form.state_width}")
+            if data.columns["action"].shape[1] == form.width:  # otherwise refused below, by its shape
+                check_rotations(form, data.columns["action"], data.observations.get(STATE), name)
+        return form
+
+    def _parse(self, source: str) -> tuple[str, float, Any, list[str]]:
+        """(name, weight, factory, texts of the task) of one entry of `sources`."""
         from .. import DATASET_BUILDER_REGISTRY
 
         head, colon, tail = source.rpartition(":")
@@ -137,8 +186,14 @@ class MixtureDataset:
                 f"--dataset.sources {source}: no dataset {name!r}; {nearest(name, DATASET_BUILDER_REGISTRY)}"
             )
         values: dict[str, Any] = {"path": path} if path else {}
+        texts: list[str] = []
         for setting in settings:
             option, equals, text = setting.partition("=")
+            if option == "text":
+                texts = [wording.strip() for wording in text.split("|")]
+                if not all(texts):
+                    raise UserError(f"--dataset.sources {source}: expected text=WORDING or text=WORDING|WORDING")
+                continue
             try:
                 values[option.replace("-", "_")] = json.loads(text.lower() if text in ("True", "False") else text)
             except ValueError:
@@ -148,12 +203,16 @@ class MixtureDataset:
         kinds = get_type_hints(cls) if known else {}
         for option, value in values.items():
             values[option] = typed(value, known.get(option), kinds.get(option), f"{source}: {option}")
+        if own := [option for option in ("action", "action_keys", "rotations", "state_steps") if option in values]:
+            shown = own[0].replace("_", "-")
+            raise UserError(f"--dataset.sources {source}: {shown} is common to all sources: set --dataset.{shown}")
         if values and not known:
             raise UserError(f"--dataset.sources {source}: {name} has no options")
         shared: dict[str, Any] = {"obs_steps": self.obs_steps, "action_steps": self.action_steps, "seed": self.seed}
         shared |= {"validation": self.validation, "cameras": self.cameras, "cache": self.cache}
+        shared |= {"image_size": self.image_size} if self.image_size else {}
         shared = {option: value for option, value in shared.items() if option in known}
-        return Path(path).name or name, weight, options_of(cls, shared | values) if known else cls()
+        return Path(path).name or name, weight, options_of(cls, shared | values) if known else cls(), texts
 
 
 def typed(value: Any, default: Any, hint: Any, place: str) -> Any:
@@ -161,7 +220,8 @@ def typed(value: Any, default: Any, hint: Any, place: str) -> Any:
     kind = type(default)
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise UserError(f"--dataset.sources {place} is {value!r:.40}; {nearest(str(value), get_args(hint))}")
-    if kind is tuple:  # an option of several words
+    words = isinstance(value, str) and any(get_origin(part) is tuple for part in get_args(hint))
+    if kind is tuple or words:  # an option of several words
         return value if isinstance(value, list) else tuple(str(value).split())
     if kind is str:
         return str(value)
@@ -198,6 +258,18 @@ class Mixture(Batched):
     def tasks(self) -> list[str]:
         """Texts of the tasks of the items."""
         return list(dict.fromkeys(text for dataset in self.datasets for text in getattr(dataset, "tasks", ())))
+
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """As of `EpisodeDataset`: by the first source that tells, and the former sizes of pictures of all."""
+        found: dict[str, dict[str, Any]] = {}
+        for dataset in self.datasets:
+            for key, told in facts_of(dataset).items():
+                sizes = [*found.get(key, {}).get("resized_from", []), *told.get("resized_from", [])]
+                found[key] = told | found.get(key, {})
+                if sizes:
+                    found[key]["resized_from"] = [size for i, size in enumerate(sizes) if size not in sizes[:i]]
+        return found
 
     @property
     def rows_per_pass(self) -> int:
@@ -265,6 +337,27 @@ def _order(sizes: tuple[int, ...], draws: tuple[int, ...], seed: int, epoch: int
     return order
 
 
+def give_texts(sources: dict[str, Episodes], asked: dict[str, list[str]], instructions: bool = True) -> None:
+    """Give sources their texts: those that are `asked` for, and without any, the `instructions` of their only task.
+
+    The latter only where all sources then have texts, which differ: others are not told apart by them. The episodes of
+    a source get its texts in turn.
+    """
+    for name, texts in asked.items():
+        deal(sources[name], texts)
+    silent = [data for data in sources.values() if "task_index" not in data.columns]
+    known = {text for data in sources.values() for text in (data.tasks or [data.instruction])}
+    if instructions and len(known) > 1 and all(data.instruction for data in silent):
+        for data in silent:
+            deal(data, [data.instruction])
+
+
+def deal(data: Episodes, texts: Sequence[str]) -> None:
+    """Give each episode one of the texts, in turn, in the episodes themselves."""
+    data.tasks = list(texts)
+    data.columns["task_index"] = torch.repeat_interleave(torch.arange(len(data.ends)) % len(texts), data.lengths)
+
+
 def check_rates(sources: dict[str, Episodes], allowed: bool) -> None:
     """Refuse sources with different frames a second, where they are known, unless that is `allowed`, which is said.
 
@@ -321,16 +414,6 @@ def align(sources: dict[str, Episodes], by_place: bool) -> None:
                 )
 
 
-def numbered(names: Sequence[str]) -> bool:
-    """Whether names tell no more than places: "pose.0", "pose.1", ... in this order."""
-    places: dict[str, int] = {}
-    for prefix, _, number in (name.rpartition(".") for name in names):
-        if number != str(places.setdefault(prefix, 0)):
-            return False
-        places[prefix] += 1
-    return True
-
-
 def reorder(data: Episodes, key: str, places: list[int]) -> None:
     """Put the dimensions `places` of a key in this order, in the episodes themselves."""
     store = data.columns if key in data.columns else data.observations
@@ -354,15 +437,22 @@ def common_keys(datasets: dict[str, Any]) -> list[str]:
             here, there = items[first][key], item[key]
             if isinstance(here, Tensor) and (here.shape, here.dtype) != (there.shape, there.dtype):
                 shapes = f"{tuple(here.shape)} in {first}, {tuple(there.shape)} in {name}"
-                raise UserError(f"--dataset.sources: {key!r} has shape {shapes}; choose keys or cameras that agree")
+                remedy = "set --dataset.image-size" if is_picture(key, here.dtype) else "choose keys that agree"
+                raise UserError(f"--dataset.sources: {key!r} has shape {shapes}; {remedy}")
     if "action" not in keys:
         raise UserError(f"--dataset.sources: the sources {', '.join(datasets)} have no 'action' in common")
     return keys
 
 
 def weighted_statistics(datasets: list[Any], shares: list[float], key: str) -> dict[str, list[float]]:
-    """Statistics of a key over all sources in float64, with each row weighted by its source's share."""
-    values = [_all(dataset, key) for dataset in datasets]
+    """Statistics of a key over all sources, with each row weighted by its source's share."""
+    return weighted(shares, [_all(dataset, key) for dataset in datasets])
+
+
+def weighted(shares: list[float], parts: list[Tensor]) -> dict[str, list[float]]:
+    """Statistics in float64 of the rows of several parts, which count by their shares; a part may have no rows."""
+    there = [(values, share) for values, share in zip(parts, shares, strict=True) if len(values)]
+    values, shares = [values for values, _ in there], [share / sum(s for _, s in there) for _, share in there]
     each = [statistics(rows) for rows in values]
     weights = np.array(shares)[:, None]
     mean, std = (np.array([stats[name] for stats in each]) for name in ("mean", "std"))
@@ -371,7 +461,7 @@ def weighted_statistics(datasets: list[Any], shares: list[float], key: str) -> d
     stats |= {"min": np.min([s["min"] for s in each], 0), "max": np.max([s["max"] for s in each], 0)}
     rows = np.concatenate([value.numpy().astype(np.float64) for value in values])
     weight = np.concatenate([np.full(len(v), share / len(v)) for v, share in zip(values, shares, strict=True)])
-    q01, usual, q99 = (quantile(rows, weight, q) for q in (0.01, 0.5, 0.99))
+    q01, usual, q99 = quantiles(rows, weight, (0.01, 0.5, 0.99))
     stats["q01"], stats["q99"] = on_plateau(usual, weight @ (rows == usual), q01, q99)
     return {name: value.tolist() for name, value in stats.items()}
 
@@ -406,6 +496,8 @@ def through(
         if isinstance(dataset, Mixture):
             return dataset.mapped(seen)
         if isinstance(dataset, EpisodeDataset):
+            if dataset.state_steps > 1:
+                raise UserError(f"{trainer} takes single states; leave out --dataset.state-steps")
             if pictures := list(dataset.episodes.cameras):
                 raise UserError(f"{trainer} takes vectors; the data has {pictures[0]!r}: leave out --dataset.cameras")
             return view(dataset)

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..contracts import Goals, Rollouts, Window, frozen_policy_of, request_of
+from ..data.features import facts_of
 from ..data.items import as_kept
 from ..data.returns import n_step_return, returns_to_go
 from ..errors import UserError
 from .episodes import Batched, EpisodeDataset, Episodes, take
-from .goals import goal_transitions
+from .goals import check_executed, goal_transitions
 from .mixture import through
 from .recorded import recordings
 
@@ -47,6 +48,10 @@ def prepared(data: dict[str, Any], trainer: type, name: str, config: Any, alone:
         raise UserError(f"{name} corrects a frozen policy while that acts; run it by online_trainer.py")
     data = as_kept(data)
     data["recordings"] = recordings(data.get("validation"))
+    if not alone and facts_of(data["dataset"]).get("action", {}).get("form"):
+        raise UserError(
+            f"online, {name} takes actions as they are executed; leave out --dataset.action and --dataset.rotations"
+        )
     match request:
         case Window() as window:
             return transitions(data, name, window)
@@ -64,7 +69,7 @@ def transitions(data: dict[str, Any], trainer: str, window: Window) -> dict[str,
         window: What one sample is.
 
     Raises:
-        UserError: no rewards, pictures, a chunk longer than the shortest episode, or windows of data without episodes.
+        UserError: no rewards, pictures, chunks of which none is complete, or windows of data without episodes.
     """
 
     def view(dataset: EpisodeDataset) -> Dataset:
@@ -94,6 +99,25 @@ def transitions(data: dict[str, Any], trainer: str, window: Window) -> dict[str,
         if window.to_go:
             data["norm_stats"]["return_to_go"] = {"like": "reward"}
     return data
+
+
+def tell_cut(complete: Tensor, chunk: int, longest: int, name: str) -> None:
+    """Log how many chunks the end of their episode cuts, so that their value is not learnt; usual are few.
+
+    An episode that is shorter than a chunk is one of them, unless it is `terminated`; its actions are imitated anyway.
+
+    Raises:
+        UserError: all of them.
+    """
+    cut = int((~complete).sum())
+    if cut == len(complete):
+        raise UserError(
+            f"--trainer.chunk {chunk}: the end of its episode cuts every chunk of {name}, whose longest episode has"
+            f" {longest} steps, so that no value can be learnt; set it to {longest} or less"
+        )
+    if 5 * cut > len(complete):
+        rest = f"{cut} of {len(complete)} chunks of {chunk} steps are cut by the end of their episode"
+        logger.info("%s: %s; what they are worth is not learnt", name, rest)
 
 
 def is_antmaze(data: Episodes) -> bool:
@@ -146,25 +170,20 @@ class Transitions(Table):
         window: What one item is.
 
     Raises:
-        UserError: chunked data, no rewards, no step with a successor, a chunk longer than the shortest episode.
+        UserError: chunked data, no rewards, no step with a successor, no complete chunk.
     """
 
     def __init__(self, source: EpisodeDataset, trainer: str, window: Window) -> None:
         discount, chunk, next_action = window.discount, window.chunk, window.next_action
         if source.action_steps > 1:
             raise UserError(f"{trainer} makes its own windows of the data; leave out --dataset.action-steps")
+        check_executed(source, trainer)
         data, rows = source.episodes, source.transitions().rows
         action, terminated = data.columns["action"], data.columns["terminated"]
         if not len(rows):
             raise UserError(f"{data.name}: no step has a successor, so there is nothing to learn from its rewards")
         # The last usable step of each episode: the one before the last where the last successor is unknown.
         last = (source.last - ((data.after[source.last] < 0) & ~terminated[source.last]).long())[rows]  # [n]
-        shortest = int((last - source.first[rows]).min()) + 1
-        if chunk > shortest:
-            raise UserError(
-                f"--trainer.chunk {chunk} is longer than the shortest episode of {data.name}, which has {shortest}"
-                f" steps; set it to {shortest} or less, or leave short episodes out"
-            )
         if next_action:  # after a terminated step its value is not used
             kept = (rows < source.last[rows]) | terminated[rows]
             rows, last = rows[kept], last[kept]
@@ -181,6 +200,7 @@ class Transitions(Table):
             padded = torch.arange(chunk) > length[:, None]
             columns["action"] = action[torch.minimum(steps, final[:, None])]
             columns |= {"action_is_pad": padded, "complete": ~padded[:, -1] | terminated[final]}
+            tell_cut(columns["complete"], chunk, int((last - source.first[rows]).max()) + 1, data.name)
         if next_action:
             columns["next.action"] = action[torch.minimum(rows + 1, source.last[rows])]
         if window.to_go:

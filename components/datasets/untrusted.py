@@ -474,7 +474,7 @@ def decode_picture(data: bytes, shape: tuple[int, int, int], place: str) -> np.n
         raise
     except Exception as error:  # Pillow raises errors of many types
         raise UserError(f"{place}: a picture is truncated or damaged ({str(error)[:80]})") from error
-    return np.ascontiguousarray(pixels.reshape(*shape[1:], shape[0]).transpose(2, 0, 1))
+    return pixels.reshape(*shape[1:], shape[0]).transpose(2, 0, 1)
 
 
 # ---- videos --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import UserError, nearest, require
 from .gymnasium import draw_fast
+from .metaworld import sizes_drawn
 
 require("metaworld", "metaworld")
 from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer  # noqa: E402
@@ -56,7 +57,7 @@ PROPRIOCEPTION = 4  # the observation's first entries: the hand's position and h
 class MetaWorld(gym.Env):
     """One task. Observation `[39]` float32 (its last three entries are the goal), action `[4]` in [-1, 1].
 
-    With `cameras` the observation is {"agent_pos": `[4]`, hand and gripper; "pixels": {camera: `[S, S, 3]` uint8}}:
+    With `cameras` the observation is {"agent_pos": `[4]`, hand and gripper; "pixels": {camera: `[H, W, 3]` uint8}}:
     only pictures show object and goal. `terminated` is set at the first success, `truncated` after `max_episode_steps`.
 
     Raises:
@@ -71,7 +72,7 @@ class MetaWorld(gym.Env):
         max_episode_steps: int,
         render_mode: str | None = None,
         cameras: Sequence[str] = (),
-        image_size: int = 64,
+        image_size: int | Sequence[Any] = 64,
     ) -> None:
         check_task(task)
         self.task, self.max_episode_steps, self.render_mode = task, max_episode_steps, render_mode
@@ -82,7 +83,8 @@ class MetaWorld(gym.Env):
         self.action_space = self.simulator.action_space
         self.observation_space: gym.Space[Any] = gym.spaces.Box(-np.inf, np.inf, (39,), np.float32)
         self.cameras: dict[str, int] = {}
-        self.viewer: Any = None  # of the observed cameras
+        self.viewers: dict[tuple[int, int], Any] = {}  # size -> that of the observed cameras
+        self.sizes = sizes_drawn(image_size, cameras)
         self.film: Any = None  # the viewer of `render`
         known = [model.camera(i).name for i in range(model.ncam)]
         for name in cameras:
@@ -91,13 +93,15 @@ class MetaWorld(gym.Env):
             self.cameras[name] = known.index(name)
         if cameras:
             try:
-                self.viewer = OffScreenViewer(model, self.simulator.data, image_size, image_size)
+                for height, width in self.sizes.values():
+                    if (height, width) not in self.viewers:
+                        viewer = OffScreenViewer(model, self.simulator.data, width, height)
+                        self.viewers[height, width] = viewer
             except Exception as error:
                 needs = "it needs EGL (Debian: apt-get install libegl1 libgl1-mesa-dri)"
                 raise UserError(f"pictures cannot be drawn here: {' '.join(str(error).split())}; {needs}") from error
-            picture = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
             proprioception = gym.spaces.Box(-np.inf, np.inf, (PROPRIOCEPTION,), np.float32)
-            pixels = gym.spaces.Dict({name: picture for name in cameras})
+            pixels = gym.spaces.Dict([(n, gym.spaces.Box(0, 255, (*self.sizes[n], 3), np.uint8)) for n in cameras])
             self.observation_space = gym.spaces.Dict({"agent_pos": proprioception, "pixels": pixels})
         self.episode = self.left = self.steps = 0  # left: remaining episodes of the list
 
@@ -119,12 +123,13 @@ class MetaWorld(gym.Env):
     def _observed(self, observation: np.ndarray) -> Any:
         """The observation; the attribute `state` keeps the whole state for the expert."""
         self.state = observation.astype(np.float32)
-        if self.viewer is None:
+        if not self.viewers:
             return self.state
         pixels = {}
         for camera, number in self.cameras.items():
-            self.viewer.make_context_current()  # since other environments have contexts, too
-            pixels[camera] = upright(camera, self.viewer.render("rgb_array", camera_id=number))
+            viewer = self.viewers[self.sizes[camera]]
+            viewer.make_context_current()  # since other environments have contexts, too
+            pixels[camera] = upright(camera, viewer.render("rgb_array", camera_id=number))
         return {"agent_pos": self.state[:PROPRIOCEPTION], "pixels": pixels}
 
     def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -146,6 +151,6 @@ class MetaWorld(gym.Env):
         return self.film.render("rgb_array", camera_id=-1)
 
     def close(self) -> None:
-        for viewer in filter(None, (self.viewer, self.film)):
+        for viewer in filter(None, (*self.viewers.values(), self.film)):
             viewer.free()
         self.simulator.close()

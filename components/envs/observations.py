@@ -112,3 +112,17 @@ def info_value(info: dict[str, Any], key: str, slot: int) -> Any:
             return final[slot].get(key)
         info = final
     return info[key][slot] if key in info and np.all(info.get(f"_{key}", [True] * (slot + 1))[slot]) else None
+
+
+def task_of(envs: Any) -> str | list[str] | None:
+    """The text of the task by a vector environment's `task_description`, or one for each slot by its environments'.
+
+    The name is LeRobot's. None where they have none.
+    """
+    text = getattr(envs, "task_description", None)
+    if isinstance(text, str):
+        return text
+    singles = getattr(getattr(envs, "unwrapped", None), "envs", None) or ()
+    found = [getattr(getattr(env, "unwrapped", env), "task_description", None) for env in singles]
+    texts = [one for one in found if isinstance(one, str)]
+    return texts if texts and len(texts) == len(found) else None

@@ -5,8 +5,15 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from ..errors import UserError, require
 from .workers import spread
+
+
+def hold(observation: dict[str, np.ndarray], last: np.ndarray) -> np.ndarray:
+    """The actions `[n, 2]`, positions, with which agents stay where they go to, at first where they are."""
+    return np.where(np.isnan(last), observation["observation.state"][:, :2], last)
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,9 @@ class PushTEnv:
             UserError: no steps, or gym-pusht is missing.
         """
         if self.workers:
-            return spread(replace(self, workers=0).build, num_envs, seed, self.workers)
+            shared = spread(replace(self, workers=0).build, num_envs, seed, self.workers)
+            shared.hold = hold
+            return shared
         if self.max_episode_steps < 1:
             raise UserError(f"--env.max-episode-steps {self.max_episode_steps} must be 1 or more")
         if "pygame" not in sys.modules:  # whose import prints a greeting and warnings
@@ -46,6 +55,6 @@ class PushTEnv:
             return gym.wrappers.TimeLimit(env.unwrapped, self.max_episode_steps)
 
         envs: Any = gym.vector.SyncVectorEnv([make] * num_envs)
-        envs.tracked = ("coverage",)
+        envs.tracked, envs.hold = ("coverage",), hold
         envs.reset(seed=seed)
         return envs

@@ -19,6 +19,7 @@ from ..acting.correction import BASE_ACTION, CorrectedPolicy, Middle, fingerprin
 from ..acting.policy import Policy
 from ..acting.policy_folder import copy_policy, describe, load_folder
 from ..contracts import frozen_policy_of
+from ..data.actions import robot_width
 from ..datasets.episodes import EpisodeDataset, take
 from ..envs.autoreset import Stepper
 from ..envs.vector import action_bounds, executed
@@ -48,8 +49,8 @@ class Base:
         self.sha256 = fingerprint(self.folder)
 
     def new(self) -> Policy:
-        """A new instance of the policy, with separate episodes."""
-        return load_folder(self.folder)
+        """A new instance of the policy, with separate episodes, that acts without delay."""
+        return load_folder(self.folder, delay=0)
 
     def under(self, make: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
         """(num_envs, seed) -> vector environment that contains this policy."""
@@ -118,6 +119,8 @@ def relabelled(data: dict[str, Any], base: Base | None) -> dict[str, Any]:
     dataset = data["dataset"]
     if not isinstance(dataset, EpisodeDataset) or dataset.action_steps > 1:
         raise UserError("a residual policy learns from single actions of episodes; name a plain dataset")
+    if dataset.form is not None:
+        raise UserError("a residual policy learns from actions as they are executed; leave out --dataset.action")
     episodes, policy = dataset.episodes, base.new()
     acted = torch.zeros(len(next(iter(episodes.observations.values()))), episodes.columns["action"].shape[1])
     known = torch.zeros(len(acted), dtype=torch.bool)
@@ -169,7 +172,7 @@ class OnTop:
         if not hasattr(space, "low"):
             raise UserError(f"it has the action space {space}; a correction needs a Box with bounds")
         low, high = action_bounds(space)
-        width = policy.spec["action"]["shape"][-1]
+        width = robot_width(policy.spec["action"])
         if len(low) != width:
             raise UserError(f"it takes actions of width {len(low)}, the policy of --trainer.base has {width}")
         self.sum = Middle(low, high, scale)
@@ -214,7 +217,8 @@ class OnTop:
     def step(self, correction: np.ndarray) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """As the environment's `step`, with the sum of both actions."""
         done = self.sum.corrected(self.action, np.asarray(correction))
-        step = self.steps.step(executed(done, self.envs.single_action_space))
+        self.executed = executed(done, self.envs.single_action_space)  # as evaluations ask
+        step = self.steps.step(self.executed)
         named, info = step.observation, step.info
         if step.successor is not named:  # the frozen policy acts on the last observations, then on the new
             self.action = self.policy.act(step.successor)

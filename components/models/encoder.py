@@ -1,8 +1,8 @@
 """Observation encoders: they map pictures and task to one vector, so that any policy network takes any observation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..data.features import history_of
 from ..data.pictures import pictures_of
 from ..errors import UserError
+from .language import TaskTexts
 
 FEATURES = "observation.features"
 
@@ -19,6 +20,7 @@ class EncoderOptions:
     """Options of all image encoders."""
 
     role: ClassVar[str] = "encoder"  # `--model cnn` replaces the encoder, not the policy
+    former_defaults: ClassVar[dict[str, Any]] = {"language": "table"}
 
     features: int = 64
     """Numbers that describe one picture."""
@@ -26,6 +28,9 @@ class EncoderOptions:
     """One network for all cameras instead of one for each."""
     task_features: int = 32
     """Width of the task's embedding where the data has more than one task; 0 omits the task."""
+    language: Literal["ngrams", "table"] = "ngrams"
+    """How a task's text is read: by its n-grams, so that new wordings are understood by the words that they share with
+    the learnt ones, or as an entry of a table, which knows the learnt texts alone."""
 
     def check(self, **sizes: tuple[int, ...]) -> None:
         """Refuse sizes below 1. Raises UserError naming the option."""
@@ -56,8 +61,10 @@ class ObservationEncoder(nn.Module):
             raise UserError(f"--model.encoder.share-weights needs cameras of one shape; found: {found}")
         networks = 1 if options.share_weights else len(shapes)
         self.networks = nn.ModuleList([make(*shape[-3:]) for shape in shapes[:networks]])
-        tasks = len(spec.get("task", {}).get("values", ()))
-        self.task = nn.Embedding(tasks, options.task_features) if tasks > 1 and options.task_features else None
+        texts, self.task = spec.get("task", {}).get("values", ()), None
+        if len(texts) > 1 and options.task_features:
+            table = options.language == "table"
+            self.task = (TaskTable if table else TaskTexts)(texts, options.task_features)
         width = len(self.cameras) * options.features + (options.task_features if self.task is not None else 0)
         self.history = history_of(spec)
         gone = {*self.cameras, "task"} if width else set()
@@ -72,13 +79,23 @@ class ObservationEncoder(nn.Module):
             encoded = self.networks[i % len(self.networks)](pictures.flatten(0, -4).float() / 255)
             parts.append(encoded.unflatten(0, pictures.shape[:-3]))  # [B, (To,) F]
         if self.task is not None:
-            embedded = self.task(batch["task_index"])  # [B, E]
+            embedded = self.task(batch)  # [B, E]
             parts.append(embedded[:, None].expand(-1, *self.history, -1) if self.history else embedded)
         if not parts:
             return batch
         return {key: value for key, value in batch.items() if key not in self.cameras} | {
             FEATURES: torch.cat(parts, -1)
         }
+
+
+class TaskTable(nn.Embedding):
+    """The task of each row -> its own entry `[B, features]` of a table."""
+
+    def __init__(self, texts: Sequence[str], features: int) -> None:
+        super().__init__(len(texts), features)
+
+    def forward(self, batch: Any) -> Tensor:
+        return super().forward(batch["task_index"])
 
 
 def encoder_of(models: nn.ModuleDict, name: str = "encoder") -> nn.Module:

@@ -223,10 +223,12 @@ class Taps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         grad, grad_x, grad_weight = grad.contiguous(), torch.zeros_like(x), torch.zeros_like(weight)
+        learns = ctx.needs_input_grad[1]  # guidance only differentiates by x
         for j, out, into in Taps.slices(len(x), len(weight)):
             rows = grad[out].flatten(0, 1)
             grad_x[into].flatten(0, 1).addmm_(rows, weight[j].T)
-            torch.mm(x[into].flatten(0, 1).T, rows, out=grad_weight[j])
+            if learns:
+                torch.mm(x[into].flatten(0, 1).T, rows, out=grad_weight[j])
         return grad_x, grad_weight, grad.sum((0, 1))
 
 

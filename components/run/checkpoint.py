@@ -416,7 +416,9 @@ def load_weights(module: torch.nn.Module, name: str, run: Path) -> str:
         raise UserError(f"{folder}: no model {name!r}; it holds {', '.join(known)}")
     odd = differences(shapes, _shapes(module.state_dict()))
     if odd:
-        raise UserError(f"{folder}: model {name!r} does not fit: {'; '.join(odd[:5])}")
+        table = "task.weight" in shapes and "task.layer.weight" in module.state_dict()
+        hint = "; it reads tasks by --model.encoder.language table" if table else ""
+        raise UserError(f"{folder}: model {name!r} does not fit: {'; '.join(odd[:5])}{hint}")
     with one_line(f"{folder}: model {name!r} cannot be loaded"):
         module.load_state_dict(read_tree(folder / f"{stored}.safetensors"))
     return f"{run}: step {manifest['step']}{which}"
@@ -454,6 +456,7 @@ def initialise(models: torch.nn.ModuleDict, args: Any, inherited: Any) -> None:
         inherited.load_weights(models)
     else:
         taken: dict[str, list[str]] = {}
+        inherited.check_forms(dict.fromkeys(run for name, run in sources.items() if name != "encoder"))
         for name, run in sources.items():
             which = steadily(run_of(Path(run)), partial(load_weights, models[name], name, Path(run)))
             taken.setdefault(which, []).append(name)

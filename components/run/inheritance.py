@@ -12,14 +12,14 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
-from ..acting.policy_folder import normalisation_of
+from ..acting.policy_folder import describe, normalisation_of
 from ..contracts import weights_follow
 from ..data.features import check_widths
 from ..data.fingerprint import changes, fingerprint
@@ -51,6 +51,7 @@ class Inheritance:
     def __init__(self, run: Path, rank: int, resumed: bool) -> None:
         self.run, self.folder, self.rank, self.resumed = run, run / NAME, rank, resumed
         self.values: dict[str, Any] = {}  # of the record, on the first process
+        self.form: dict[str, Any] = {}  # of the actions here
 
     def open(self) -> None:
         """On the first process: read the record of a resumed run, or remove what a start that failed has left.
@@ -114,6 +115,7 @@ class Inheritance:
             spec: Of the data; the statistics of the beginning replace those in it.
             modes: As asked for.
         """
+        self.form = spec.get("action", {}).get("form", {})
         kept = self.keep("normalisation", lambda: _normalisation(Normaliser(spec, modes).modes, spec))
         applied = described(lambda: _applied(kept, spec), self.folder)
         return Normaliser(spec, applied)
@@ -142,6 +144,19 @@ class Inheritance:
     def weights_follow(self) -> AbstractContextManager[None]:
         """A context to build the models in; those of a resumed run open no file of initial weights."""
         return weights_follow(self.has_weights)
+
+    def check_forms(self, runs: Iterable[str]) -> None:
+        """Refuse the weights of runs that learn actions in another form than this one. Raises UserError."""
+        for run in runs:
+            try:
+                there = describe(choose(run).folder)[1]["spec"]["action"].get("form", {})
+            except UserError:  # it has no policy
+                continue
+            if _how(there) != _how(self.form):
+                modes = [form.get("mode", "absolute") for form in (there, self.form)]
+                differ = f"as {modes[0]} ones, here as {modes[1]} ones" if len(set(modes)) > 1 else "in another form"
+                remedy = "set --dataset.action, --dataset.action-keys and --dataset.rotations alike"
+                raise UserError(f"{run}: its weights are of actions that are learnt {differ}; {remedy}")
 
     def keep_weights(self, models: dict[str, nn.Module]) -> None:
         """Keep initial weights that come from elsewhere."""
@@ -189,6 +204,12 @@ def described(read: Callable[[], T], folder: Path) -> T:
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(f"{folder / RECORD}: damaged ({kind}{error}); {REMEDY}") from error
+
+
+def _how(form: dict[str, Any]) -> str:
+    """The record of a form, without what it has of the data, by which two are compared."""
+    kept = {name: form[name] for name in ("mode", "pairs", "rotations") if name in form}
+    return json.dumps(kept, sort_keys=True)
 
 
 def _modes(before: str, spec: dict[str, Any]) -> dict[str, str]:

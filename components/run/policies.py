@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..acting.policy import usable
 from ..acting.policy_folder import copy_policy, describe, load_folder
 from ..errors import UserError
 from ..records import check_folder
+from . import hub
 from .best import best_of, described
 from .checkpoint import examine, folder_of, run_of, steadily, step_of, steps, whole
 from .pieces import DamagedError
@@ -38,27 +40,34 @@ class Chosen:
         return f"policy of {step}" + (f" ({self.why})" if self.why else "")
 
 
-def load_policy(folder: str | Path, which: str | int = "last", **settings: Any) -> Any:
-    """Load a policy from a run folder, from its `policy/` folder alone, or from a checkpoint's folder.
+def load_policy(folder: str | Path, which: str | int = "last", device: Any = "cpu", **settings: Any) -> Any:
+    """Load a policy from a run folder, its `policy/` folder alone, a checkpoint's folder, or the hub.
 
         policy = load_policy("runs/x"); policy.reset(); action = policy.act({"observation.state": array})
         policy = load_policy("runs/x", action_steps=4, sampling_steps=20)  # other settings as in its run
+        policy = load_policy("hf://USER/NAME")  # from the Hugging Face hub; @REVISION may follow
+        policy = load_policy("runs/x", device="cuda"); chunk = policy.plan({"observation.state": array})  # [Ta, Da]
 
-    It is logged which one is taken, unless that is the final one or the one of the named step.
+    It is logged which one is taken, unless that is the final one or the one of the named step, and whether it is late.
 
     Args:
         which: Of a run: "last", which is the newest while it goes on or after it was stopped; "best", by success rate,
             else return, error of predicted actions, or held-out loss; or a step that has a checkpoint.
+        device: Where it computes, such as "cuda"; `policy.to(device)` moves it later.
         settings: Fields of `Inference` that replace the saved ones.
 
     Raises:
         UserError: no policy there, a plugin to import first, weights that do not match, a statistic that is missing or
-            has the wrong width, or invalid settings; each by name.
+            has the wrong width, invalid settings, or no such device; each by name.
     """
-    policy, chosen = taken(folder, which, **settings)
+    device = usable(device)
+    policy, chosen = taken(hub.downloaded(folder) if hub.is_address(folder) else folder, which, **settings)
     if chosen.why not in ("", "last"):
         logger.warning("%s: %s", folder, chosen)
-    return policy
+    if (steps := policy.settings.delay) and "delay" not in settings:
+        words = "%s: act() simulates the delay of %d steps with which it was evaluated; delay=0 leaves it out"
+        logger.warning(words, folder, steps)
+    return policy.to(device)
 
 
 def taken(folder: str | Path, which: str | int = "last", **settings: Any) -> tuple[Any, Chosen]:

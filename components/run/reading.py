@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..contracts import former_names_of
+from ..contracts import former_defaults_of, former_names_of
 from ..errors import UserError
 from ..records import RunRecord, StatusRecord, check_folder, read_record
 
@@ -20,12 +20,19 @@ def renewed(
         args["track"] = "wandb" if track else "none"
     for option, registry in registries.items():
         component, group = registry.get(str(args.get(option)), object), f"{option}_options"
+        if isinstance(args.get(group), dict):
+            args[group] = former_defaults_of(component) | args[group]
         for old, now in former_names_of(component).items():
             if isinstance(args.get(group), dict):
                 args[group] = {now if name == old else name: value for name, value in args[group].items()}
             before, after = (f"--{option}.{name.replace('_', '-')}" for name in (old, now))
             parts = [word.partition("=") for word in argv]
             argv = [(after if name.replace("_", "-") == before else name) + rest + v for name, rest, v in parts]
+    options = args.get("model_options")
+    for name, _, entry in (str(word).partition("=") for word in args.get("model", ())):
+        former = former_defaults_of(registries.get("model", {}).get(entry, object))
+        if former and isinstance(options, dict) and isinstance(options.get(name), dict):
+            args["model_options"] = options = options | {name: former | options[name]}
     return record | {"args": args, "argv": argv}
 
 

@@ -12,6 +12,19 @@ the observation. Sampling goes backwards over any subset of the steps (Song et a
 
 with eta = 0 for DDIM and eta = 1 for DDPM. Deviation: as in the released code the predicted a is clipped, here to the
 range of the data; then e is recomputed from x_t and the clipped a, so that the two stay consistent.
+
+With a `previous` chunk Y, sampling is real-time chunking (Black, Galliker & Levine, 2025, arXiv:2506.07339) by the
+pseudoinverse guidance that it is derived from (Song et al., 2023). There p(Y | x_t) is a Gaussian around the predicted
+a with variance r^2 / W, where r^2 = 1 - abar_t is that of p(a | x_t) if a ~ N(0, 1) (W is the soft mask). The gradient
+of its logarithm is g / r^2; added to the score, it moves a = (x_t + (1 - abar_t) score) / sqrt(abar_t) to
+
+    a + min(beta, 1 / sqrt(abar_t)) g,    g = (Y - a)^T diag(W) da/dx_t
+
+Without the bound this is eq. 2 to 4 of Black et al., by the change of variables to the flow's time
+t / (1 - t) = sqrt(abar_t / (1 - abar_t)). The bound is theirs where there is much noise, where alone it is needed: a
+step of the backward process does not overshoot. The first d actions are executed from Y meanwhile, so they are returned
+as they are there. With `prefix` the network learns to continue d given actions (arXiv:2512.05964, see
+`models.real_time`), and guidance is not needed.
 """
 
 import math
@@ -25,6 +38,7 @@ from torch.optim import Optimizer
 from ..contracts import Demonstrations
 from ..errors import UserError
 from ..losses import zero_padding
+from ..models import real_time
 from ..models.checks import check_chunks
 from ..models.encoder import encoder_of
 from ..optimizers import update
@@ -67,6 +81,8 @@ class Diffusion:
         """Noise schedule: squared cosine, or the linear betas of Ho et al. (2020)."""
         clip: bool = True
         """Clip the predicted chunk to the range of the data while sampling."""
+        prefix: int = 0
+        """Learn to continue up to so many given actions: the largest --policy.delay without guidance; 0 for none."""
 
     def __init__(
         self,
@@ -91,6 +107,11 @@ class Diffusion:
         """Items of the dataset, unchanged."""
         return Demonstrations()
 
+    @staticmethod
+    def model_spec(model: str, spec: dict[str, Any], config: Any) -> dict[str, Any]:
+        """The policy's chunks have a mark, if it learns to continue given actions."""
+        return real_time.spec_with_mark(spec, config.prefix) if model == "policy" else spec
+
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The denoising loss (Ho et al., 2020, eq. 14), at times and with noise drawn now, and the metrics."""
         action = data["action"]  # [B, (Ta,) Da]
@@ -102,9 +123,10 @@ class Diffusion:
         targets["v"] = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * action
         network = self.models["policy"]
         condition = network.condition(self.encoder(data))
+        network, left_out = real_time.trained_on(network, action, self.config.prefix, data.get("action_is_pad"))
         prediction, target = network(noisy, step / len(self.alpha_bar), condition), targets[self.config.prediction]
-        if "action_is_pad" in data:
-            prediction, target = zero_padding(prediction, target, data["action_is_pad"])
+        if left_out is not None:
+            prediction, target = zero_padding(prediction, target, left_out)
         loss = self.loss(prediction, target)
         return loss, {"loss": loss.detach()}
 
@@ -118,7 +140,8 @@ class Diffusion:
         bounds = self.action.get("range") if self.config.clip else None
         shape = tuple(self.action["shape"])
         encoder, network = self.encoder, self.models["policy"]
-        return DiffusionSampler(encoder, network, self.alpha_bar, self.config.prediction, shape, bounds)
+        prediction, prefix = self.config.prediction, self.config.prefix
+        return DiffusionSampler(encoder, network, self.alpha_bar, prediction, shape, bounds, prefix)
 
 
 def noise_schedule(kind: str, steps: int) -> Tensor:
@@ -140,6 +163,8 @@ class DiffusionSampler(nn.Module):
     """Observations and noise -> chunk, by DDIM or DDPM over evenly spaced steps."""
 
     samplers = ("ddim", "ddpm")
+    real_time = True
+    most_guidance = 5.0  # beta, that of Black et al.
 
     def __init__(
         self,
@@ -149,8 +174,10 @@ class DiffusionSampler(nn.Module):
         prediction: str,
         shape: tuple[int, ...],
         bounds: list[list[float]] | None,
+        most_prefix: int = 0,
     ) -> None:
         super().__init__()
+        self.most_prefix = most_prefix
         self.encoder, self.network, self.prediction, self.shape = encoder, network, prediction, shape
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
         self.register_buffer("bounds", None if bounds is None else torch.tensor(bounds), persistent=False)  # [2, Da]
@@ -169,8 +196,8 @@ class DiffusionSampler(nn.Module):
         alpha_bar = [*(known[t] for t in steps), torch.ones_like(known[0])]  # views, without a GPU synchronisation
         for i, t in enumerate(steps):
             eta = float(self.sampler == "ddpm" and i + 1 < len(steps))  # the last step ends in the chunk itself
-            x = self.step(x, t, alpha_bar[i + 1], condition, eta, noise[:, i + 1] if eta else None)
-        return x
+            x = self.step(x, t, alpha_bar[i + 1], condition, eta, noise[:, i + 1] if eta else None, batch)
+        return real_time.ended(x, batch)
 
     def steps(self) -> list[int]:
         """Steps t, evenly spaced from T - 1 (noise) to 0. With `epsilon` they start lower, unless all T are taken.
@@ -183,22 +210,41 @@ class DiffusionSampler(nn.Module):
         return [round(first * (1 - i / max(n - 1, 1))) for i in range(n)]
 
     def step(
-        self, x: Tensor, t: int, before: Tensor, condition: Tensor, eta: float = 0.0, noise: Tensor | None = None
+        self,
+        x: Tensor,
+        t: int,
+        before: Tensor,
+        condition: Tensor,
+        eta: float = 0.0,
+        noise: Tensor | None = None,
+        batch: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """From x_t to x_s, whose abar_s is `before`."""
         now = self.alpha_bar[t]  # type: ignore[index]
         signal, spread = now.sqrt(), (1 - now).sqrt()
-        time = torch.full((1,), t / self.most_steps, device=x.device)
-        predicted = self.network(x, time, condition)
-        if self.prediction == "epsilon":
-            action = (x - spread * predicted) / signal
-        elif self.prediction == "sample":
-            action = predicted
-        else:
-            action = signal * x - spread * predicted
+        action = self.predict(x, t, condition, signal, spread, batch or {})
         if self.bounds is not None:
             action = action.clamp(self.bounds[0], self.bounds[1])  # type: ignore[index]
         epsilon = (x - signal * action) / spread
         variance: Any = eta**2 * (1 - before) / (1 - now) * (1 - now / before) if eta else 0.0
         x = before.sqrt() * action + (1 - before - variance).clamp(min=0).sqrt() * epsilon
         return x if noise is None else x + variance.sqrt() * noise
+
+    def predict(
+        self, x: Tensor, t: int, condition: Tensor, signal: Tensor, spread: Tensor, batch: dict[str, Tensor]
+    ) -> Tensor:
+        """The predicted a, guided by the batch's `previous` chunk unless the network continues it by itself."""
+        network, time = real_time.acting_on(self.network, batch, self.most_prefix), t / self.most_steps
+        inputs = (torch.full((1,), time, device=x.device), condition, signal, spread)
+
+        def denoised(x: Tensor, time: Tensor, condition: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
+            predicted = network(x, time, condition)
+            if self.prediction == "epsilon":
+                return (x - spread * predicted) / signal
+            return predicted if self.prediction == "sample" else signal * x - spread * predicted
+
+        if "previous" not in batch or self.most_prefix:
+            return denoised(x, *inputs)
+        action, product = real_time.vjp(denoised, x, *inputs)
+        gradient = product(batch["previous_weight"][..., None] * (batch["previous"] - action))  # g
+        return action + (1 / signal).clamp(max=self.most_guidance) * gradient

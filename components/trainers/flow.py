@@ -10,8 +10,18 @@ Sampling integrates dx/dt = v_theta(x, t, o) from noise at t = 0 to the chunk at
 With `coupling` ot, x_0 and a of a batch are paired by entropic optimal transport (Tong et al., 2024, section 3.2.2),
 which straightens the paths. It pairs within each process's part of the batch. Since the pairing ignores observations,
 the noise for a given observation is no longer exactly N(0, 1), so it is off by default.
+
+With a `previous` chunk Y, sampling is real-time chunking (Black, Galliker & Levine, 2025, arXiv:2506.07339), which has
+the same times: v is replaced by the guided velocity (pseudoinverse guidance, Song et al., 2023)
+
+    v + min(beta, (1 - t) / (t r^2)) g,    g = (Y - A)^T diag(W) dA/dx        (eq. 2; W is the soft mask of eq. 5)
+    A = x + (1 - t) v,                     r^2 = (1 - t)^2 / (t^2 + (1 - t)^2)   (eq. 3 and 4)
+
+Its first d actions are executed from Y meanwhile, so they are returned as they are there. With `prefix` the network
+learns to continue d given actions (arXiv:2512.05964, see `models.real_time`), and guidance is not needed.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,9 +32,11 @@ from torch.optim import Optimizer
 from ..contracts import Demonstrations
 from ..errors import UserError
 from ..losses import sinkhorn, zero_padding
+from ..models import real_time
 from ..models.checks import check_chunks
 from ..models.encoder import encoder_of
 from ..optimizers import update
+from . import few_step
 
 
 class Flow:
@@ -55,12 +67,17 @@ class Flow:
     class Config:
         """Flow matching."""
 
-        time: Literal["uniform", "logit_normal"] = "uniform"
-        """Distribution of training times; logit_normal is denser in the middle (Esser et al., 2024, section 3.1)."""
+        objective: Literal["flow", "shortcut"] = "flow"
+        """What is learned: the flow, or a shortcut model, whose chunk takes one or two calls of the network."""
+        time: Literal["uniform", "logit_normal", "beta"] = "uniform"
+        """Distribution of training times; logit_normal is denser in the middle (Esser et al., 2024, section 3.1), beta
+        where there is more noise (Black et al., 2024, appendix B)."""
         coupling: Literal["independent", "ot"] = "independent"
         """How noise and chunks of a batch are paired: as drawn, or by optimal transport."""
         coupling_epsilon: float = 0.05
         """Strength of the entropy in the transport, relative to the mean cost."""
+        prefix: int = 0
+        """Learn to continue up to so many given actions: the largest --policy.delay without guidance; 0 for none."""
 
     def __init__(
         self,
@@ -73,6 +90,8 @@ class Flow:
         self.config = config or self.Config()
         if not self.config.coupling_epsilon > 0:
             raise UserError(f"--trainer.coupling-epsilon {self.config.coupling_epsilon} must be above 0")
+        if self.config.objective != "flow" and self.config.prefix:
+            raise UserError("--trainer.prefix goes with --trainer.objective flow; a shortcut model is guided instead")
         check_chunks(models, loss, "denoises")
         self.models: Any = models
         self.encoder = encoder_of(models)
@@ -83,20 +102,31 @@ class Flow:
         """Items of the dataset, unchanged."""
         return Demonstrations()
 
+    @staticmethod
+    def model_spec(model: str, spec: dict[str, Any], config: Any) -> dict[str, Any]:
+        """The policy's network is told the step size of a shortcut, and has a mark for given actions to continue."""
+        if model != "policy":
+            return spec
+        spec = real_time.spec_with_mark(spec, config.prefix)
+        return few_step.told(spec) if config.objective == "shortcut" else spec
+
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The flow-matching loss, at times and with noise drawn now, and the metrics."""
         action = data["action"]  # [B, (Ta,) Da]
         noise = torch.randn_like(action)
         if self.config.coupling == "ot":
             noise = couple(noise, action, self.config.coupling_epsilon)
-        one_each = action.flatten(1)[:, 0]
-        time = torch.randn_like(one_each).sigmoid() if self.config.time == "logit_normal" else torch.rand_like(one_each)
+        time = draw_times(self.config.time, action.flatten(1)[:, 0])
         t = time.view(-1, *[1] * (action.ndim - 1))
-        network = self.models["policy"]
-        condition = network.condition(self.encoder(data))
-        velocity, target = network((1 - t) * noise + t * action, time, condition), action - noise
-        if "action_is_pad" in data:
-            velocity, target = zero_padding(velocity, target, data["action_is_pad"])
+        network, observed = self.models["policy"], self.encoder(data)
+        network, left_out = real_time.trained_on(network, action, self.config.prefix, data.get("action_is_pad"))
+        if self.config.objective == "shortcut":
+            velocity, target = few_step.shortcut(network, observed, noise, action, time)
+        else:
+            condition = self.models["policy"].condition(observed)
+            velocity, target = network((1 - t) * noise + t * action, time, condition), action - noise
+        if left_out is not None:
+            velocity, target = zero_padding(velocity, target, left_out)
         loss = self.loss(velocity, target)
         return loss, {"loss": loss.detach()}
 
@@ -107,7 +137,20 @@ class Flow:
 
     def policy(self) -> nn.Module:
         """The sampler, which integrates the flow."""
-        return FlowSampler(self.encoder, self.models["policy"], tuple(self.action["shape"]))
+        shortcut, shape = self.config.objective == "shortcut", tuple(self.action["shape"])
+        return FlowSampler(self.encoder, self.models["policy"], shape, self.config.prefix, shortcut)
+
+
+def draw_times(kind: str, like: Tensor) -> Tensor:
+    """Training times `[B]`, 0 for noise.
+
+    `beta`: Black et al. (2024, arXiv:2410.24164), appendix B, whose times are these: (s - t) / s ~ Beta(1.5, 1) with
+    s = 0.999, so t / s ~ Beta(1, 1.5). Its distribution function 1 - (1 - x)^1.5 is inverted.
+    """
+    if kind == "logit_normal":
+        return torch.randn_like(like).sigmoid()
+    uniform = torch.rand_like(like)
+    return 0.999 * (1 - uniform ** (2 / 3)) if kind == "beta" else uniform
 
 
 def couple(noise: Tensor, action: Tensor, epsilon: float) -> Tensor:
@@ -122,25 +165,49 @@ def couple(noise: Tensor, action: Tensor, epsilon: float) -> Tensor:
 
 
 class FlowSampler(nn.Module):
-    """Observations and noise -> chunk, by Euler or midpoint steps of equal length."""
+    """Observations and noise -> chunk, by Euler or midpoint steps of equal length; a shortcut model is told it."""
 
-    samplers = ("euler", "midpoint")
+    real_time = True
+    most_guidance = 5.0  # beta, the paper's
 
-    def __init__(self, encoder: nn.Module, network: nn.Module, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        network: nn.Module,
+        shape: tuple[int, ...],
+        most_prefix: int = 0,
+        shortcut: bool = False,
+    ) -> None:
         super().__init__()
-        self.encoder, self.network, self.noise_shape = encoder, network, shape
-        self.sampler, self.sampling_steps, self.most_steps = "euler", 10, 10_000
+        self.encoder, self.network, self.noise_shape, self.most_prefix = encoder, network, shape, most_prefix
+        self.shortcut, self.samplers = shortcut, ("euler",) if shortcut else ("euler", "midpoint")
+        self.sampler, self.sampling_steps, self.most_steps = "euler", 2 if shortcut else 10, 10_000
+        self.usual_steps = 2 if shortcut else self.most_steps  # a larger default is reduced to it
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        condition = self.network.condition(self.encoder(batch))  # type: ignore[operator]
+        observed = self.encoder(batch)
         x, step = batch["noise"], 1 / self.sampling_steps  # [B, (Ta,) Da]
+        if self.shortcut:
+            observed = few_step.tell(observed, torch.full((x.shape[0],), step, device=x.device))
+        condition = self.network.condition(observed)  # type: ignore[operator]
         for i in range(self.sampling_steps):
-            velocity = self.velocity(x, i * step, condition)
+            velocity = self.velocity(x, i * step, condition, batch)
             if self.sampler == "midpoint":
-                velocity = self.velocity(x + step / 2 * velocity, (i + 0.5) * step, condition)
+                velocity = self.velocity(x + step / 2 * velocity, (i + 0.5) * step, condition, batch)
             x = x + step * velocity
-        return x
+        return real_time.ended(x, batch)
 
-    def velocity(self, x: Tensor, t: float, condition: Tensor) -> Tensor:
-        """v(x, t, o)."""
-        return self.network(x, torch.full((1,), t, device=x.device), condition)
+    def velocity(self, x: Tensor, t: float, condition: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """v(x, t, o), guided by the batch's `previous` chunk unless the network continues it by itself."""
+        network, time = real_time.acting_on(self.network, batch, self.most_prefix), torch.full((1,), t, device=x.device)
+        if "previous" not in batch or self.most_prefix:
+            return network(x, time, condition)
+        velocity, product = real_time.vjp(network, x, time, condition)
+        error = batch["previous_weight"][..., None] * (batch["previous"] - (x + (1 - t) * velocity))
+        gradient = error + (1 - t) * product(error)  # g; dA/dx = 1 + (1 - t) dv/dx
+        return velocity + self.guidance(t) * gradient
+
+    def guidance(self, t: float) -> float:
+        """min(beta, (1 - t) / (t r^2)). Deviation: at most the number of steps, since one would overshoot beyond."""
+        strength = (t**2 + (1 - t) ** 2) / (t * (1 - t)) if t else math.inf
+        return min(self.most_guidance, strength, self.sampling_steps)
