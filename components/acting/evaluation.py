@@ -12,7 +12,7 @@ import numpy as np
 
 from ..contracts import options_of
 from ..data.actions import robot_width
-from ..data.features import frame_shape
+from ..data.features import frame_shape, same_frame
 from ..data.pictures import IMAGES
 from ..envs.autoreset import Stepper
 from ..envs.observations import info_value, observation_batch, success_of, task_of
@@ -92,8 +92,7 @@ def check_env(envs: Any, spec: dict[str, Any]) -> None:
             raise UserError(f"it returns {', '.join(found)}, the policy needs {key!r}")
         stored = frame_shape(spec[key], 1)
         frame = found[key].shape[1:]
-        same = -2 if "resized_from" in spec[key] and len(frame) == 3 else None  # such pictures are resized
-        if stored[-len(frame) :][:same] != frame[:same]:
+        if not same_frame(spec[key], frame, stored[-len(frame) :]):
             have, want = (shape[0] if len(frame) == 1 else tuple(shape) for shape in (frame, stored[-len(frame) :]))
             remedy = "; see --dataset.image-size" if len(frame) == 3 else ""
             raise UserError(f"it returns {key!r} of width {have}, the dataset has {want}{remedy}")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data.actions import ActionForm, robot_stats, robot_width
-from ..data.features import frame_shape
+from ..data.features import frame_shape, same_frame
 from ..data.figures import literal, save_figure
 from ..data.normalisation import without_spread
 from ..data.random_state import preserved
@@ -340,8 +340,7 @@ def check_recordings(policy: Any, episodes: Sequence[Recording]) -> None:
             if recorded is None:
                 camera = f"; see --dataset.cameras {key.rpartition('.')[2]}" if len(stored) == 3 else ""
                 raise UserError(f"{episode.data} has no {key!r}, which the policy observes{camera}")
-            same = -2 if "resized_from" in spec[key] and len(recorded) == 3 else None  # such pictures are resized
-            if tuple(recorded)[:same] != stored[:same]:
+            if not same_frame(spec[key], tuple(recorded), stored):
                 raise UserError(f"{episode.data} has {key!r} of shape {tuple(recorded)}, the policy observes {stored}")
 
 

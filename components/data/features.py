@@ -66,6 +66,12 @@ def frame_shape(feature: dict[str, Any], obs_steps: int) -> tuple[int, ...]:
     return (shape[0] // steps,)
 
 
+def same_frame(feature: dict[str, Any], found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether an observation of shape `found` is taken for one of `wanted`: pictures that are resized in any size."""
+    resized = "resized_from" in feature and len(found) == 3
+    return found[:-2] == wanted[:-2] if resized else found == wanted
+
+
 def check_widths(key: str, feature: dict[str, Any]) -> None:
     """Refuse statistics that do not fit their key; they may be scalars, [D], or [T, D] for each step of a chunk."""
     shape = tuple(feature["shape"])
