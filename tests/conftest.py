@@ -214,3 +214,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((folder / "world.json").read_text()) == 2
     return folder
+
+
+def check_alone(policy: Any, states: Any, found: list[Any], begins: dict[int, Any]) -> None:
+    """Each row of a batch has acted as it does alone: `states` [T, N], `begins` the steps of a row's new episodes."""
+    for row, steps in begins.items():
+        policy.reset()
+        for t, state in enumerate(states):
+            if t in steps:
+                policy.reset()
+            expected = policy.act({"observation.state": state[[row]]})
+            assert found[t][row] == pytest.approx(expected, abs=1e-4), (policy.settings, row, t)

@@ -23,6 +23,7 @@ from components.data.normalisation import Normaliser
 from components.envs import metaworld, pusht
 from components.experience.frozen_base import Base
 from components.run.curves import read_lines
+from conftest import check_alone
 from latency_results import points_of
 
 H, STILL = 6, -1.0
@@ -98,12 +99,7 @@ def test_rows_of_different_ages_act_as_alone_and_go_on_from_a_saved_state(chunk:
             found.append(np.concatenate([parts[row] for row in range(3)]))
         else:
             found.append(together.act({"observation.state": state[:, None]}))
-    for row, steps in begins.items():
-        alone.reset()
-        for t, state in enumerate(states):
-            if t in steps:
-                alone.reset()
-            assert found[t][row] == pytest.approx(alone.act({"observation.state": state[[row]]}), abs=1e-4), (row, t)
+    check_alone(alone, states, found, begins)
 
 
 def test_a_sampler_is_told_of_the_chunk_that_goes_on() -> None:

@@ -18,7 +18,7 @@ from components import TRAINER_REGISTRY, UserError, export, load_policy
 from components.acting.policy import Inference, Policy, vectors
 from components.data.normalisation import Normaliser, statistics
 from components.run.curves import read_lines
-from conftest import ROOT, command
+from conftest import ROOT, check_alone, command
 
 
 def spec(obs_steps: int = 1, action_steps: int = 1) -> dict[str, Any]:
@@ -116,13 +116,7 @@ def test_some_rows_begin_again_while_the_others_go_on() -> None:
         for t, state in enumerate(states):
             together.restart(torch.tensor([row for row, steps in begins.items() if t in steps]))
             found.append(together.act({"observation.state": state[:, None]}))
-        for row, steps in begins.items():
-            alone.reset()
-            for t, state in enumerate(states):
-                if t in steps:
-                    alone.reset()
-                expected = alone.act({"observation.state": state[[row]]})
-                assert found[t][row] == pytest.approx(expected, abs=1e-4), (settings, row, t)
+        check_alone(alone, states, found, begins)
 
 
 def test_some_rows_act_while_the_others_wait() -> None:
