@@ -85,6 +85,11 @@ def one_line(subject: str) -> Iterator[None]:
         raise UserError(f"{subject}: {type(error).__name__}: {error} ({where(error)})") from error
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def where(error: BaseException) -> str:
     """The file and line of the innermost frame of user code in which `error` was raised."""
     if isinstance(error, SyntaxError) and error.filename:

@@ -22,7 +22,7 @@ from ..data.random_state import preserved
 from ..envs.gymnasium import follow_robots
 from ..envs.observations import array_of, info_value
 from ..envs.vector import Environments
-from ..errors import plain
+from ..errors import first_line, plain
 from ..intervals import number
 
 EPISODES = 4
@@ -94,7 +94,7 @@ def film_episodes(
         _encode(Screen(takes, _subject(env), camera), part, tick)
         os.replace(part, path)
     except Exception as error:
-        reason = plain(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        reason = plain(first_line(error))
         if isinstance(error, ImportError):
             return f"{reason}; pip install {'pillow' if error.name == 'PIL' else error.name or 'av'}"
         needs = "; it needs EGL (Debian: apt-get install libegl1 libgl1-mesa-dri)"

@@ -16,7 +16,7 @@ from ..data.actions import ActionForm
 from ..data.features import frame_shape, history_of
 from ..data.normalisation import Normaliser
 from ..data.pictures import RULE, as_recorded, is_picture, pictures_of
-from ..errors import UserError, crashes_pass, nearest, one_line, plain, where
+from ..errors import UserError, crashes_pass, first_line, nearest, one_line, plain, where
 from ..models.language import language_of
 from ..records import misfit
 from .timing import Rest, Timing, timing_of, whole_delay
@@ -629,7 +629,7 @@ def usable(device: Any) -> torch.device:
         torch.zeros(1, device=found)
     except Exception as error:  # of many types: a name that is none, a build without it, no driver, no such number
         kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if mps_is_there() else [])]
-        reason = plain(str(error).splitlines()[0] if str(error) else type(error).__name__)[:120]
+        reason = plain(first_line(error))[:120]
         raise UserError(f"device {device!r} cannot be used here ({reason}); there is: {', '.join(kinds)}") from error
     return found
 

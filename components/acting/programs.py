@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
-from ..errors import UserError, require
+from ..errors import UserError, first_line, require
 
 METADATA = "policy.json"
 MOST_ROWS = 4096
@@ -52,11 +52,6 @@ def traced(whole: nn.Module, batch: dict[str, Tensor]) -> ExportedProgram:
             return torch.export.export(whole, (batch,), dynamic_shapes=({key: {0: rows} for key in batch},))
     except Exception as error:
         raise UserError(f"torch.export cannot trace this policy: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---- formats -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ..data.features import frame_shape, same_frame
 from ..data.figures import literal, save_figure
 from ..data.normalisation import without_spread
 from ..data.random_state import preserved
-from ..errors import UserError, nearest, one_line, plain
+from ..errors import UserError, first_line, nearest, one_line, plain
 from .divided import Divided
 from .policy import Policy
 
@@ -201,7 +201,7 @@ class Recordings(Divided):
                 warnings.simplefilter("ignore")  # of letters that matplotlib's font lacks
                 self._draw(places, predicted, path.with_suffix(".png"))
         except Exception as error:
-            return str(error).splitlines()[0] if str(error) else type(error).__name__
+            return first_line(error)
         return ""
 
     def _draw(self, places: Sequence[int], predicted: list[np.ndarray], path: Path) -> None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..data.pictures import CHANNELS, IMAGES, Layout, as_bytes, camera_of, holds_pictures, layout_of
-from ..errors import UserError, require
+from ..errors import UserError, first_line, require
 from ..records import Size, problem_of
 from ..run.progress import counted
 from .episodes import (
@@ -92,7 +92,7 @@ class LeRobotDataset(Reader):
         except UserError:
             raise
         except Exception as error:  # no network, no such repository, no permission, a full disk, ...
-            reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+            reason = first_line(error)[:120]
             raise UserError(
                 f"--dataset.repo-id {self.repo_id}: neither in the cache nor to be had from the hub ({reason});"
                 " check the name and the network, or give a local copy with --dataset.path"

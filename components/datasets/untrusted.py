@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..data.pictures import RULE
-from ..errors import UserError, require
+from ..errors import UserError, first_line, require
 from ..records import allowed_folders, check_regular, leaves, read_json
 
 __all__ = ["read_json"]
@@ -150,7 +150,7 @@ def open_hdf5(path: Path, ledger: Ledger | None = None) -> Any:
     except UserError:
         raise
     except (OSError, KeyError, IndexError, RuntimeError, ValueError, TypeError, OverflowError, zlib.error) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        reason = first_line(error)[:100]
         raise UserError(f"{path}: truncated, damaged or no HDF5 file ({reason})") from error
 
 
