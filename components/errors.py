@@ -85,9 +85,9 @@ def one_line(subject: str) -> Iterator[None]:
         raise UserError(f"{subject}: {type(error).__name__}: {error} ({where(error)})") from error
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException, otherwise: str = "") -> str:
+    """The first line of an error's message; of one without a message `otherwise`, or else its type."""
+    return (str(error).strip().splitlines() or [otherwise or type(error).__name__])[0]
 
 
 def where(error: BaseException) -> str:

@@ -13,9 +13,10 @@ from torch import nn
 
 from .. import contracts
 from ..data.random_state import preserved, seed_all
+from ..errors import first_line
 from ..intervals import number
 from ..learning.held_out import total_loss
-from .process import first_line
+from .process import NO_MESSAGE
 
 UPDATES, SECONDS, RATE = 200, 2.5, 3e-3
 ZERO, DONE = 0.1, 0.01  # parts of the first loss: what counts as zero (of an L1 loss, too), and where it ends early
@@ -40,7 +41,7 @@ def learn_by_heart(learner: Any, batch: dict[str, Any]) -> str:
                 if not math.isfinite(losses[-1]) or losses[-1] < DONE * losses[0] and min(losses) >= 0:
                     break
     except Exception as error:
-        return f"one batch: no verdict: {first_line(error)}"
+        return f"one batch: no verdict: {first_line(error, NO_MESSAGE)}"
     hurried = time.perf_counter() - began > SECONDS and len(losses) <= UPDATES
     end = f"{len(losses) - 1} updates" + f" ({SECONDS:g} s)" * hurried
     return f"one batch: {what} {number(losses[0])} -> {number(losses[-1])} in {end}: {verdict(losses, hurried)}"

@@ -15,12 +15,13 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from ..envs.vector import hurry
-from ..errors import SignalledExit, UserError, crashes_pass, let_through, plain, where
+from ..errors import SignalledExit, UserError, crashes_pass, first_line, let_through, plain, where
 from .launch import hint, last, launched, started
 from .screen import steady
 
 ALONE = 5.0  # seconds in which rank 0 reports an error that it has, too
 SEVERAL = "TENDON_SEEDS"  # in the environment of a run that `--seeds` has started
+NO_MESSAGE = "no message"
 SHOWN = "; --debug shows the traceback"
 PATIENCE = 10.0  # seconds by which an environment that does not return may delay a stop
 
@@ -191,15 +192,10 @@ def report_alone(error: UserError, rank: int | str) -> None:
 
 def in_one_line(error: BaseException) -> str:
     """The first line of an error's message, and its notes."""
-    return plain("; ".join([first_line(error), *getattr(error, "__notes__", ())]))
+    return plain("; ".join([first_line(error, NO_MESSAGE), *getattr(error, "__notes__", ())]))
 
 
 def crash_in_one_line(error: BaseException) -> str:
     """The first line of an error's message, its place, and its notes, or else how its traceback is seen."""
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
-    return plain(f"{first_line(error)} ({where(error)}){notes or SHOWN}")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or ["no message"])[0]
+    return plain(f"{first_line(error, NO_MESSAGE)} ({where(error)}){notes or SHOWN}")
