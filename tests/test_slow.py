@@ -70,11 +70,11 @@ def test_lerobot_files_through_the_launcher(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [("bc", "sac-two"), ("bc-two", "residual")])
 def test_kill_9_at_random_moments_loses_nothing(names: tuple[str, ...]) -> None:
-    options = ("--configurations", *names, "--kills", 15, "--seed", 1)
+    options = ("--configurations", *names, "--kills", 10, "--seed", 1)
     done = command(sys.executable, ROOT / "tests" / "killer.py", *options, cwd=ROOT, timeout=400)
     assert done.returncode == 0 and " 0 lost, 0 different" in done.stdout, done.stdout + done.stderr
     kills, inside = re.search(r"2 configurations: (\d+) kills, (\d+) inside a save", done.stdout).groups()
-    assert int(kills) >= 30 and int(inside) >= 8
+    assert int(kills) >= 20 and int(inside) >= 5
 
 
 SAC = (ROOT / "online_trainer.py", "--trainer", "sac", "--run-dir", "run")
@@ -101,7 +101,7 @@ def test_sac_solves_pendulum_and_its_episodes_are_cloned(tmp_path: Path) -> None
     check_pendulum(tmp_path / "run", 6000, 1)
     last = read_lines(tmp_path / "run" / "eval.jsonl")[-1]
     assert last["return_mean"] > -200 and last["episodes"] == 20
-    options = ("--trainer", "bc", "--dataset", "minari", "--dataset.path", "data", "--run-dir", "clone")
+    options = ("--trainer", "bc", "--dataset", "minari", "--dataset.path", "data", "--run-dir", "clone", "--steps", 1500)
     done = command(*LAUNCH, ROOT / "offline_trainer.py", *options, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
     assert read_lines(tmp_path / "clone" / "eval.jsonl")[-1]["return_mean"] > -200
@@ -140,12 +140,13 @@ def test_sac_on_two_processes_learns_as_fast(tmp_path: Path) -> None:
 
 
 DIT = ("--trainer", "flow", "--model", "dit", "--model.width", 16, "--model.layers", 1, "--dataset.action-steps", 8)
+OF_FLOW = {"flow": DIT, "shortcut": (*DIT, "--trainer.objective", "shortcut")}  # the U-Net, longer, with diffusion
 
 
-@pytest.mark.parametrize("name", toy.TRAINERS)
+@pytest.mark.parametrize("name", [*toy.TRAINERS, "shortcut"])
 def test_compiled_losses_train_the_same(script: Callable[..., Path], name: str) -> None:
     """What is drawn, too; dropout is on where a trainer has it by default."""
-    options = DIT if name == "flow" else toy.TRAINERS[name]  # the U-Net, which takes longer, with diffusion
+    options = OF_FLOW.get(name) or toy.TRAINERS[name]
     options += ("--optimizer", "sgd", "--optimizer.lr", 0.01, "--steps", 30)
     options += ("--model.dropout", 0.1) if name in ("bc", "act") else ()
     eager = script(*options, folder="eager")
@@ -172,7 +173,7 @@ def test_compiled_losses_train_the_same_online(online: Callable[..., Path], name
         ("zarr/push_replay.zarr", {"cameras": ("img",)}),
     ],
 )
-def test_memory_stays_flat_over_five_thousand_batches(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+def test_memory_stays_flat_over_four_thousand_batches(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     """Of this process and its workers, from batch 1000 on; the shared pages of a store count once."""
     dataset = build(name, cache_dir=str(tmp_path), **options)["dataset"]
 
@@ -181,7 +182,7 @@ def test_memory_stays_flat_over_five_thousand_batches(tmp_path: Path, name: str,
         return sum(process.memory_full_info().pss for process in (me, *me.children(recursive=True)))
 
     with closing(Batches(dataset, 1, seed=0, workers=2).stream(0)) as stream:
-        for number, _ in zip(range(5_000), stream, strict=False):
+        for number, _ in zip(range(4_000), stream, strict=False):
             if number == 1000:
                 gc.collect()
                 before = used()
