@@ -27,7 +27,8 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 import protocols
 from components import REGISTRIES, UserError, contracts, parallel
 from components.acting.evaluation import Evaluator, choose_env
-from components.acting.policy import Inference, acting_policy
+from components.acting.inference import Inference
+from components.acting.learned import acting_policy
 from components.contracts import Place
 from components.data.augmentation import Augmentation
 from components.data.batches import Batches, fit_batch, to_device

@@ -32,7 +32,9 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 import protocols
 from components import REGISTRIES, UserError, contracts, parallel
 from components.acting.evaluation import Evaluator, choose_env
-from components.acting.policy import Inference, Policy, acting_policy
+from components.acting.inference import Inference
+from components.acting.learned import acting_policy
+from components.acting.policy import Policy
 from components.contracts import Place
 from components.data.batches import fit_batch, fit_envs
 from components.data.features import build_models

@@ -19,7 +19,7 @@ import tyro
 
 from . import DATASET_BUILDER_REGISTRY, ENV_BUILDER_REGISTRY
 from .acting.evaluation import Evaluator, headline
-from .acting.policy import Inference
+from .acting.inference import Inference
 from .acting.policy_folder import recorded_options
 from .acting.recordings import Recordings, evenly
 from .contracts import instantiate, options_of

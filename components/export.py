@@ -38,7 +38,8 @@ import tyro
 from torch import Tensor, nn
 
 from .acting import latency
-from .acting.policy import Inference, Policy
+from .acting.inference import Inference
+from .acting.policy import Policy
 from .acting.policy_folder import describe
 from .acting.programs import FORMATS, Program, in_bfloat16, traced
 from .data.actions import robot_stats

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from components import UserError, load_policy
-from components.acting.policy import Inference, Policy
+from components.acting.inference import Inference
+from components.acting.planner import Timeline
+from components.acting.policy import Policy
 from components.acting.policy_folder import describe
 from components.acting.recordings import Recordings
 from components.contracts import Goals, GoalSampling, Window
@@ -344,6 +346,18 @@ def test_averaged_rotations_are_rotations() -> None:
     )
     found = form.mean(weights, torch.stack([quaternion, -quaternion]))
     assert torch.allclose(found, -quaternion, atol=1e-6)  # on the side of the newest
+
+
+def test_a_players_timeline_averages_rotations_as_the_policy_does() -> None:
+    """Of every form, in an arm that turns on between its plans."""
+    built, policy = remembering(ARM, 6, ensemble=0.5, action_steps=1)
+    other, states = remembering(ARM, 6)[1], built["dataset"].get_batch(every(built["dataset"]))[STATE][:4].numpy()
+    timeline = Timeline(policy)
+    for step, state in enumerate(states):
+        timeline.enter(step, other.plan({STATE: state}))
+        found = timeline.action(step)
+        assert found is not None
+        assert found == pytest.approx(policy.act({STATE: state}), abs=1e-6)
 
 
 def test_a_run_keeps_its_form(script: Script) -> None:

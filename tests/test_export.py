@@ -15,7 +15,8 @@ import toy
 from components import TRAINER_REGISTRY, UserError, export, load_policy
 from components.acting import latency, programs
 from components.acting.correction import CorrectedPolicy, Middle
-from components.acting.policy import Inference, Policy
+from components.acting.inference import Inference
+from components.acting.policy import Policy
 from components.acting.policy_folder import _build_module
 from components.contracts import needs_of
 from components.data.features import describe_data

@@ -17,7 +17,8 @@ from torch import nn
 import toy
 from components import ENV_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, REGISTRIES, UserError, load_policy
 from components.acting.evaluation import run_episodes
-from components.acting.policy import Inference, Policy
+from components.acting.inference import Inference
+from components.acting.policy import Policy
 from components.data.batches import Batches
 from components.data.features import describe_data
 from components.data.normalisation import Normaliser

@@ -17,8 +17,10 @@ from torch import nn
 from components import UserError, load_policy
 from components.acting.correction import CorrectedPolicy, Middle
 from components.acting.evaluation import headline, run_episodes, summarise
+from components.acting.inference import Inference
 from components.acting.jerk import Jerk
-from components.acting.policy import Inference, Policy, acting_policy
+from components.acting.learned import acting_policy
+from components.acting.policy import Policy
 from components.data.normalisation import Normaliser
 from components.envs import metaworld, pusht
 from components.experience.frozen_base import Base

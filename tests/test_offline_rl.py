@@ -17,7 +17,8 @@ from torch import nn
 
 import toy
 from components import MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, load_policy, parallel, report
-from components.acting.policy import Inference, acting_policy
+from components.acting.inference import Inference
+from components.acting.learned import acting_policy
 from components.contracts import Promises, Window, construct, model_spec_of, needs_of, options_of
 from components.data.batches import Batches
 from components.data.features import build_models, describe

@@ -11,7 +11,8 @@ from torch import nn
 
 from components import UserError, evaluate
 from components.acting.evaluation import headline, score_of, scores
-from components.acting.policy import Inference, Policy
+from components.acting.inference import Inference
+from components.acting.policy import Policy
 from components.acting.recordings import Recordings, evenly, walk
 from components.contracts import GOAL, STATE
 from components.data.features import describe_data

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from components import UserError
 from components.acting import player as module
@@ -50,14 +51,17 @@ class Counting:
     """Plans [100 o, 100 o + 1, ...] for the observation o, and keeps what it was told."""
 
     def __init__(
-        self, chunk: int = 8, action_steps: int = 4, obs_steps: int = 1, ensemble: float | None = None
+        self, chunk: int = 8, action_steps: int = 4, seen_steps: int = 1, ensemble: float | None = None
     ) -> None:
-        self.chunk, self.action_steps, self.obs_steps = chunk, action_steps, obs_steps
+        self.chunk, self.action_steps, self.seen_steps = chunk, action_steps, seen_steps
         self.settings, self.most_delay = SimpleNamespace(ensemble=ensemble), chunk
         self.spec: dict[str, Any] = {"action": {"shape": (chunk, 1), "names": ["wrist"]}}
         self.seen: list[float] = []
         self.told: list[tuple[Any, int]] = []
         self.threads: set[str] = set()
+
+    def mean(self, weights: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        return (weights[:, None] * actions).sum(0)
 
     def reset(self, seeds: Any = None) -> None:
         self.seen, self.told, self.seeds = [], [], seeds
@@ -176,16 +180,16 @@ def test_a_policy_that_continues_few_actions_is_asked_for_no_more() -> None:
 
 
 def test_histories_have_the_steps_at_which_nothing_was_planned() -> None:
-    policy = Counting(obs_steps=3)
+    policy = Counting(seen_steps=3)
     play(policy, 0.05, steps=9)
     assert policy.seen == [2, 4, 5, 6, 8, 9, 10]  # 3 and 7 are too old for any plan
-    policy = Counting(obs_steps=2, action_steps=1)
+    policy = Counting(seen_steps=2, action_steps=1)
     play(policy, 0.05, steps=4)
     assert policy.seen == [2, 3, 4, 5]
 
 
 def test_ensembling_averages_what_covers_a_step() -> None:
-    timeline = Timeline(0.5)
+    timeline = Timeline(Counting(ensemble=0.5))
     timeline.enter(0, np.array([[0.0], [1.0], [2.0]], np.float32))
     timeline.enter(1, np.array([[10.0], [11.0], [12.0]], np.float32))
     old, new = np.exp(0), np.exp(-0.5)

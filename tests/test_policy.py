@@ -15,7 +15,9 @@ from torch import nn
 
 import toy
 from components import TRAINER_REGISTRY, UserError, export, load_policy
-from components.acting.policy import Inference, Policy, vectors
+from components.acting.inference import Inference
+from components.acting.observed import vectors
+from components.acting.policy import Policy
 from components.data.normalisation import Normaliser, statistics
 from components.run.curves import read_lines
 from conftest import ROOT, check_alone, command

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from components import MODEL_BUILDER_REGISTRY
-from components.acting.policy import Inference, Policy
+from components.acting.inference import Inference
+from components.acting.policy import Policy
 from components.data.normalisation import Normaliser
 from components.errors import UserError
 from components.models import real_time

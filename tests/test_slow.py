@@ -101,7 +101,8 @@ def test_sac_solves_pendulum_and_its_episodes_are_cloned(tmp_path: Path) -> None
     check_pendulum(tmp_path / "run", 6000, 1)
     last = read_lines(tmp_path / "run" / "eval.jsonl")[-1]
     assert last["return_mean"] > -200 and last["episodes"] == 20
-    options = ("--trainer", "bc", "--dataset", "minari", "--dataset.path", "data", "--run-dir", "clone", "--steps", 1500)
+    options = ("--trainer", "bc", "--dataset", "minari", "--dataset.path", "data")
+    options += ("--run-dir", "clone", "--steps", 1500)
     done = command(*LAUNCH, ROOT / "offline_trainer.py", *options, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
     assert read_lines(tmp_path / "clone" / "eval.jsonl")[-1]["return_mean"] > -200

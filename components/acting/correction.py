@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from ..errors import UserError
-from .policy import AT_ONCE, Policy
+from .learned import AT_ONCE
+from .policy import Policy
 
 BASE_ACTION = "observation.base_action"  # the frozen policy's action in [-1, 1], which the residual policy observes
 

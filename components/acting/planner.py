@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import UserError
 
@@ -108,12 +109,12 @@ class Timeline:
     """The actions of the chunks that have been planned, by step.
 
     Args:
-        ensemble: Weight m of temporal ensembling: the mean of a step's actions of all chunks, by weights exp(-m i),
-            i = 0 the oldest; None to take the newest chunk's.
+        policy: That planned them. With `ensemble` m in its settings, a step's action is its `mean` of those of all
+            chunks, by weights exp(-m i), i = 0 the oldest; else the newest chunk's.
     """
 
-    def __init__(self, ensemble: float | None = None) -> None:
-        self.ensemble = ensemble
+    def __init__(self, policy: Any) -> None:
+        self.ensemble, self.mean = policy.settings.ensemble, policy.mean
         self.chunks: list[tuple[int, np.ndarray]] = []  # (step of its observation, chunk), the oldest first
 
     def enter(self, start: int, chunk: np.ndarray) -> None:
@@ -126,8 +127,8 @@ class Timeline:
         self.chunks = [(start, chunk) for start, chunk in self.chunks if step - start < len(chunk)]
         if not covering or self.ensemble is None:
             return covering[-1] if covering else None
-        weights = np.exp(-self.ensemble * np.arange(len(covering)))
-        return (weights[:, None] * np.stack(covering)).sum(0).astype(np.float32) / np.float32(weights.sum())
+        weights = (-self.ensemble * torch.arange(len(covering))).softmax(0)
+        return self.mean(weights, torch.as_tensor(np.stack(covering))).numpy()
 
     def rest(self, step: int) -> np.ndarray | None:
         """What the newest chunk has left from a step on, `[Tp, Da]`; None if nothing."""

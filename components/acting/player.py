@@ -14,8 +14,8 @@ al., 2025, algorithm 1). A chunk is executed from the moment that it is there.
 late plan. The first of each is logged, all are in the summary. A step that begins more than a period late moves those
 that follow by whole periods: a robot never gets a burst of actions.
 
-**Threads.** `observe`, `act` and `stop` of the robot are called by the thread that calls `run`, and the policy by the
-planner's thread alone. What is handed over are copies: a robot may reuse the arrays of its cameras.
+**Threads.** `observe`, `act` and `stop` of the robot are called by the thread that calls `run`, and the policy plans in
+the planner's thread alone. What is handed over are copies: a robot may reuse the arrays of its cameras.
 
 **Stopping.** `robot.stop()` is called once, whatever ends the run: the last step, an exception of robot or policy, an
 action that is not finite or out of range, a plan that does not come, Ctrl-C, SIGTERM or SIGHUP. The reason is the
@@ -157,10 +157,10 @@ class Player:
             UserError: the policy does not take what the robot observes; it has not moved.
             KeyboardInterrupt, SignalledExit: Ctrl-C; SIGTERM or SIGHUP.
         """
-        self.summary, self.timeline = Summary(self.rate), Timeline(self.policy.settings.ensemble)
+        self.summary, self.timeline = Summary(self.rate), Timeline(self.policy)
         self.step, self.doing = 0, "preparing"
         self.last: np.ndarray | None = None  # action, [Da]
-        self.recent: deque[dict[str, Any]] = deque(maxlen=self.policy.obs_steps)  # that the policy has not got
+        self.recent: deque[dict[str, Any]] = deque(maxlen=self.policy.seen_steps)  # that the policy has not got
         self.begun: tuple[int, float, int] | None = None  # step, time and expected delay of the plan in progress
         self.newest = 0  # step at which the newest plan began
         self.starved: float | None = None  # since when there has been no action

@@ -3,8 +3,8 @@
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,35 +15,15 @@ from .. import contracts
 from ..data.actions import ActionForm
 from ..data.features import frame_shape, history_of
 from ..data.normalisation import Normaliser
-from ..data.pictures import RULE, as_recorded, is_picture, pictures_of
-from ..errors import UserError, crashes_pass, first_line, nearest, one_line, plain, where
+from ..errors import UserError, crashes_pass, nearest, one_line, where
 from ..models.language import language_of
 from ..records import misfit
+from .device import usable
+from .inference import Inference, methods_of, one_way
+from .observed import frames_of, numbers
 from .timing import Rest, Timing, timing_of, whole_delay
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Inference:
-    """Inference settings of a policy; they affect its success, so they are saved with its weights."""
-
-    action_steps: int | None = None
-    """Steps of a chunk that are executed before the next one is planned; None for all of them."""
-    ensemble: float | None = None
-    """Temporal ensembling: average all chunks with weights exp(-m i), i = 0 the oldest; m, or None for off."""
-    sampler: str | None = None
-    """Sampler of chunks from noise: ddim or ddpm (diffusion), euler or midpoint (flow)."""
-    sampling_steps: int | None = None
-    """Steps of the sampler; midpoint evaluates the network twice in each."""
-    task: str | None = None
-    """Text of the task, where the data has several; by default what the environment says."""
-    delay: int = 0
-    """Environment steps from an observation to the first action planned from it; meanwhile the last chunk goes on."""
-    real_time: bool = False
-    """Real-time chunking: each chunk is made to agree with what is executed of the last one (flow, diffusion)."""
-    blocking: bool = False
-    """Hold still while a chunk is planned."""
 
 
 class Policy:
@@ -346,9 +326,11 @@ class Policy:
     def _looked(self, observation: dict[str, Any], rows: Tensor | None) -> tuple[dict[str, Tensor], bool]:
         """The checked frames of an observation, on the module's device, and whether they came as a batch.
 
-        Raises UserError: as of `_frames`, or another number of rows than before.
+        Raises UserError: as of `frames_of`, or another number of rows than before.
         """
-        frames, batched = self._frames(observation)
+        frames, batched = frames_of(observation, self.spec, self.frames)
+        # The GPU is synchronised only once, when the action is copied back.
+        frames = {key: frame.to(self._device, non_blocking=True) for key, frame in frames.items()}
         if self._age is None:
             if not (count := len(next(iter(frames.values())))):
                 raise UserError("the observation has no rows")
@@ -495,9 +477,16 @@ class Policy:
         weights = (-self.settings.ensemble * place).masked_fill(~valid, -math.inf).softmax(0)
         kept = [bool(((self._age - starts < self.chunk) & (starts >= 0)).any()) for starts, _ in self._plans]
         self._plans = [plan for plan, alive in zip(self._plans, kept, strict=True) if alive]
+        return self.mean(weights, torch.stack(actions))
+
+    def mean(self, weights: Tensor, actions: Tensor) -> Tensor:
+        """The mean `[..., Da]` of actions `[n, ..., Da]` by weights `[n, ...]` that sum to 1; of rotations, a rotation.
+
+        What never changes in the data is exact.
+        """
         if self.form.changes:
-            return self.form.mean(weights, torch.stack(actions))
-        return self.normaliser.exact("action", (weights[..., None] * torch.stack(actions)).sum(0))
+            return self.form.mean(weights, actions)
+        return self.normaliser.exact("action", (weights[..., None] * actions).sum(0))
 
     def _tasks(self, observation: dict[str, Any], rows: int) -> list[str]:
         """The text of each row's task."""
@@ -513,26 +502,6 @@ class Policy:
         if len(texts) != rows:
             raise UserError(f"'task' has {len(texts)} texts; expected one, or one for each of {rows} rows")
         return texts
-
-    def _frames(self, observation: dict[str, Any]) -> tuple[dict[str, Tensor], bool]:
-        """Check the observation and add a batch dimension if it has none; returns (frames, whether it had one)."""
-        if not isinstance(observation, Mapping):
-            found = type(observation).__name__
-            raise UserError(f"an observation is a dict by the data's keys, {', '.join(self.frames)}; found {found}")
-        frames, batched = {}, True
-        for key in self.observation_keys:
-            if key not in observation:
-                found = ", ".join(observation) or "nothing"
-                raise UserError(f"the policy needs the observation {key!r}; found: {found}")
-            shape = self.frames[key]
-            frame = numbers(observation[key], f"the observation {key!r}")
-            if is_picture(key, self.spec[key]["dtype"]):
-                frame, batched = as_recorded(frame, shape, key, "resized_from" in self.spec[key])
-            else:
-                frame, batched = vectors(frame, shape, key)
-            # The GPU is synchronised only once, when the action is copied back.
-            frames[key] = frame.to(self._device, non_blocking=True)
-        return frames, batched
 
     @property
     def _device(self) -> torch.device:
@@ -595,19 +564,6 @@ Hold = Callable[[dict[str, np.ndarray], np.ndarray], np.ndarray]
 Da]` with which the robot stands still."""
 
 
-def methods_of(settings: Inference) -> list[str]:
-    """The ways to get from one chunk to the next that settings ask for."""
-    asked = {"blocking": settings.blocking, "real_time": settings.real_time, "ensemble": settings.ensemble is not None}
-    return [name for name, wanted in asked.items() if wanted]
-
-
-def one_way(settings: Inference, asked: Callable[[str], bool]) -> Inference:
-    """Settings in which a way from one chunk to the next that is `asked` for, by name, replaces one that is not."""
-    ways = methods_of(settings)
-    others = [name for name in ways if not asked(name)] if any(map(asked, ways)) else []
-    return replace(settings, **{name: getattr(Inference, name) for name in others})
-
-
 def motionless(observation: dict[str, np.ndarray], last: np.ndarray) -> np.ndarray:
     """Zeros, of which an environment takes what is nearest within its bounds."""
     return np.zeros_like(last)
@@ -616,119 +572,3 @@ def motionless(observation: dict[str, np.ndarray], last: np.ndarray) -> np.ndarr
 def unknown(last: Tensor) -> float:
     """What stands for no action."""
     return math.nan if last.is_floating_point() else -1
-
-
-def usable(device: Any) -> torch.device:
-    """A device by its name, on which a tensor can be made. Raises UserError: in one line, what there is."""
-    try:
-        if not isinstance(device, str | int | torch.device):
-            raise TypeError('expected a name such as "cuda:0"')
-        found = torch.device(device)
-        if found.type == "meta":
-            raise RuntimeError("it has no memory")
-        torch.zeros(1, device=found)
-    except Exception as error:  # of many types: a name that is none, a build without it, no driver, no such number
-        kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if mps_is_there() else [])]
-        reason = plain(first_line(error))[:120]
-        raise UserError(f"device {device!r} cannot be used here ({reason}); there is: {', '.join(kinds)}") from error
-    return found
-
-
-def mps_is_there() -> bool:
-    """Whether this machine has Apple's graphics processor."""
-    return torch.backends.mps.is_available()
-
-
-def numbers(value: Any, place: str) -> Tensor:
-    """An array or list as a tensor. Raises UserError: it holds no real numbers, or rows of several lengths."""
-    try:
-        if isinstance(value, Tensor):
-            return value
-        if np.iscomplexobj(array := np.asarray(value)):
-            raise TypeError("they are complex")
-        # torch takes no mirrored arrays, as of frame[..., ::-1], and warns of read-only ones, as of Pillow.
-        return torch.as_tensor(array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy())
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{place} is no array of numbers ({str(error)[:80]})") from error
-
-
-def vectors(frame: Tensor, shape: tuple[int, ...], key: str) -> tuple[Tensor, bool]:
-    """An observation as float32 `[N, *shape]`, and whether it came as a batch; one of several axes is flattened.
-
-    Raises:
-        UserError: another width, or values that are not finite in float32.
-    """
-    if tuple(frame.shape[-len(shape) :]) == shape and frame.ndim - len(shape) in (0, 1):
-        batched = frame.ndim > len(shape)
-    elif frame.ndim != 1 and frame.numel() == math.prod(shape):
-        batched = False
-    elif frame.ndim > 1 and len(frame) and frame[0].numel() == math.prod(shape):
-        batched = True
-    else:
-        raise UserError(f"the policy expects {key!r} of shape {shape}, found {tuple(frame.shape)}")
-    converted = frame.float().reshape(-1 if batched else 1, *shape)
-    if not converted.isfinite().all():
-        beyond = frame.isfinite().all() if frame.is_floating_point() else True
-        problem = "values beyond the range of float32" if beyond else "NaN or Inf"
-        raise UserError(f"the observation {key!r} has {problem}, which no policy can act on; check what it comes from")
-    return converted, batched
-
-
-AT_ONCE = "a residual policy corrects the action of each step from the observation of that step, and cannot be late"
-
-
-def check_encoder(args: Any, spec: dict[str, Any]) -> None:
-    """Refuse an image encoder that the command line asks for, where there are no pictures. Raises UserError."""
-    from .. import MODEL_BUILDER_REGISTRY
-
-    if not args.given("model") or pictures_of(spec):
-        return
-    for word in args.model:
-        entry = word.rpartition("=")[2]
-        if getattr(MODEL_BUILDER_REGISTRY.get(entry), "role", "") == "encoder":
-            found = ", ".join(key for key in spec if key.startswith("observation."))
-            raise UserError(
-                f"--model {word} encodes pictures, and there are none; leave it out, or see --dataset.cameras;"
-                f" found: {found or 'no observations'}; {RULE}"
-            )
-
-
-def acting_policy(
-    learner: Any, normaliser: Normaliser, spec: dict[str, Any], args: Any, needed: bool = False, base: Any = None
-) -> Any:
-    """The policy of a learner: its trainer's `policy()`, or `models["policy"]`; None if it cannot act on the data.
-
-    Args:
-        args: With `policy`, the inference settings, and `given`, which returns whether the command line sets an option:
-            a default out of range is reduced.
-        needed: Refuse a trainer without a policy.
-        base: The frozen policy that it corrects, or None.
-
-    Raises:
-        UserError: it fails on an observation, its actions have another shape than the data's, invalid settings, or an
-            encoder without pictures.
-    """
-    check_encoder(args, spec)
-    if "action" not in spec or not any(key.startswith("observation.") for key in spec):
-        return None
-    if (module := contracts.acting_module(learner.trainer, learner.models)) is None:
-        if needed:
-            raise UserError(f"trainer {args.trainer!r} has no policy: neither policy() nor a model named 'policy'")
-        return None
-    module.to(learner.device)  # it may have further tensors
-    given = args.given
-    settings = one_way(args.policy, lambda name: given(f"policy.{name.replace('_', '-')}"))
-    chunk = int(spec["action"]["shape"][0]) if "action_is_pad" in spec else 1
-    if settings.action_steps is not None and not given("policy.action-steps"):
-        most = chunk if settings.blocking or chunk == 1 else max(chunk - settings.delay, 1)
-        settings = replace(settings, action_steps=min(settings.action_steps, most))
-    if chunk == 1 and not given("policy.ensemble"):
-        settings = replace(settings, ensemble=None)
-    if settings.sampling_steps is not None and not given("policy.sampling-steps"):
-        most = getattr(module, "usual_steps", getattr(module, "most_steps", settings.sampling_steps))
-        settings = replace(settings, sampling_steps=min(settings.sampling_steps, most))
-    if base and settings.delay:
-        raise UserError(f"--policy.delay {settings.delay}: {AT_ONCE}")
-    policy = Policy(module, normaliser, spec, settings)
-    policy.base = base
-    return policy

@@ -30,7 +30,8 @@ from ..data.tensor_files import save_tensors
 from ..errors import UserError, one_line
 from ..records import PolicyRecord, ResidualRecord, check_folder, leaves, misfit, read_record
 from .correction import CorrectedPolicy, Middle, fingerprint
-from .policy import Inference, Policy
+from .inference import Inference
+from .policy import Policy
 
 FORMAT = 1
 OPERATIONS = 300  # of torch, for each stored tensor, that building a module may take

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from .. import contracts
 from ..acting.evaluation import offered_env
-from ..acting.policy import Inference
+from ..acting.inference import Inference
 from ..errors import UserError, let_through, nearest, one_line
 from . import command_line as cli
 from . import debug

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..acting.policy import Inference
+from ..acting.inference import Inference
 from ..acting.policy_folder import copy_policy, describe
 from ..contracts import options_of
 from ..data.actions import robot_width

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..acting.policy import usable
+from ..acting.device import usable
 from ..acting.policy_folder import copy_policy, describe, load_folder
 from ..errors import UserError
 from ..records import check_folder
