@@ -154,18 +154,14 @@ def test_the_lerobot_layout_is_the_librarys_field_by_field(tmp_path: Path) -> No
 
 
 def test_a_made_dataset_is_written_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In LeRobot's format with the task's instruction, unless another one is given."""
     dest = tmp_path / "push-v0"
-    words = [
-        "--dataset",
-        "metaworld",
-        "--dataset.demos",
-        "1",
-        "--dataset.cache-dir",
-        str(tmp_path / "c"),
-        "--format",
-        "minari",
-    ]
-    assert convert.main([str(dest), *words]) == 0
+    words = ["--dataset", "metaworld", "--dataset.demos", "1", "--dataset.cache-dir", str(tmp_path / "c")]
+    for name, told, text in (("a", [], "push the puck to the goal"), ("b", ["--task", "push"], "push")):
+        assert convert.main([str(tmp_path / name), *words, *told]) == 0
+        assert pq.read_table(tmp_path / name / "meta/tasks.parquet")["task"].to_pylist() == [text]
+    capsys.readouterr()
+    assert convert.main([str(dest), *words, "--format", "minari"]) == 0
     assert re.search(r"push-v0: 1 episodes, \d+ steps as minari", capsys.readouterr().out)
     assert everything(build(dest, validation=0))["terminated"].sum() == 1
 

@@ -15,7 +15,7 @@ from .. import contracts
 from ..data.actions import ActionForm
 from ..data.features import frame_shape, history_of
 from ..data.normalisation import Normaliser
-from ..errors import UserError, crashes_pass, nearest, one_line, where
+from ..errors import UserError, crashes_pass, first_line, nearest, one_line, where
 from ..models.language import language_of
 from ..records import misfit
 from .device import usable
@@ -544,7 +544,7 @@ class Policy:
                     action = self._forward(batch)
                     break
                 except Exception as error:
-                    problems.append(str(error).splitlines()[0] if str(error) else repr(error))
+                    problems.append(first_line(error, repr(error)))
                     crashes.append(error)
             else:
                 if crashes_pass():

@@ -45,8 +45,8 @@ class Options:
     """Format to write."""
     fps: float = 0.0
     """Steps a second; by default those of the source, or 30."""
-    task: str = "no description"
-    """Text of the task, where the source has none (lerobot)."""
+    task: str = ""
+    """Text of the task, where the source has none (lerobot); by default Meta-World's instruction for its tasks."""
     robot: str = "unknown"
     """Name of the robot (lerobot)."""
     id: str = ""
@@ -117,7 +117,7 @@ def write_lerobot(episodes: Episodes, root: Path, options: Any, dest: Path) -> N
     require("PIL", "pillow")
     fps = options.fps or float(episodes.stored.get("fps", 30))
     fps = int(fps) if fps == int(fps) else fps
-    texts = list(episodes.tasks) or [options.task]
+    texts = list(episodes.tasks) or [options.task or episodes.instruction or "no description"]
     vectors, cameras = lerobot_columns(episodes)
     features = lerobot_features(episodes, vectors, cameras)
     files = DataFiles(root, features)

@@ -570,7 +570,7 @@ def read_table(path: Path, columns: list[str], ledger: Ledger, most_rows: int | 
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing, though the dataset's metadata names it") from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: truncated or damaged ({str(error).splitlines()[0][:100]})") from error
+        raise UserError(f"{path}: truncated or damaged ({first_line(error)[:100]})") from error
 
 
 def as_array(

@@ -352,7 +352,7 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise UserError(f"{path}: truncated, damaged or no npz file ({str(error).splitlines()[0][:100]})") from error
+        raise UserError(f"{path}: truncated, damaged or no npz file ({first_line(error)[:100]})") from error
     return arrays
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from ..acting.evaluation import scores
-from ..errors import one_line, require
+from ..errors import first_line, one_line, require
 from .curves import read_lines
 from .logs import LATER
 from .reading import flat
@@ -75,7 +75,7 @@ class Tracker:
                 settings = wandb.Settings(init_timeout=PATIENCE, silent=True)
                 self.run = wandb.init(mode=mode, settings=settings, **options)  # type: ignore[arg-type]
             except Exception as error:
-                logger.warning("--track: wandb %s failed (%s)", mode, (str(error) or repr(error)).splitlines()[0])
+                logger.warning("--track: wandb %s failed (%s)", mode, first_line(error, repr(error)))
                 options["id"] = run_id = uuid.uuid4().hex[:8]  # wandb may still hold the id of the failed run
                 id_file.write_text(run_id)
                 continue
