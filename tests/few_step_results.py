@@ -1,6 +1,7 @@
 """Make tests/results/few_step.json: success and milliseconds of a flow and of a shortcut model by calls of the network.
 
 python tests/few_step_results.py --runs runs/few --jobs 2
+python tests/few_step_results.py --toy                     # the rows of two modes alone, in two minutes
 
 Trains each run unless it is finished, and evaluates each at every number of calls unless its eval.jsonl has that, so it
 can go on over days. Every row has the same 50 episodes.
@@ -18,16 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
 import making  # noqa: E402
-from components import load_policy  # noqa: E402
+from components import MODEL_BUILDER_REGISTRY, load_policy  # noqa: E402
+from components.run import provenance  # noqa: E402
 from components.run.curves import read_lines  # noqa: E402
+from components.trainers.flow import Flow  # noqa: E402
 from making import ROOT  # noqa: E402
 
 TASK = "peg-insert-side-v3"
 CALLS = {"flow": (10, 2, 1), "shortcut": (2, 1)}
+SPEC = {"observation.state": {"shape": (1,), "dtype": "float32"}, "action": {"shape": (2,), "dtype": "float32"}}
+TOY_STEPS, SPREAD, NEAR, DRAWN = 5000, 0.05, 0.2, 4000
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Args:
     """Runs at a time, each on one thread."""
     seeds: int = 3
     """Seeds of each objective."""
+    toy: bool = False
+    """Make the rows of two modes instead."""
 
 
 def line_of(objective: str, seed: int) -> list[str]:
@@ -92,8 +100,52 @@ def rows(folder: Path, reference: Path, objective: str, seed: int) -> list[dict[
     return made
 
 
+# ---- two modes -----------------------------------------------------------------------------------------------------
+
+
+def modes(state: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
+    """The right action `[B, 2]` of a state `[B, 1]` on one side, -1 or 1: both are right."""
+    return torch.cat([side, side * state], 1)
+
+
+def toy_rows(objective: str, seed: int) -> list[dict[str, Any]]:
+    """The share of actions that are within NEAR of a mode, for each number of calls; data deviates by SPREAD."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    config, began = Flow.Config(objective=objective), time.process_time()  # type: ignore[arg-type]
+    factory = MODEL_BUILDER_REGISTRY["vector_field"](hidden_dims=(64, 64, 64), init="torch")
+    network = factory.build(Flow.model_spec("policy", SPEC, config))
+    optimizer = torch.optim.Adam(network.parameters())
+    trainer = Flow(nn.ModuleDict({"policy": network}), {"policy": optimizer}, nn.MSELoss(), SPEC, config)
+    for step in range(TOY_STEPS):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / TOY_STEPS)
+        state, side = torch.rand(256, 1) * 2 - 1, torch.randint(2, (256, 1)) * 2.0 - 1
+        action = modes(state, side) + SPREAD * torch.randn(256, 2)
+        trainer.train_step({"observation.state": state, "action": action})
+    seconds, policy = time.process_time() - began, trainer.policy()
+    batch = {"observation.state": torch.rand(DRAWN, 1) * 2 - 1, "noise": torch.randn(DRAWN, 2)}
+    made = []
+    for calls in CALLS[objective]:
+        policy.sampling_steps = calls  # type: ignore[assignment]
+        with torch.no_grad():
+            action = policy(batch)
+        away = (action - modes(batch["observation.state"], action[:, :1].sign())).norm(dim=1)
+        row = {"run": f"toy-{objective}-{seed}-{calls}", "suite": f"{calls} call{'s' * (calls > 1)}"}
+        row |= {"task": "two modes", "trainer": objective, "seed": seed, "steps": TOY_STEPS, "metric": "near_a_mode"}
+        row |= {"value": float((away < NEAR).float().mean()), "episodes": DRAWN, "train_seconds": round(seconds, 1)}
+        commit = provenance.environment(())["git_commit"]
+        made.append(row | {"command": "tests/few_step_results.py --toy", "commit": commit})
+    return made
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args)
+    for objective, seed in [(one, seed) for one in CALLS for seed in range(args.seeds)] if args.toy else ():
+        for row in toy_rows(objective, seed):
+            making.keep(args.out, row)
+            print(f"{row['run']}: {row['value']:.3f}", flush=True)
+    if args.toy:
+        sys.exit()
     folder = args.runs.resolve()
     lines = {f"{objective}-{seed}": (objective, seed) for seed in range(args.seeds) for objective in CALLS}
     with ThreadPoolExecutor(args.jobs) as pool:
