@@ -125,11 +125,11 @@ def test_some_rows_act_while_the_others_wait() -> None:
     one = spec(obs_steps=2, action_steps=3)
     policy, alone = (Policy(Sum(3), Normaliser(one), one) for _ in range(2))
     states = np.arange(10, 30, dtype=np.float32).reshape(10, 2)
-    turns = [[0, 1], [1], [0, 1], [0], [1], [0, 1]]
+    turns = [[0, 1], [1], [0, 1], [0], [1], [1, 0], [0, 1]]
     found: dict[int, list[float]] = {0: [], 1: []}
     for t, rows in enumerate(turns):
         seen = {"observation.state": states[t, rows][:, None]}
-        actions = policy.act(seen, None if len(rows) == 2 else torch.tensor(rows))
+        actions = policy.act(seen, None if rows == [0, 1] else torch.tensor(rows))
         for row, action in zip(rows, actions, strict=True):
             found[row].append(float(action[0]))
     for row in (0, 1):

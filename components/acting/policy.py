@@ -366,12 +366,15 @@ class Policy:
         told = {"previous": previous, "previous_weight": rest.weight, "prefix": rest.frozen}
         return {key: value.to(self._device) for key, value in told.items()}
 
+    def _every(self, rows: Tensor) -> bool:
+        """Whether `rows` `[n]` are all rows, in their order."""
+        return torch.equal(rows, torch.arange(len(self._seen)))
+
     def _remember(self, frames: dict[str, Tensor], rows: Tensor) -> None:
         """Add frames of `rows` to the history; the first frame of an episode fills its whole history."""
-        begins = self.seen_steps > 1 and not bool((seen := self._seen[rows]).all())
+        begins, everything = self.seen_steps > 1 and not bool((seen := self._seen[rows]).all()), self._every(rows)
         for key, frame in frames.items():
-            past = self._history.get(key, [frame] * self.steps_of[key])
-            everything, at = len(rows) == len(past[0]), rows.to(frame.device)
+            past, at = self._history.get(key, [frame] * self.steps_of[key]), rows.to(frame.device)
             newer = [*(before if everything else before[at] for before in past[1:]), frame]
             if begins:
                 first = (~seen).to(frame.device).view(-1, *[1] * (frame.ndim - 1))
@@ -391,7 +394,7 @@ class Policy:
             due: Which rows of the observation these are, bool; None for all.
             rest: What is left of their last chunks.
         """
-        everything = len(rows) == len(next(iter(self._history.values()))[0])
+        everything = self._every(rows)
         batch: dict[str, Any] = {}
         for key, past in self._history.items():
             frames = past if everything else [frame[rows.to(frame.device)] for frame in past]
@@ -408,7 +411,7 @@ class Policy:
         number = self.timing.number(age)
         rest = self._unfinished(rows, number) if self.settings.real_time else None
         chunk = self._chunks(observation, rows, due, rest)
-        count, everything = len(self._age), len(rows) == len(self._age)
+        count, everything = len(self._age), self._every(rows)
         if self.settings.ensemble is not None:
             starts = torch.full_like(self._age, -1)
             starts[rows] = self.timing.start(age)
