@@ -174,7 +174,7 @@ def test_rotations_are_relative_in_the_frame_of_the_state() -> None:
 @pytest.mark.parametrize("mode", ["absolute", "relative", "delta"])
 @pytest.mark.parametrize("kind", ["quaternion_xyzw", "quaternion_wxyz", "axis_angle", "euler_xyz"])
 def test_a_rotation_has_the_numbers_that_the_data_has(kind: str, mode: str) -> None:
-    """Of a gripper that points down: quaternions with x > 0 and any w, vectors beyond pi, angles that were unwrapped."""
+    """Of a gripper that points down: quaternions with x > 0 and any w, vectors beyond pi, unwrapped angles."""
     down = torch.tensor([math.pi, 0, 0], dtype=torch.float64)
     down = rotations.to_matrix("axis_angle", down) @ rotations.to_matrix("axis_angle", 0.1 * turned(60, 2)[:, :3])
     usual = rotations.from_matrix(kind, down)
