@@ -312,7 +312,7 @@ def test_after_so_many_steps_a_new_chunk_is_planned(action_steps: int) -> None:
     assert policy.inference["action_steps"] == action_steps
 
 
-def test_temporal_ensembling_by_hand() -> None:
+def test_temporal_ensembling_by_hand(caplog: pytest.LogCaptureFixture) -> None:
     """At step t the chunks of t, t-1, t-2, t-3 say 10 t, 10 (t-1) + 1, ...; weights exp(-m i), i = 0 the oldest."""
     policy = Policy(Plans(), Normaliser(plain_spec()), plain_spec()).configure(action_steps=1, ensemble=0.5)
     for t in range(6):
@@ -324,6 +324,12 @@ def test_temporal_ensembling_by_hand() -> None:
     assert float(policy.act(observe(7.0))[0, 0]) == 7.0  # nothing of the episode before
     policy.configure(action_steps=2, ensemble=0.0)  # planned at 0 and 2: at step 3 the two say 3 and 21
     assert [float(policy.act(observe(10.0 * t))[0, 0]) for t in range(4)] == [0.0, 1.0, (2 + 20) / 2, (3 + 21) / 2]
+    assert not caplog.messages
+    policy.configure(action_steps=4)
+    assert caplog.messages == [
+        "--policy.ensemble averages nothing, as no two chunks overlap: one of 4 steps is planned every 4; see"
+        " --policy.action-steps"
+    ]
 
 
 class Samples(nn.Module):

@@ -108,6 +108,11 @@ class Policy:
                 raise UserError(f"--policy.task {wanted.task!r}: the policy does not know it; {have}")
             with one_line("--policy.task"):
                 self.normaliser.described([wanted.task])
+        if wanted.ensemble is not None and wanted != self.settings and timing.steps + timing.delay >= self.chunk:
+            often = f"one of {self.chunk} steps is planned every {timing.steps}"
+            often += f", and arrives {timing.delay} later" if timing.delay else ""
+            nothing = "--policy.ensemble averages nothing, as no two chunks overlap"
+            logger.warning("%s: %s; see --policy.action-steps", nothing, often)
         self.settings, self.timing, self.action_steps = wanted, timing, timing.steps
         # Whether an action depends on the newest observation only.
         now = wanted.ensemble is None and "task" not in self.spec and not timing.delay
