@@ -143,6 +143,9 @@ def test_another_number_of_rows_needs_a_reset() -> None:
     policy.act(observe(1.0, 2.0))
     with pytest.raises(UserError, match=r"has 3 rows after 2; call reset\(\)"):
         policy.act(observe(1.0, 2.0, 3.0))
+    policy.reset()
+    with pytest.raises(UserError, match=r"begins with all rows; found rows \[1, 3\] of 2"):
+        policy.act(observe(1.0, 2.0), torch.tensor([1, 3]))
 
 
 def test_noise_belongs_to_the_episode_not_to_the_slot() -> None:

@@ -339,6 +339,8 @@ class Policy:
         if self._age is None:
             if not (count := len(next(iter(frames.values())))):
                 raise UserError("the observation has no rows")
+            if rows is not None and int(rows.max()) >= count:
+                raise UserError(f"an episode begins with all rows; found rows {rows.tolist()} of {count}")
             self._age, self._seen = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
         for key, frame in frames.items():
             if len(frame) != (len(self._age) if rows is None else len(rows)):
