@@ -171,6 +171,24 @@ def test_rotations_are_relative_in_the_frame_of_the_state() -> None:
     assert torch.allclose(form.encode(*seen), form.encode(action, state), atol=1e-6)  # wherever the world's axes are
 
 
+@pytest.mark.parametrize("mode", ["absolute", "relative", "delta"])
+@pytest.mark.parametrize("kind", ["quaternion_xyzw", "quaternion_wxyz", "axis_angle", "euler_xyz"])
+def test_a_rotation_has_the_numbers_that_the_data_has(kind: str, mode: str) -> None:
+    """Of a gripper that points down: quaternions with x > 0 and any w, vectors beyond pi, unwrapped angles."""
+    down = torch.tensor([math.pi, 0, 0], dtype=torch.float64)
+    down = rotations.to_matrix("axis_angle", down) @ rotations.to_matrix("axis_angle", 0.1 * turned(60, 2)[:, :3])
+    usual = rotations.from_matrix(kind, down)
+    recorded = rotations.nearest(kind, usual, usual[0].abs() + 0.01).float()
+    assert (recorded.double() - usual).abs().max() > 1  # the usual ones jump
+    columns = {STATE: recorded.roll(1, 0), "action": recorded}
+    built = LearntOptions(action=mode, rotations=(f"0:{rotations.WIDTHS[kind]}={kind}",)).formed(  # type: ignore[arg-type]
+        build(from_columns(columns, torch.tensor([60]), "down"), 1, 4, 0.0)
+    )
+    batch, form = built["dataset"].get_batch(torch.arange(60)), built["dataset"].form
+    wanted = torch.stack([recorded.roll(-k, 0) for k in range(4)], 1)[:57]
+    assert (form.to_robot(batch["action"], batch)[:57] - wanted).abs().max() < 1e-6
+
+
 # ---- statistics ----------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +364,8 @@ def test_averaged_rotations_are_rotations() -> None:
     )
     found = form.mean(weights, torch.stack([quaternion, -quaternion]))
     assert torch.allclose(found, -quaternion, atol=1e-6)  # on the side of the newest
+    alone = form.mean(torch.tensor([[1.0], [0.0]]), torch.stack([-quaternion, torch.zeros_like(quaternion)]))
+    assert torch.allclose(alone, -quaternion, atol=1e-6)  # of those that count: other rows have planned since
 
 
 def test_a_players_timeline_averages_rotations_as_the_policy_does() -> None:

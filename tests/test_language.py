@@ -19,10 +19,13 @@ from components import ENV_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, REGISTRIES,
 from components.acting.evaluation import run_episodes
 from components.acting.inference import Inference
 from components.acting.policy import Policy
+from components.acting.recordings import Recordings
 from components.data.batches import Batches
 from components.data.features import describe_data
 from components.data.normalisation import Normaliser
+from components.datasets.episodes import EpisodeDataset, from_columns
 from components.datasets.mixture import MixtureDataset, give_texts
+from components.datasets.recorded import recordings
 from components.envs.metaworld import INSTRUCTIONS
 from components.envs.observations import task_of
 from components.models.encoder import FEATURES, EncodedPolicy, TaskTable
@@ -160,6 +163,13 @@ def test_the_text_of_a_command_line() -> None:
     policy = policy_of(task="pull the drawer open")
     assert policy.inference["task"] == "pull the drawer open"
     assert np.allclose(act(policy), act(policy_of(), "pull the drawer open"))
+    columns = {"observation.state": torch.zeros(2, 2), "action": torch.zeros(2, 3)}
+    episodes = from_columns(columns | {"task_index": torch.zeros(2).long()}, torch.tensor([2]), "recorded")
+    episodes.tasks = ["xyz"]  # the text of the recording is another one
+    held_out = recordings(EpisodeDataset(episodes))
+    assert np.allclose(Recordings(policy, held_out, 0, 1)._predict([0])[0], act(policy))
+    with pytest.raises(UserError, match="recorded: unknown task 'xyz'"):
+        Recordings(policy_of(), held_out, 0, 1)
     with pytest.raises(UserError, match="^--policy.task: unknown task 'xyz': it shares no part"):
         policy.configure(task="xyz")
     with pytest.raises(UserError, match="--policy.task 'pull the drawer open': the policy does not know it; nearest"):

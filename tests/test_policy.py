@@ -125,11 +125,11 @@ def test_some_rows_act_while_the_others_wait() -> None:
     one = spec(obs_steps=2, action_steps=3)
     policy, alone = (Policy(Sum(3), Normaliser(one), one) for _ in range(2))
     states = np.arange(10, 30, dtype=np.float32).reshape(10, 2)
-    turns = [[0, 1], [1], [0, 1], [0], [1], [0, 1]]
+    turns = [[0, 1], [1], [0, 1], [0], [1], [1, 0], [0, 1]]
     found: dict[int, list[float]] = {0: [], 1: []}
     for t, rows in enumerate(turns):
         seen = {"observation.state": states[t, rows][:, None]}
-        actions = policy.act(seen, None if len(rows) == 2 else torch.tensor(rows))
+        actions = policy.act(seen, None if rows == [0, 1] else torch.tensor(rows))
         for row, action in zip(rows, actions, strict=True):
             found[row].append(float(action[0]))
     for row in (0, 1):
@@ -143,6 +143,9 @@ def test_another_number_of_rows_needs_a_reset() -> None:
     policy.act(observe(1.0, 2.0))
     with pytest.raises(UserError, match=r"has 3 rows after 2; call reset\(\)"):
         policy.act(observe(1.0, 2.0, 3.0))
+    policy.reset()
+    with pytest.raises(UserError, match=r"begins with all rows; found rows \[1, 3\] of 2"):
+        policy.act(observe(1.0, 2.0), torch.tensor([1, 3]))
 
 
 def test_noise_belongs_to_the_episode_not_to_the_slot() -> None:
@@ -312,7 +315,7 @@ def test_after_so_many_steps_a_new_chunk_is_planned(action_steps: int) -> None:
     assert policy.inference["action_steps"] == action_steps
 
 
-def test_temporal_ensembling_by_hand() -> None:
+def test_temporal_ensembling_by_hand(caplog: pytest.LogCaptureFixture) -> None:
     """At step t the chunks of t, t-1, t-2, t-3 say 10 t, 10 (t-1) + 1, ...; weights exp(-m i), i = 0 the oldest."""
     policy = Policy(Plans(), Normaliser(plain_spec()), plain_spec()).configure(action_steps=1, ensemble=0.5)
     for t in range(6):
@@ -324,6 +327,12 @@ def test_temporal_ensembling_by_hand() -> None:
     assert float(policy.act(observe(7.0))[0, 0]) == 7.0  # nothing of the episode before
     policy.configure(action_steps=2, ensemble=0.0)  # planned at 0 and 2: at step 3 the two say 3 and 21
     assert [float(policy.act(observe(10.0 * t))[0, 0]) for t in range(4)] == [0.0, 1.0, (2 + 20) / 2, (3 + 21) / 2]
+    assert not caplog.messages
+    policy.configure(action_steps=4)
+    assert caplog.messages == [
+        "--policy.ensemble averages nothing, as no two chunks overlap: one of 4 steps is planned every 4; see"
+        " --policy.action-steps"
+    ]
 
 
 class Samples(nn.Module):

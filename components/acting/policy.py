@@ -108,6 +108,11 @@ class Policy:
                 raise UserError(f"--policy.task {wanted.task!r}: the policy does not know it; {have}")
             with one_line("--policy.task"):
                 self.normaliser.described([wanted.task])
+        if wanted.ensemble is not None and wanted != self.settings and timing.steps + timing.delay >= self.chunk:
+            often = f"one of {self.chunk} steps is planned every {timing.steps}"
+            often += f", and arrives {timing.delay} later" if timing.delay else ""
+            nothing = "--policy.ensemble averages nothing, as no two chunks overlap"
+            logger.warning("%s: %s; see --policy.action-steps", nothing, often)
         self.settings, self.timing, self.action_steps = wanted, timing, timing.steps
         # Whether an action depends on the newest observation only.
         now = wanted.ensemble is None and "task" not in self.spec and not timing.delay
@@ -334,6 +339,8 @@ class Policy:
         if self._age is None:
             if not (count := len(next(iter(frames.values())))):
                 raise UserError("the observation has no rows")
+            if rows is not None and int(rows.max()) >= count:
+                raise UserError(f"an episode begins with all rows; found rows {rows.tolist()} of {count}")
             self._age, self._seen = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
         for key, frame in frames.items():
             if len(frame) != (len(self._age) if rows is None else len(rows)):
@@ -366,12 +373,15 @@ class Policy:
         told = {"previous": previous, "previous_weight": rest.weight, "prefix": rest.frozen}
         return {key: value.to(self._device) for key, value in told.items()}
 
+    def _every(self, rows: Tensor) -> bool:
+        """Whether `rows` `[n]` are all rows, in their order."""
+        return torch.equal(rows, torch.arange(len(self._seen)))
+
     def _remember(self, frames: dict[str, Tensor], rows: Tensor) -> None:
         """Add frames of `rows` to the history; the first frame of an episode fills its whole history."""
-        begins = self.seen_steps > 1 and not bool((seen := self._seen[rows]).all())
+        begins, everything = self.seen_steps > 1 and not bool((seen := self._seen[rows]).all()), self._every(rows)
         for key, frame in frames.items():
-            past = self._history.get(key, [frame] * self.steps_of[key])
-            everything, at = len(rows) == len(past[0]), rows.to(frame.device)
+            past, at = self._history.get(key, [frame] * self.steps_of[key]), rows.to(frame.device)
             newer = [*(before if everything else before[at] for before in past[1:]), frame]
             if begins:
                 first = (~seen).to(frame.device).view(-1, *[1] * (frame.ndim - 1))
@@ -391,7 +401,7 @@ class Policy:
             due: Which rows of the observation these are, bool; None for all.
             rest: What is left of their last chunks.
         """
-        everything = len(rows) == len(next(iter(self._history.values()))[0])
+        everything = self._every(rows)
         batch: dict[str, Any] = {}
         for key, past in self._history.items():
             frames = past if everything else [frame[rows.to(frame.device)] for frame in past]
@@ -408,7 +418,7 @@ class Policy:
         number = self.timing.number(age)
         rest = self._unfinished(rows, number) if self.settings.real_time else None
         chunk = self._chunks(observation, rows, due, rest)
-        count, everything = len(self._age), len(rows) == len(self._age)
+        count, everything = len(self._age), self._every(rows)
         if self.settings.ensemble is not None:
             starts = torch.full_like(self._age, -1)
             starts[rows] = self.timing.start(age)

@@ -255,7 +255,8 @@ def walk(
 ) -> list[np.ndarray]:
     """The actions `[T, Da]` that a policy predicts in each of several episodes, which it walks through together.
 
-    Only what it looks at is read: a chunk of 100 steps is planned from the observations at its first step alone.
+    Only what it looks at is read: a chunk of 100 steps is planned from the observations at its first step alone. Its
+    task is the recorded one, unless its settings name another.
 
     Args:
         seeds: Of each episode's noise.
@@ -282,7 +283,7 @@ def walk(
         latest |= ahead.get(step, {})
         rows = np.flatnonzero(lengths > step).tolist()
         observation: dict[str, Any] = {key: torch.stack([latest[row][key] for row in rows]) for key in keys}
-        if all("task" in latest[row] for row in rows):
+        if policy.settings.task is None and all("task" in latest[row] for row in rows):
             observation["task"] = [latest[row]["task"] for row in rows]
         actions = policy.act(observation, torch.tensor(rows))
         for row, action in zip(rows, actions, strict=True):
@@ -328,7 +329,7 @@ def check_recordings(policy: Any, episodes: Sequence[Recording]) -> None:
         if set(order) == set(episode.names) and order != episode.names:
             orders = f"in the order {', '.join(episode.names[:PANELS])}, the policy {', '.join(order[:PANELS])}"
             raise UserError(f"{episode.data} has the dimensions of the action {orders}")
-        known = spec.get("task", {}).get("values", ())
+        known = spec.get("task", {}).get("values", ()) if policy.settings.task is None else ()
         if unknown := sorted(episode.tasks - set(known)) if known else []:
             if language is None:
                 raise UserError(f"{episode.data}: unknown task {unknown[0]!r}; {nearest(unknown[0], known)}")

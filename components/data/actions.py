@@ -99,7 +99,10 @@ class ActionForm:
         return learnt[..., 0, :] if single else learnt
 
     def decode(self, learnt: Tensor, state: Tensor, precision: torch.dtype = torch.float64) -> Tensor:
-        """The robot's actions from learnt ones, as `encode` takes them, float32; constants of the data are exact."""
+        """The robot's actions from learnt ones, as `encode` takes them, float32; constants of the data are exact.
+
+        Of the numbers that stand for a rotation, it has those that the data has.
+        """
         if not self.changes:
             return learnt
         single = learnt.ndim == state.ndim
@@ -113,7 +116,7 @@ class ActionForm:
                 before = s[..., None, list(rotation.state)]
                 matrix = self._turned(so3.to_matrix(rotation.state_kind, before), matrix)
                 like = before if rotation.kind == rotation.state_kind else None
-            parts.append(so3.from_matrix(rotation.kind, matrix, like))
+            parts.append(self._as_recorded(rotation, so3.from_matrix(rotation.kind, matrix, like)))
             places += rotation.places
         action = torch.cat(parts, -1)[..., [places.index(place) for place in range(self.width)]]
         action = self.exact(action.float())
@@ -143,6 +146,16 @@ class ActionForm:
             return state.new_zeros(*state.shape[:-1], self.width)
         of = dict(self.pairs)
         return state[..., [of.get(place, 0) for place in range(self.width)]] * self._changed(state)
+
+    def _as_recorded(self, rotation: Rotation, x: Tensor) -> Tensor:
+        """Rotations `[..., n]` by the numbers that are nearer to the data's range: w < 0, an angle beyond pi, ..."""
+        if not {"min", "max"} <= set(self.stats):
+            return x
+        sides = (np.asarray(self.stats[name])[list(rotation.places)] for name in ("min", "max"))
+        low, high = (torch.as_tensor(side, dtype=x.dtype, device=x.device) for side in sides)
+        other = so3.nearest(rotation.kind, x, (low + high) / 2 if rotation.kind in so3.EULER else -x)
+        near, far = ((y - y.maximum(low).minimum(high)).abs().sum(-1, keepdim=True) for y in (other, x))
+        return torch.where(near < far, other, x)
 
     def _turned(self, first: Tensor, matrix: Tensor) -> Tensor:
         """Rotations `[..., T, 3, 3]` of a chunk, absolute again; `first` `[..., 1, 3, 3]` is the state's."""
@@ -242,7 +255,9 @@ class ActionForm:
         turned = tuple(replace(rotation, state=(), state_kind="") for rotation in self.rotations)
         plain = replace(self, mode="absolute", pairs=(), rotations=turned)
         mean = plain.decode((weights[..., None] * plain.encode(actions, actions)).sum(0), actions[0])
-        return self.nearest(mean, actions[-1], so3.QUATERNIONS)
+        count = torch.arange(len(actions)).view(-1, *[1] * (weights.ndim - 1))
+        newest = torch.where(weights > 0, count, 0).argmax(0)  # of those that count
+        return self.nearest(mean, actions.take_along_dim(newest[None, ..., None], 0)[0], so3.QUATERNIONS)
 
     def nearest(self, action: Tensor, to: Tensor, kinds: Sequence[str] = tuple(so3.WIDTHS)) -> Tensor:
         """The robot's actions `[..., Da]`, each rotation by those of its numbers that are nearest to those of `to`."""
