@@ -517,6 +517,6 @@ def test_a_history_of_the_state_alone() -> None:
     assert [float(policy.act(frame)[0]) for frame in frames] == [1.0, 1.0, 1.0, 2.0]  # of two steps before
     policy.reset()
     assert float(policy.act(frames[3])[0]) == 4.0
-    for bad in ({"state_steps": 0}, {"state_steps": 2}):
-        with pytest.raises(UserError, match="--dataset.state-steps"):
+    for bad, message in (({"state_steps": 0}, "0 must be 1"), ({"state_steps": 2}, "of --dataset.obs-steps 2; set")):
+        with pytest.raises(UserError, match=f"--dataset.state-steps .*{message}"):
             LearntOptions(**bad).formed(build(from_columns(columns, torch.tensor([3, 5]), "rows"), 2, 1, 0.0))  # type: ignore[arg-type]

@@ -183,13 +183,19 @@ def test_a_module_that_does_not_fit_is_refused(module: nn.Module, message: str) 
     ("observation", "message"),
     [
         ({}, "needs the observation 'observation.state'; found: nothing"),
-        ({"state": np.zeros(1)}, "needs the observation 'observation.state'; found: state"),
+        (
+            {"state": np.zeros(1)},
+            r"needs the observation 'observation.state'; found: state; expected \(1,\), of height$",
+        ),
+        ({"observation.state": None}, "'observation.state' is no array of numbers .found NoneType.$"),
         ({"observation.state": np.zeros(3)}, r"expects 'observation.state' of shape \(1,\), found \(3,\)"),
     ],
 )
 def test_an_observation_that_does_not_fit_is_refused(observation: dict, message: str) -> None:
+    named = spec()
+    named["observation.state"]["names"] = ["height"]
     with pytest.raises(UserError, match=message):
-        Policy(Sum(), Normaliser(spec()), spec()).act(observation)
+        Policy(Sum(), Normaliser(named), named).act(observation)
 
 
 # ---- saved policies ------------------------------------------------------------------------------------------------
