@@ -501,12 +501,13 @@ def test_a_history_of_the_state_alone() -> None:
     rows = torch.arange(5.0)[:, None]
     columns = {STATE: torch.cat([rows, -rows], 1), "observation.force": rows, "action": rows, "reward": rows.flatten()}
     built = LearntOptions(state_steps=3).formed(build(from_columns(columns, torch.tensor([3, 5]), "rows"), 1, 1, 0.0))
+    built["dataset"].episodes.names[STATE] = ["x", "y"]
     batch = built["dataset"].get_batch(torch.arange(5))
     assert batch[STATE][:, ::2].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [3, 3, 3], [3, 3, 4]]
     assert batch[f"next.{STATE}"][[0, 1, 3]][:, ::2].tolist() == [[0, 0, 1], [0, 1, 2], [3, 3, 4]]
     assert batch["observation.force"].shape == (5, 1)
     spec = describe_data(built, "rows")
-    assert spec[STATE]["stats"]["mean"] == [2.0, -2.0] * 3
+    assert spec[STATE]["stats"]["mean"] == [2.0, -2.0] * 3 and spec[STATE]["names"] == ["x", "y"]
 
     class Says(nn.Module):
         def forward(self, batch: dict[str, Tensor]) -> Tensor:

@@ -185,7 +185,7 @@ def test_a_module_that_does_not_fit_is_refused(module: nn.Module, message: str) 
         ({}, "needs the observation 'observation.state'; found: nothing"),
         (
             {"state": np.zeros(1)},
-            r"needs the observation 'observation.state'; found: state; expected \(1,\), of height$",
+            r"'observation.state'; found: state; expected \(1,\), of height$",
         ),
         ({"observation.state": None}, "'observation.state' is no array of numbers .found NoneType.$"),
         ({"observation.state": np.zeros(3)}, r"expects 'observation.state' of shape \(1,\), found \(3,\)"),

@@ -189,13 +189,13 @@ class Player:
         self.summary.reason = str(self.signals) or (f"{self.step} steps" if self.step >= most else "done")
 
     def _leave_out(self, behind: int, period: float) -> None:
-        """Move the steps that follow by whole periods. Raises RobotStoppedError: the robot got no action for so long."""
+        """Move the steps that follow by whole periods. Raises RobotStoppedError: by more than `timeout`."""
         took = self.clock.now() - self.due + period
         if took > self.timeout:
             raise self._stopped(f"observing and acting took {took:.1f} s, more than the {self.timeout:g} s of timeout")
         if not self.summary.skipped:
             logger.warning(
-                "step %d: observing and acting took %.0f ms of a period of %.0f: the rate is not kept; more are only counted",
+                "step %d: observing and acting took %.0f of %.0f ms: the rate is not kept; more are only counted",
                 *(self.step, 1000 * took, 1000 * period),
             )
         self.due += behind * period
