@@ -195,7 +195,7 @@ class Player:
             raise self._stopped(f"observing and acting took {took:.1f} s, more than the {self.timeout:g} s of timeout")
         if not self.summary.skipped:
             logger.warning(
-                "step %d: observing and acting took %.0f of %.0f ms: the rate is not kept; more are only counted",
+                "step %d: observing and acting took %.0f ms, a period is %.0f; more are only counted",
                 *(self.step, 1000 * took, 1000 * period),
             )
         self.due += behind * period

@@ -115,9 +115,9 @@ def info_value(info: dict[str, Any], key: str, slot: int) -> Any:
 
 
 def task_of(envs: Any) -> str | list[str] | None:
-    """The text of the task by a vector environment's `task_description`, or one for each slot by that or its environments'.
+    """The text of the task by a vector environment's `task_description`, or a list of one for each slot.
 
-    The name is LeRobot's. None where they have none.
+    The list is that attribute, too, or has those of its environments. The name is LeRobot's. None where they have none.
     """
     text = getattr(envs, "task_description", None)
     if isinstance(text, str | list):
