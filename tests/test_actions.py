@@ -383,13 +383,20 @@ def test_a_run_keeps_its_form(script: Script) -> None:
     inherited = Inheritance(run, 0, False)
     with pytest.raises(UserError, match="actions that are learnt as delta ones, here as absolute ones; set --dataset"):
         inherited.check_forms([str(run)])
-    inherited.form = policy.form.record() | {"stats": {}}  # other data, the same form
+    form = policy.form.record() | {"stats": {}}  # other data, the same form
+    inherited.spec = {"action": {"form": form}}
     inherited.check_forms([str(run), "runs/none"])
-    inherited.form = inherited.form | {"pairs": [[1, 1]]}
+    inherited.spec = {"action": {"form": form | {"pairs": [[1, 1]]}}}
     with pytest.raises(UserError, match="that are learnt in another form; set --dataset.action"):
         inherited.check_forms([str(run)])
     path = run / "policy" / "policy.json"
     good = json.loads(path.read_text())
+    named = json.loads(path.read_text())
+    named["spec"][STATE]["names"] = ["x", "y"]
+    path.write_text(json.dumps(named))
+    inherited.spec = {"action": {"form": form}, STATE: {"names": ["y", "x"]}}
+    with pytest.raises(UserError, match=f"'{STATE}' in the order x, y, here it is y, x; train anew"):
+        inherited.check_forms([str(run)])
     for change in (
         {"pairs": [[0, 9]]},
         {"pairs": [[0, 0], [0, 1]]},
