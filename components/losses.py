@@ -84,7 +84,7 @@ def _factor(text: str, words: Sequence[str]) -> float:
     except ValueError:
         number = math.nan
     if not 0 <= number < math.inf:
-        raise UserError(f"--loss.weights {' '.join(words)}: {text!r} is no number of 0 or more")
+        raise UserError(f"--loss.weights {' '.join(words)}: {text!r} is no number of 0 or more, nor NAME=NUMBER")
     return number
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from components.datasets.mixture import MixtureDataset
 from components.datasets.recorded import recordings
 from components.datasets.transitions import transitions
 from components.export import Whole, difference, eager_call, example, export
+from components.run import inheritance
 from components.run.inheritance import Inheritance
 from conftest import FIXTURES
 from conftest import build as built_from
@@ -380,6 +382,19 @@ def test_a_players_timeline_averages_rotations_as_the_policy_does() -> None:
         assert found == pytest.approx(policy.act({STATE: state}), abs=1e-6)
 
 
+def test_weights_of_another_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: dict[str, Any] = {"action": {}, STATE: {"names": ["x", "y"]}}
+    monkeypatch.setattr(inheritance, "choose", lambda run: SimpleNamespace(folder=run))
+    monkeypatch.setattr(inheritance, "describe", lambda folder: (None, {"spec": there}))
+    inherited = Inheritance(Path("here"), 0, False)
+    for names in ([], ["x", "y"], ["a", "b"]):  # names that are others may be of the same things
+        inherited.spec = {"action": {}, STATE: {"names": names}}
+        inherited.check_forms(["there"])
+    inherited.spec[STATE]["names"] = ["y", "x"]
+    with pytest.raises(UserError, match=f"'{STATE}' in the order x, y, here it is y, x; train anew"):
+        inherited.check_forms(["there"])
+
+
 def test_a_run_keeps_its_form(script: Script) -> None:
     """Trained, saved, loaded alone: acting on a recorded state undoes it; records that do not fit are one line."""
     pusht = FIXTURES / "pusht_planner.npz"
@@ -403,9 +418,10 @@ def test_a_run_keeps_its_form(script: Script) -> None:
     inherited = Inheritance(run, 0, False)
     with pytest.raises(UserError, match="actions that are learnt as delta ones, here as absolute ones; set --dataset"):
         inherited.check_forms([str(run)])
-    inherited.form = policy.form.record() | {"stats": {}}  # other data, the same form
+    form = policy.form.record() | {"stats": {}}  # other data, the same form
+    inherited.spec = {"action": {"form": form}}
     inherited.check_forms([str(run), "runs/none"])
-    inherited.form = inherited.form | {"pairs": [[1, 1]]}
+    inherited.spec = {"action": {"form": form | {"pairs": [[1, 1]]}}}
     with pytest.raises(UserError, match="that are learnt in another form; set --dataset.action"):
         inherited.check_forms([str(run)])
     path = run / "policy" / "policy.json"
@@ -521,12 +537,13 @@ def test_a_history_of_the_state_alone() -> None:
     rows = torch.arange(5.0)[:, None]
     columns = {STATE: torch.cat([rows, -rows], 1), "observation.force": rows, "action": rows, "reward": rows.flatten()}
     built = LearntOptions(state_steps=3).formed(build(from_columns(columns, torch.tensor([3, 5]), "rows"), 1, 1, 0.0))
+    built["dataset"].episodes.names[STATE] = ["x", "y"]
     batch = built["dataset"].get_batch(torch.arange(5))
     assert batch[STATE][:, ::2].tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [3, 3, 3], [3, 3, 4]]
     assert batch[f"next.{STATE}"][[0, 1, 3]][:, ::2].tolist() == [[0, 0, 1], [0, 1, 2], [3, 3, 4]]
     assert batch["observation.force"].shape == (5, 1)
     spec = describe_data(built, "rows")
-    assert spec[STATE]["stats"]["mean"] == [2.0, -2.0] * 3
+    assert spec[STATE]["stats"]["mean"] == [2.0, -2.0] * 3 and spec[STATE]["names"] == ["x", "y"]
 
     class Says(nn.Module):
         def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -537,6 +554,6 @@ def test_a_history_of_the_state_alone() -> None:
     assert [float(policy.act(frame)[0]) for frame in frames] == [1.0, 1.0, 1.0, 2.0]  # of two steps before
     policy.reset()
     assert float(policy.act(frames[3])[0]) == 4.0
-    for bad in ({"state_steps": 0}, {"state_steps": 2}):
-        with pytest.raises(UserError, match="--dataset.state-steps"):
+    for bad, message in (({"state_steps": 0}, "0 must be 1"), ({"state_steps": 2}, "of --dataset.obs-steps 2; set")):
+        with pytest.raises(UserError, match=f"--dataset.state-steps .*{message}"):
             LearntOptions(**bad).formed(build(from_columns(columns, torch.tensor([3, 5]), "rows"), 2, 1, 0.0))  # type: ignore[arg-type]

@@ -28,6 +28,7 @@ from components.datasets.mixture import MixtureDataset, give_texts
 from components.datasets.recorded import recordings
 from components.envs.metaworld import INSTRUCTIONS
 from components.envs.observations import task_of
+from components.envs.workers import spread
 from components.models.encoder import FEATURES, EncodedPolicy, TaskTable
 from components.models.language import TaskTexts, ngrams
 from components.run.reading import renewed
@@ -218,6 +219,12 @@ def test_an_environment_says_its_task(caplog: pytest.LogCaptureFixture) -> None:
         assert np.allclose(played(policy.configure(task=None), text), [opened], atol=1e-6)  # the first, as is said
     assert sum("no task is named" in message for message in caplog.messages) == 1
     assert np.allclose(played(policy_of("table"), CLOSE), act(policy_of("table"), CLOSE))
+    for texts, told in ((OPEN, CLOSE, OPEN), [OPEN, CLOSE, OPEN]), ((CLOSE,) * 3, CLOSE), ((OPEN, None, OPEN), None):
+        parts = [texts[:2], texts[2:]]  # by worker processes
+        make = lambda n, seed: gym.vector.SyncVectorEnv([partial(Told, text) for text in parts[n == 1]])  # noqa: B023, E731
+        shared = spread(make, 3, 0, 2)
+        assert task_of(shared) == told
+        shared.close()
 
 
 def test_metaworld_names_its_tasks() -> None:

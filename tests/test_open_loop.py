@@ -180,8 +180,13 @@ def test_what_does_not_match_is_named() -> None:
     policy.observation_keys = [STATE]
     policy.spec["action"]["names"] = ["dy", "dx"]
     built["dataset"].episodes.names["action"] = ["dx", "dy"]
-    with pytest.raises(UserError, match="has the dimensions of the action in the order dx, dy, the policy dy, dx"):
+    with pytest.raises(UserError, match="has the dimensions of 'action' in the order dx, dy, the policy dy, dx"):
         Recordings(policy, recordings(built["dataset"]), 0, 1)
+    policy.spec["action"]["names"], policy.spec[STATE]["names"] = ["dx", "dy"], ["y", "x"]
+    built["dataset"].episodes.names[STATE] = ["x", "y"]
+    with pytest.raises(UserError, match="has the dimensions of 'observation.state' in the order x, y, the policy y, x"):
+        Recordings(policy, recordings(built["dataset"]), 0, 1)
+    policy.spec[STATE].pop("names")
     policy.spec["task"] = {"values": ["open", "close"]}
     told = recordings(build("lerobot_v30_video")["dataset"])
     told[0].actions = np.zeros((len(told[0]), 2))

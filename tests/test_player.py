@@ -219,7 +219,7 @@ def test_late_actions_are_held_counted_and_told(caplog: pytest.LogCaptureFixture
     assert robot.actions[10:] == [606, 607, 607, 607, 1006, 1007]
 
 
-def test_a_robot_that_is_late_for_its_clock_gets_no_burst() -> None:
+def test_a_robot_that_is_late_for_its_clock_gets_no_burst(caplog: pytest.LogCaptureFixture) -> None:
     clock = Ticks()
     times: list[float] = []
 
@@ -231,6 +231,11 @@ def test_a_robot_that_is_late_for_its_clock_gets_no_burst() -> None:
     summary = Player(policy, robot, RATE, planner=Timed(policy, clock, 0.0), clock=clock).run(8)
     assert times == [0, 0.1, 0.2, 0.3, 0.67, 0.7, 0.8, 0.9] and summary.skipped == 2
     assert max(summary.jitter) == pytest.approx(0.07)
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 3: observing and acting took 370 ms, a period is 100; more are only counted"
+    ]
+    with pytest.raises(RobotStoppedError, match=r"step 3: .* took 0.4 s, more than the 0.3 s of timeout"):
+        Player(policy, Arm(act=act), RATE, planner=Timed(policy, clock, 0.0), clock=clock, timeout=0.3).run(8)
 
 
 # ---- what stops the robot ------------------------------------------------------------------------------------------

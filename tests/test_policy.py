@@ -186,13 +186,19 @@ def test_a_module_that_does_not_fit_is_refused(module: nn.Module, message: str) 
     ("observation", "message"),
     [
         ({}, "needs the observation 'observation.state'; found: nothing"),
-        ({"state": np.zeros(1)}, "needs the observation 'observation.state'; found: state"),
+        (
+            {"state": np.zeros(1)},
+            r"'observation.state'; found: state; expected \(1,\), of height$",
+        ),
+        ({"observation.state": None}, "'observation.state' is no array of numbers .found NoneType.$"),
         ({"observation.state": np.zeros(3)}, r"expects 'observation.state' of shape \(1,\), found \(3,\)"),
     ],
 )
 def test_an_observation_that_does_not_fit_is_refused(observation: dict, message: str) -> None:
+    named = spec()
+    named["observation.state"]["names"] = ["height"]
     with pytest.raises(UserError, match=message):
-        Policy(Sum(), Normaliser(spec()), spec()).act(observation)
+        Policy(Sum(), Normaliser(named), named).act(observation)
 
 
 # ---- saved policies ------------------------------------------------------------------------------------------------
@@ -504,7 +510,8 @@ def test_exported_policies_are_equal_and_need_torch_alone(
         ((), "which run? It comes first: python -m components.export RUN"),
         (("--debug",), "which run?"),
         (("a", "b"), "expected one, found a b"),
-        (("absent",), "absent: no policy here"),
+        (("absent",), "absent: no policy here (policy/policy.json); no such folder"),
+        (("ann/push",), "; no such folder; of the hub it would be hf://ann/push"),
         (("RUN", "--policy.action-steps", "9"), "--policy.action-steps 9 must be 1 to 1"),
         (("RUN", "--out", "absent/policy.pt2"), "--out absent/policy.pt2: no such folder absent"),
     ],

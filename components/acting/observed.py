@@ -31,8 +31,10 @@ def frames_of(
     frames, batched = {}, True
     for key, shape in shapes.items():
         if key not in observation:
-            found = ", ".join(observation) or "nothing"
-            raise UserError(f"the policy needs the observation {key!r}; found: {found}")
+            found = ", ".join(map(str, observation)) or "nothing"
+            names = ", ".join(spec[key].get("names", ()))
+            told = f"; expected {shape}{names and ', of ' + names}"
+            raise UserError(f"the policy needs the observation {key!r}; found: {found}{told}")
         frame = numbers(observation[key], f"the observation {key!r}")
         if is_picture(key, spec[key]["dtype"]):
             frames[key], batched = as_recorded(frame, shape, key, "resized_from" in spec[key])
@@ -48,6 +50,8 @@ def numbers(value: Any, place: str) -> Tensor:
             return value
         if np.iscomplexobj(array := np.asarray(value)):
             raise TypeError("they are complex")
+        if array.dtype == object:
+            raise TypeError(f"found {type(value).__name__}")
         # torch takes no mirrored arrays, as of frame[..., ::-1], and warns of read-only ones, as of Pillow.
         return torch.as_tensor(array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy())
     except (TypeError, ValueError) as error:

@@ -11,8 +11,8 @@ al., 2025, algorithm 1). A chunk is executed from the moment that it is there.
 
 **Lateness.** At a step without an action, the robot waits for the plan up to half a period, and then holds: it gets
 `hold`, or its last action again. Such steps are late actions. A plan that takes more steps than it was made for is a
-late plan. The first of each is logged, all are in the summary. A step that begins more than a period late moves those
-that follow by whole periods: a robot never gets a burst of actions.
+late plan. A step that begins more than a period late moves those that follow by whole periods: a robot never gets a
+burst of actions. The first of each is logged, all are in the summary.
 
 **Threads.** `observe`, `act` and `stop` of the robot are called by the thread that calls `run`, and the policy plans in
 the planner's thread alone. What is handed over are copies: a robot may reuse the arrays of its cameras.
@@ -107,7 +107,8 @@ class Player:
             all their episodes, a tenth of it in 40 % of these, a quarter in 10 %, half in none.
         hold: Action `[Da]` at a late step, which keeps the robot where it is, such as zeros for velocities; where it is
             NaN, such as for a gripper, the last action is repeated. None repeats all of it, right for positions alone.
-        timeout: Seconds after which the robot is stopped if a plan has not ended, or no action has come.
+        timeout: Seconds after which the robot is stopped if a plan has not ended, or no action has come, also because
+            `observe` or `act` took so long.
         seed: Of a stochastic policy's noise.
         planner, clock: In place of `InThread` and `Clock`, for tests.
 
@@ -180,13 +181,25 @@ class Player:
         while not (interrupted() or self.step >= most or done()):
             self._one_step(planner)
             self.doing = "done()"
-            self.step += 1
             self.due += period
             if (behind := int((self.clock.now() - self.due) / period)) > 0:
-                self.due += behind * period
-                self.summary.skipped += behind
+                self._leave_out(behind, period)
+            self.step += 1
             self.clock.sleep(self.due, interrupted)
         self.summary.reason = str(self.signals) or (f"{self.step} steps" if self.step >= most else "done")
+
+    def _leave_out(self, behind: int, period: float) -> None:
+        """Move the steps that follow by whole periods. Raises RobotStoppedError: by more than `timeout`."""
+        took = self.clock.now() - self.due + period
+        if took > self.timeout:
+            raise self._stopped(f"observing and acting took {took:.1f} s, more than the {self.timeout:g} s of timeout")
+        if not self.summary.skipped:
+            logger.warning(
+                "step %d: observing and acting took %.0f ms, a period is %.0f; more are only counted",
+                *(self.step, 1000 * took, 1000 * period),
+            )
+        self.due += behind * period
+        self.summary.skipped += behind
 
     def _one_step(self, planner: Any) -> None:
         """Observe, act, and begin the next plan if it is due."""
@@ -333,6 +346,8 @@ class Player:
         if crashes_pass():
             error.add_note(f"in {self.doing} at step {self.step}; the robot was stopped")
             return error
+        if isinstance(error, UserError) and self.doing == "planning":  # says what it is itself
+            return self._stopped(str(error))
         text = f"{self.doing} raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return self._stopped(f"{text} ({where(error)})")
 

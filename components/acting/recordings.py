@@ -39,6 +39,8 @@ class Recording(Protocol):
 
     def __len__(self) -> int: ...
 
+    def names_of(self, key: str) -> list[str]: ...
+
     def shape_of(self, key: str) -> tuple[int, ...] | None: ...
 
     def read(self, places: Sequence[int], keys: Sequence[str]) -> dict[str, Any]: ...
@@ -323,12 +325,13 @@ def check_recordings(policy: Any, episodes: Sequence[Recording]) -> None:
     width = 1 if "classes" in spec["action"] else robot_width(spec["action"])
     language = getattr(getattr(policy, "normaliser", None), "language", None)
     for episode in episodes:
-        if (found := episode.actions.shape[1]) != width:
-            raise UserError(f"{episode.data} has actions of width {found}, the policy of {width}")
-        order = [plain(name) for name in spec["action"].get("names", ())]
-        if set(order) == set(episode.names) and order != episode.names:
-            orders = f"in the order {', '.join(episode.names[:PANELS])}, the policy {', '.join(order[:PANELS])}"
-            raise UserError(f"{episode.data} has the dimensions of the action {orders}")
+        if (other := episode.actions.shape[1]) != width:
+            raise UserError(f"{episode.data} has actions of width {other}, the policy of {width}")
+        for key in ("action", *policy.observation_keys):
+            found, order = episode.names_of(key), [plain(name) for name in spec[key].get("names", ())]
+            if set(order) == set(found) and order != found:
+                orders = f"in the order {', '.join(found[:PANELS])}, the policy {', '.join(order[:PANELS])}"
+                raise UserError(f"{episode.data} has the dimensions of {key!r} {orders}")
         known = spec.get("task", {}).get("values", ()) if policy.settings.task is None else ()
         if unknown := sorted(episode.tasks - set(known)) if known else []:
             if language is None:

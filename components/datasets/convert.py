@@ -248,7 +248,13 @@ def _write_meta(
     pq.write_table(pa.Table.from_pylist(listed), path)
     (root / "meta/stats.json").write_text(json.dumps(stats, indent=4))
     tasks = pa.table({"task_index": list(range(len(texts))), "task": texts})
-    pq.write_table(tasks, root / "meta/tasks.parquet")
+    plain = {"task_index": ("int64", "int64"), "task": ("unicode", "object")}  # pandas', whose index LeRobot looks at
+    told: list[Any] = [
+        {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": stored, "metadata": None}
+        for name, (kind, stored) in plain.items()
+    ]
+    pandas = json.dumps({"index_columns": ["task"], "column_indexes": [], "columns": told})
+    pq.write_table(tasks.replace_schema_metadata({"pandas": pandas}), root / "meta/tasks.parquet")
     (root / "meta/info.json").write_text(json.dumps(info, indent=4))
 
 
@@ -311,8 +317,14 @@ def _stats(values: np.ndarray) -> dict[str, list[Any]]:
 
 
 def _picture_stats(pictures: np.ndarray, most: int = 100) -> dict[str, list[Any]]:
-    """LeRobot's statistics of at most `most` pictures in [0, 1], each a `[C, 1, 1]` list."""
-    some = pictures[np.linspace(0, len(pictures) - 1, min(most, len(pictures))).astype(int)] / 255.0
+    """LeRobot's statistics of at most `most` pictures in [0, 1], each a `[C, 1, 1]` list.
+
+    As there, only some pixels of large pictures count, since those of an episode at 480 x 640 would take 5 s.
+    """
+    longest = max(pictures.shape[1:3])
+    apart = longest // 150 if longest > 300 else 1
+    chosen = np.linspace(0, len(pictures) - 1, min(most, len(pictures))).astype(int)
+    some = pictures[chosen, ::apart, ::apart] / 255.0
     stats = _stats(some.reshape(-1, some.shape[-1]))
     shaped = {name: [[[value]] for value in values] for name, values in stats.items() if name != "count"}
     return shaped | {"count": [len(some)]}

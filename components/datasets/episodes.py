@@ -382,7 +382,7 @@ class EpisodeDataset(Batched):
         if isinstance(rate := data.stored.get("fps"), int | float) and 0 < rate < 1e9:
             action["fps"] = float(rate)
         if self.state_steps > 1:
-            found[STATE] = {"steps": self.state_steps}
+            found.setdefault(STATE, {})["steps"] = self.state_steps
         return found | {key: {"resized_from": sizes} for key, sizes in data.resized_from.items()}
 
     def values(self, key: str) -> Tensor:
@@ -468,7 +468,8 @@ class LearntOptions:
             if self.state_steps < 1 or not isinstance(store, Tensor) or store.ndim != 2:
                 raise UserError(f"--dataset.state-steps {self.state_steps} must be 1 or more, of data with {STATE!r}")
             if dataset.obs_steps > 1:
-                raise UserError("--dataset.state-steps and --dataset.obs-steps: the state has one history; choose one")
+                rest = f"the state has a history already, of --dataset.obs-steps {dataset.obs_steps}; set that to 1"
+                raise UserError(f"--dataset.state-steps {self.state_steps}: {rest}")
             dataset.state_steps = self.state_steps
         norm_stats[STATE] = {name: list(value) * self.state_steps for name, value in norm_stats[STATE].items()}
 

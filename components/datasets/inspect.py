@@ -366,8 +366,9 @@ def page_of(episodes: Episodes, found: list[Finding]) -> Page:
         panels += [Panel("return", returns(episodes).numpy()), Panel("reward", episodes.columns["reward"].numpy())]
     for key, values in ((column.key, column.steps()) for column in vectors(episodes)):
         some = values[evenly(len(values), SAMPLED).numpy()].T
-        name = key.removeprefix("observation.")
-        panels += [Panel(f"{name}[{dim}]", x, (key, dim) in odd) for dim, x in enumerate(some)]
+        name, known = key.removeprefix("observation."), episodes.names.get(key, [])
+        titles = [f"{name}[{dim}]" + (f" {known[dim]}"[:22] if dim < len(known) else "") for dim in range(len(some))]
+        panels += [Panel(titles[dim], x, (key, dim) in odd) for dim, x in enumerate(some)]
     length = int(episodes.lengths.median())
     episode = int((episodes.lengths - length).abs().argmin())
     last = int(episodes.ends[episode])

@@ -418,9 +418,12 @@ def check_times(rows: dict[str, np.ndarray], ends: np.ndarray, meta: Meta) -> No
     apart = np.diff(times, prepend=times[:1])
     if len(bad := np.flatnonzero(inner & (np.abs(apart - 1 / meta.fps) > NEAR / meta.fps + rounding))):
         step = bad[0] - starts[np.searchsorted(ends, bad[0], side="right")]
+        wrong = np.unique(episode[bad])  # a frame that was dropped is in few of them, another rate in all
+        words = " ".join(f"'!{number}'" for number in wrong[:20])
+        rest = "" if len(wrong) == len(ends) else f"; --dataset.episodes {words} leaves out such episodes"
         raise UserError(
             f"{where} {episode[bad[0]]}: the timestamps of steps {step - 1} and {step} are {apart[bad[0]]:.6g} s apart;"
-            f" at {meta.fps:g} fps (meta/info.json) expected {1 / meta.fps:.6g}"
+            f" at {meta.fps:g} fps (meta/info.json) expected {1 / meta.fps:.6g}{rest}"
         )
 
 

@@ -51,9 +51,12 @@ class Recording:
     @property
     def names(self) -> list[str]:
         """The name of each dimension of the action; by its place where the data has no names, or some twice."""
-        width = self.actions.shape[1]
-        names = [plain(name) for name in self.episodes.names.get("action", [])]
+        width, names = self.actions.shape[1], self.names_of("action")
         return names if len(set(names)) == width else flat_names("action", (width,))
+
+    def names_of(self, key: str) -> list[str]:
+        """The data's names of the dimensions of a vector; [] where it has none."""
+        return [plain(name) for name in self.episodes.names.get(key, ())]
 
     @property
     def tasks(self) -> set[str]:

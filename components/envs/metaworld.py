@@ -113,7 +113,7 @@ class MetaWorldEnv:
         """
         if self.workers:
             shared = spread(replace(self, workers=0).build, num_envs, seed, self.workers)
-            shared.hold, shared.task_description = hold, INSTRUCTIONS.get(self.task)
+            shared.hold = hold
             return shared
         if not 1 <= self.max_episode_steps <= 500:
             raise UserError(

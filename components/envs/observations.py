@@ -115,12 +115,12 @@ def info_value(info: dict[str, Any], key: str, slot: int) -> Any:
 
 
 def task_of(envs: Any) -> str | list[str] | None:
-    """The text of the task by a vector environment's `task_description`, or one for each slot by its environments'.
+    """The text of the task by a vector environment's `task_description`, or a list of one for each slot.
 
-    The name is LeRobot's. None where they have none.
+    The list is that attribute, too, or has those of its environments. The name is LeRobot's. None where they have none.
     """
     text = getattr(envs, "task_description", None)
-    if isinstance(text, str):
+    if isinstance(text, str | list):
         return text
     singles = getattr(getattr(envs, "unwrapped", None), "envs", None) or ()
     found = [getattr(getattr(env, "unwrapped", env), "task_description", None) for env in singles]

@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import UserError, require
 from ..parallel import end_with_parent, starter
 from .autoreset import autoreset_mode, keeps_last
+from .observations import task_of
 from .vector import Environments, FaultyEnvError
 
 Make = Callable[[int, int], Any]  # (num_envs, seed) -> a vector environment
@@ -65,12 +66,16 @@ class Workers:
             self.parent_pipes.append(ours)
             self.processes.append(process)
         try:
-            described = [self._answer(number) for number in range(len(shares))][0]
+            described = [self._answer(number) for number in range(len(shares))]
         except BaseException:
             for process in self.processes:
                 process.kill()
             raise
-        self._describe(**described)
+        tasks = [of_part.pop("tasks") for of_part in described]
+        if None not in tasks:  # one of all environments, or one each
+            texts = [text for part in tasks for text in part]
+            self.task_description = texts[0] if len(set(texts)) == 1 else texts
+        self._describe(**described[0])
 
     def _describe(self, metadata: Any, tracked: Any, spaces: tuple[Any, Any], keeps_last: bool) -> None:
         """Adopt the description of the first process's environments, which holds for all."""
@@ -143,7 +148,9 @@ def work(
         metadata = dict(getattr(envs.envs, "metadata", None) or {})
         metadata |= {"autoreset_mode": mode} if (mode := autoreset_mode(envs)) else {}
         kept, tracked = keeps_last(envs), getattr(envs.envs, "tracked", ())
-        pipe.send(("done", {"metadata": metadata, "tracked": tracked, "spaces": spaces, "keeps_last": kept}))
+        tasks = [text] * num_envs if isinstance(text := task_of(envs), str) else text
+        described = {"metadata": metadata, "tracked": tracked, "spaces": spaces, "keeps_last": kept, "tasks": tasks}
+        pipe.send(("done", described))
         latest: Any = None  # observation
         while True:
             name, arguments, keywords = pipe.recv()

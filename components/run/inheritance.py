@@ -35,6 +35,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 NAME, RECORD = "inherited", "record.json"
 REMEDY = "without this file the run goes on unchecked"
+SHOWN = 16  # names in a message
 PARTS = {"statistics": "stats", "bounds": "bounds"}  # of a normalisation: name in the record -> in `spec`
 CONTENTS = re.compile(r"record\.json|\.record\.json-new|weights|\.weights-new|base|\.?policy-[0-9a-f]{8}.*")
 
@@ -51,7 +52,7 @@ class Inheritance:
     def __init__(self, run: Path, rank: int, resumed: bool) -> None:
         self.run, self.folder, self.rank, self.resumed = run, run / NAME, rank, resumed
         self.values: dict[str, Any] = {}  # of the record, on the first process
-        self.form: dict[str, Any] = {}  # of the actions here
+        self.spec: dict[str, Any] = {}  # of the data here
 
     def open(self) -> None:
         """On the first process: read the record of a resumed run, or remove what a start that failed has left.
@@ -115,7 +116,7 @@ class Inheritance:
             spec: Of the data; the statistics of the beginning replace those in it.
             modes: As asked for.
         """
-        self.form = spec.get("action", {}).get("form", {})
+        self.spec = spec
         kept = self.keep("normalisation", lambda: _normalisation(Normaliser(spec, modes).modes, spec))
         applied = described(lambda: _applied(kept, spec), self.folder)
         return Normaliser(spec, applied)
@@ -146,14 +147,24 @@ class Inheritance:
         return weights_follow(self.has_weights)
 
     def check_forms(self, runs: Iterable[str]) -> None:
-        """Refuse the weights of runs that learn actions in another form than this one. Raises UserError."""
+        """Refuse the weights of runs with actions in another form than here, or dimensions in another order.
+
+        Raises UserError.
+        """
         for run in runs:
             try:
-                there = describe(choose(run).folder)[1]["spec"]["action"].get("form", {})
+                spec = describe(choose(run).folder)[1]["spec"]
             except UserError:  # it has no policy
                 continue
-            if _how(there) != _how(self.form):
-                modes = [form.get("mode", "absolute") for form in (there, self.form)]
+            for key, feature in spec.items():
+                orders = [of.get("names", []) for of in (feature, self.spec.get(key, {}))]
+                if orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]):
+                    there, here = (", ".join(names[:SHOWN]) for names in orders)
+                    problem = f"its weights are of {key!r} in the order {there}, here it is {here}"
+                    raise UserError(f"{run}: {problem}; train anew, or put the data in that order")
+            there, here = (of.get("action", {}).get("form", {}) for of in (spec, self.spec))
+            if _how(there) != _how(here):
+                modes = [form.get("mode", "absolute") for form in (there, here)]
                 differ = f"as {modes[0]} ones, here as {modes[1]} ones" if len(set(modes)) > 1 else "in another form"
                 remedy = "set --dataset.action, --dataset.action-keys and --dataset.rotations alike"
                 raise UserError(f"{run}: its weights are of actions that are learnt {differ}; {remedy}")

@@ -179,6 +179,8 @@ def _last(run: Path, final: Chosen | None) -> Chosen:
         raise UserError(f"{run}: no policy here: {_without()}")
     begun = (run / "args.json").exists()
     when = "the run has not saved a checkpoint yet" if begun else "a run writes it with each checkpoint, and at its end"
+    if not run.exists():
+        when = "no such folder" + (f"; of the hub it would be hf://{run}" if len(run.parts) == 2 else "")
     raise UserError(f"{run}: no policy here (policy/policy.json); {when}")
 
 

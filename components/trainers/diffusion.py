@@ -180,7 +180,8 @@ class DiffusionSampler(nn.Module):
         self.most_prefix = most_prefix
         self.encoder, self.network, self.prediction, self.shape = encoder, network, prediction, shape
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
-        self.register_buffer("bounds", None if bounds is None else torch.tensor(bounds), persistent=False)  # [2, Da]
+        limits = None if bounds is None else torch.tensor(bounds)  # [2, (Ta,) Da]
+        self.register_buffer("bounds", limits, persistent=False)
         self.sampler, self.sampling_steps, self.most_steps = "ddim", min(10, len(alpha_bar)), len(alpha_bar)
 
     @property

@@ -67,9 +67,8 @@ def main() -> str | None:
     try:
         env = read_args(Path(args.run))["env"] or {}
         if env.get("name") not in SIMULATED:
-            return (
-                f"error: {args.run} was evaluated in {env.get('name')}; this example simulates {', '.join(SIMULATED)}"
-            )
+            known = f"in {env['name']}" if env else "without an environment"
+            return f"error: {args.run} was evaluated {known}; for a robot of yours, put a class in place of Simulated"
         policy = load_policy(args.run, **({} if args.action_steps is None else {"action_steps": args.action_steps}))
         robot = Simulated(**env)
         player = Player(policy, robot, rate=args.rate, margin=args.margin, hold=HOLD.get(env["name"]))
