@@ -44,12 +44,14 @@ def comment_lines(text: str) -> int:
 
 
 def functions(text: str) -> dict[str, int]:
-    """Code lines of each function and method, with those inside it."""
-    lines, found = code_lines(text), {}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            found[f"{node.name}:{node.lineno}"] = len(lines & set(range(node.lineno, (node.end_lineno or 0) + 1)))
-    return found
+    """Code lines of each function and method, with those inside it, of those that may be long."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    spans = {
+        f"{n.name}:{n.lineno}": (n.lineno, n.end_lineno or 0) for n in ast.walk(ast.parse(text)) if isinstance(n, kinds)
+    }
+    long = {name: range(first, last + 1) for name, (first, last) in spans.items() if last - first >= LONGEST}
+    lines = code_lines(text) if long else set()
+    return {name: len(lines & set(span)) for name, span in long.items()}
 
 
 def loop_of(text: str) -> tuple[int, set[str]]:

@@ -34,9 +34,9 @@ for kind, factories, draw in ((IQL, iql, transitions), (Diffusion, {"policy": UN
     models = torch.nn.ModuleDict({name: factory.build(spec) for name, factory in factories.items()})
     optimizers = {name: AdamW(lr=1e-3).build(model.parameters()) for name, model in models.items()}
     trainer = kind(models, optimizers, MSE().build(), spec)
-    for step in range(301):
+    for step in range(151):
         metrics = trainer.train_step(draw())
-        if step % 100 == 0:
+        if step % 50 == 0:
             print(kind.__name__, step, sum(float(value) for name, value in metrics.items() if name.endswith("loss")))
     policy = trainer.policy() if kind is Diffusion else models["policy"]
     print(policy({STATE: torch.randn(3, 5), "noise": torch.randn(3, *getattr(policy, "noise_shape", ()))}).shape)
