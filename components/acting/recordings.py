@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data.actions import ActionForm, robot_stats, robot_width
-from ..data.features import frame_shape, same_frame
+from ..data.features import frame_shape, reordered, same_frame
 from ..data.figures import literal, save_figure
 from ..data.normalisation import without_spread
 from ..data.random_state import preserved
@@ -329,7 +329,7 @@ def check_recordings(policy: Any, episodes: Sequence[Recording]) -> None:
             raise UserError(f"{episode.data} has actions of width {other}, the policy of {width}")
         for key in ("action", *policy.observation_keys):
             found, order = episode.names_of(key), [plain(name) for name in spec[key].get("names", ())]
-            if set(order) == set(found) and order != found:
+            if reordered(order, found):
                 orders = f"in the order {', '.join(found[:PANELS])}, the policy {', '.join(order[:PANELS])}"
                 raise UserError(f"{episode.data} has the dimensions of {key!r} {orders}")
         known = spec.get("task", {}).get("values", ()) if policy.settings.task is None else ()

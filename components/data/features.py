@@ -72,6 +72,11 @@ def same_frame(feature: dict[str, Any], found: tuple[int, ...], wanted: tuple[in
     return found[:-2] == wanted[:-2] if resized else found == wanted
 
 
+def reordered(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether these are the same names of a vector's dimensions in another order."""
+    return set(names) == set(others) and list(names) != list(others)
+
+
 def check_widths(key: str, feature: dict[str, Any]) -> None:
     """Refuse statistics that do not fit their key; they may be scalars, [D], or [T, D] for each step of a chunk."""
     shape = tuple(feature["shape"])

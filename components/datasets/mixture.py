@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from ..contracts import Place, options_of
 from ..data.actions import STATE, ActionForm, check_rotations, numbered
-from ..data.features import facts_of, read
+from ..data.features import facts_of, read, reordered
 from ..data.fingerprint import of_dataset
 from ..data.items import as_kept
 from ..data.normalisation import on_plateau, quantiles, statistics
@@ -403,7 +403,7 @@ def align(sources: dict[str, Episodes], by_place: bool) -> None:
             what = f"mixture: {silent[0]} does not name the dimensions of {key!r}, which count as those of {first}"
             logger.info("%s in their order", what)
         for name, found in named.items():
-            if set(found) == set(order) and found != order:
+            if reordered(found, order):
                 reorder(sources[name], key, [found.index(dimension) for dimension in order])
                 logger.info("mixture: %r of %s is put in the order of %s: %s", key, name, first, ", ".join(order))
             elif len(found) == len(order) and found != order and not by_place:

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..acting.policy_folder import describe, normalisation_of
 from ..contracts import weights_follow
-from ..data.features import check_widths
+from ..data.features import check_widths, reordered
 from ..data.fingerprint import changes, fingerprint
 from ..data.normalisation import Normaliser
 from ..errors import UserError
@@ -158,7 +158,7 @@ class Inheritance:
                 continue
             for key, feature in spec.items():
                 orders = [of.get("names", []) for of in (feature, self.spec.get(key, {}))]
-                if orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]):
+                if reordered(*orders):
                     there, here = (", ".join(names[:SHOWN]) for names in orders)
                     problem = f"its weights are of {key!r} in the order {there}, here it is {here}"
                     raise UserError(f"{run}: {problem}; train anew, or put the data in that order")
