@@ -24,7 +24,7 @@ from ..acting.policy_folder import copy_policy, describe
 from ..contracts import options_of
 from ..data.actions import robot_width
 from ..data.features import frame_shape, history_of
-from ..errors import UserError, plain, require
+from ..errors import UserError, first_line, plain, require
 from ..intervals import measured, of_mean, unbiased
 from ..records import JSON_LIMIT
 from .curves import read_lines
@@ -201,8 +201,8 @@ def _one_line(subject: str, problem: str) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     """The first line of an error's message, shortened, with its kind."""
-    text = (str(error).strip().splitlines() or [""])[0][:160]
-    return plain(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+    text, kind = first_line(error)[:160], type(error).__name__
+    return plain(text if text == kind else f"{kind}: {text}")
 
 
 # ---- the model card ------------------------------------------------------------------------------------------------
