@@ -74,7 +74,7 @@ def test_kill_9_at_random_moments_loses_nothing(names: tuple[str, ...]) -> None:
     done = command(sys.executable, ROOT / "tests" / "killer.py", *options, cwd=ROOT, timeout=400)
     assert done.returncode == 0 and " 0 lost, 0 different" in done.stdout, done.stdout + done.stderr
     kills, inside = re.search(r"2 configurations: (\d+) kills, (\d+) inside a save", done.stdout).groups()
-    assert int(kills) >= 14 and int(inside) >= 4
+    assert int(kills) >= 14 and int(inside) >= 3
 
 
 SAC = (ROOT / "online_trainer.py", "--trainer", "sac", "--run-dir", "run")
