@@ -1,4 +1,4 @@
-"""The optional members of a trainer, which are read only here, and the checks of components against protocols.
+"""The optional members of trainers and models, which are read only here, and the checks of components by protocols.
 
 A trainer requests data by a static `data(config)` that returns one of `Window`, `Goals`, `Rollouts` and
 `Demonstrations`; its `promises` state what may speed it up. The functions below read these and all other optional
@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import UserError, nearest
@@ -291,6 +291,25 @@ def fit_loss(loss: Any, spec: dict[str, Any], cls: type, config: Any, device: to
 def passed_to(trainer: Any) -> list[str]:
     """The keywords that the loop passes to `train_step`: those of LOOP_PASSES that it names."""
     return accepted(trainer.train_step, LOOP_PASSES)
+
+
+# ---- the optional members of a model -------------------------------------------------------------------------------
+
+
+def auxiliary_weights_of(model: Any) -> dict[str, float]:
+    """The losses of its own that a model has, by name, and their weights: `auxiliary_weights`; {} without any."""
+    return getattr(model, "auxiliary_weights", {})
+
+
+def with_auxiliary(model: Any, *arguments: Any, **known: Any) -> tuple[Any, dict[str, Tensor]]:
+    """What a model returns in training, and its own losses, unweighted: `auxiliary(...)`, or its forward pass and {}.
+
+    Args:
+        known: What the loss is about, `target` and `is_pad`, where that is known before; for `auxiliary` alone.
+    """
+    if not auxiliary_weights_of(model):
+        return model(*arguments), {}
+    return model.auxiliary(*arguments, **known)
 
 
 # ---- options of any component --------------------------------------------------------------------------------------
