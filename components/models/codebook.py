@@ -236,8 +236,8 @@ def drawn(logits: Tensor, noise: Tensor) -> Tensor:
 
 def learn_with(network: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Let the codebooks of a network learn with its optimizer: after each real step, not after a micro-step."""
-    for book in network.modules() if optimizer is not None else ():
-        if isinstance(book, Codebook):
+    for book in network.modules():
+        if optimizer is not None and isinstance(book, Codebook):
             optimizer.register_step_post_hook(lambda *_, book=book: book.learn())
 
 

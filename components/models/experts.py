@@ -52,8 +52,7 @@ class ExpertsOptions:
                 raise UserError(f"--model.{name.replace('_', '-')} {getattr(self, name)} must be a number of 0 or more")
 
     def make_experts(self, inputs: int, hidden: int, outputs: int) -> "Experts":
-        """A mixture of networks with one hidden layer, `[..., inputs] -> [..., outputs]`. Raises UserError."""
-        self.check_experts()
+        """A mixture of networks with one hidden layer, `[..., inputs] -> [..., outputs]`."""
         weights = {"load_balance": self.load_balance, "router_z": self.router_z}
         return Experts(inputs, hidden, outputs, self.experts, self.top_k, weights)
 
@@ -95,3 +94,21 @@ def load_balance(logits: Tensor, chosen: Tensor) -> Tensor:
     """Load-balancing loss of `logits` `[n, N]`, of which `chosen` `[n, N]` is 1 where an expert counts."""
     share = over_processes((chosen / chosen.sum(1, keepdim=True)).mean(0).detach())
     return logits.shape[1] * (share * logits.softmax(1).mean(0)).sum()
+
+
+Heard = list[dict[str, Tensor]]
+"""The losses of a network's parts, one entry for each."""
+
+
+def heard(part: nn.Module, x: Tensor, losses: Heard | None) -> Tensor:
+    """The output of a part of a network, whose own losses are added to `losses` where they are wanted."""
+    if losses is None or not isinstance(part, Experts):
+        return part(x)
+    output, own = part.auxiliary(x)
+    losses.append(own)
+    return output
+
+
+def means(losses: Heard) -> dict[str, Tensor]:
+    """The mean of each loss over the parts that have it."""
+    return {name: torch.stack([one[name] for one in losses]).mean() for name in losses[0]} if losses else {}
