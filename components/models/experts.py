@@ -45,8 +45,10 @@ class ExpertsOptions:
 
     def check_experts(self) -> None:
         """Raise UserError for options out of range."""
-        if self.experts < 1 or (self.experts > 1 and not 1 <= self.top_k <= self.experts):
-            raise UserError(f"--model.experts {self.experts} must be 1 or more, --model.top-k {self.top_k} among them")
+        if self.experts < 1:
+            raise UserError(f"--model.experts {self.experts} must be 1 or more")
+        if self.experts > 1 and not 1 <= self.top_k <= self.experts:
+            raise UserError(f"--model.top-k {self.top_k} of --model.experts {self.experts}: choose 1 to {self.experts}")
         for name in ("load_balance", "router_z"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--model.{name.replace('_', '-')} {getattr(self, name)} must be a number of 0 or more")
