@@ -213,7 +213,8 @@ def test_experts_and_the_losses_of_their_router_by_hand(monkeypatch: pytest.Monk
     monkeypatch.setattr(experts, "over_processes", lambda share: torch.tensor(counts).double())
     halves = [experts.load_balance(logits[part], chosen[part]) for part in (slice(0, 3), slice(3, 6))]
     (both,) = torch.autograd.grad(sum(halves) / 2, logits)  # type: ignore[operator]
-    assert torch.allclose(both, whole, rtol=1e-6) and float(sum(halves).detach()) / 2 == pytest.approx(balance, rel=1e-6)
+    assert torch.allclose(both, whole, rtol=1e-6)
+    assert float(sum(halves).detach()) / 2 == pytest.approx(balance, rel=1e-6)
 
 
 # ---- who adds them -------------------------------------------------------------------------------------------------

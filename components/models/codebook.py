@@ -54,7 +54,7 @@ class CodebookOptions:
     """Weight of the codes after the first layer's in that loss."""
     focal_gamma: float = 2.0
     """Exponent gamma of the focal loss; 0 makes it the cross entropy."""
-    commitment_weight: float = 0.25
+    commitment_weight: float = 1.0
     """Weight of the commitment loss."""
 
     def make_codebook(self, features: int, shape: tuple[int, ...]) -> nn.Module:
