@@ -132,6 +132,11 @@ def debug_options_of(component: type) -> dict[str, Any]:
     return dict(getattr(component, "debug_options", {}))
 
 
+def idle_options_of(options: Any) -> dict[str, str]:
+    """Option of any component, such as "code-width", that has no effect -> without which one: `idle_options()`."""
+    return options.idle_options() if hasattr(options, "idle_options") else {}
+
+
 def former_names_of(component: type) -> dict[str, str]:
     """Former name of an option of any component -> its name by now, for the records of older runs: `former_names`."""
     return dict(getattr(component, "former_names", {}))

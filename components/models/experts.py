@@ -43,6 +43,10 @@ class ExpertsOptions:
     router_z: float = 0.001
     """Weight of the loss of large numbers in the router; that of Zoph et al."""
 
+    def idle_options(self) -> dict[str, str]:
+        """Options that have no effect beside the others -> without which one."""
+        return dict.fromkeys(("top-k", "load-balance", "router-z") if self.experts == 1 else (), "experts 2 or more")
+
     def check_experts(self) -> None:
         """Raise UserError for options out of range."""
         if self.experts < 1:

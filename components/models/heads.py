@@ -1,7 +1,7 @@
 """Output heads of regression networks: an action, a mixture of Gaussians over actions or chunks, or a codebook."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -55,6 +55,15 @@ class HeadOptions(ExpertsOptions, CodebookOptions):
     """Number of Gaussians of the mixture."""
     min_std: float = 1e-2
     """Smallest standard deviation of a Gaussian, in normalised units."""
+
+    def idle_options(self) -> dict[str, str]:
+        """Options that have no effect beside the others -> without which one."""
+        belongs = {"components": "mixture"} | {field.name: "codebook" for field in fields(CodebookOptions)}
+        if self.head not in ("gaussian", "mixture"):
+            belongs["min_std"] = "mixture"
+        idle = {name: f"head {head}" for name, head in belongs.items() if head != self.head}
+        idle |= ExpertsOptions.idle_options(self)
+        return {name.replace("_", "-"): without for name, without in idle.items()}
 
     def make_head(self, features: int, shape: tuple[int, ...]) -> nn.Module:
         """`[B, features]` -> an action of `shape`, or a `Mixture` over such actions. Raises UserError: bad options."""
