@@ -132,8 +132,8 @@ def example(policy: Policy, rows: int) -> dict[str, Tensor]:
             batch[key] = policy.normaliser.undo(key, torch.randn(shape, generator=generator))
     if tasks_of(policy):
         batch["task_index"] = torch.arange(rows) % len(policy.spec["task"]["values"])
-    noise_shape: Any = getattr(policy.module, "noise_shape", None)
-    if noise_shape is not None:
+    if hasattr(policy.module, "noise_shape"):
+        noise_shape: Any = policy.module.noise_shape
         batch["noise"] = torch.randn(rows, *noise_shape, generator=generator)
     return batch
 

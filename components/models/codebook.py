@@ -252,10 +252,12 @@ class CodebookPolicy(EncodedPolicy):
         self.sampler, self.sampling_steps = "mode", 1
 
     @property
-    def noise_shape(self) -> tuple[int, ...] | None:
-        """One number for each layer of the codebook, if it draws."""
+    def noise_shape(self) -> tuple[int, ...]:
+        """One number for each layer of the codebook; there is no such attribute, unless it draws."""
+        if self.sampler != "sample":
+            raise AttributeError("the most probable codes need no noise")
         head: Any = self.network.head
-        return (len(head.prior),) if self.sampler == "sample" else None
+        return (len(head.prior),)
 
     def forward(self, observation: dict[str, Tensor]) -> Tensor:
         network: Any = self.network
