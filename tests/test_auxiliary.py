@@ -172,7 +172,7 @@ def test_a_codebook_learns_both_modes_where_the_mean_is_neither() -> None:
     assert policy.noise_shape == (2,) and torch.equal(network(observed), likely)
     for action in (likely, drawn):
         side = action[:, :1].sign()
-        assert ((action - torch.cat([side, side * state], 1)).norm(dim=1) < 0.25).float().mean() > 0.95
+        assert ((action - torch.cat([side, side * state], 1)).norm(dim=1) < 0.5).float().mean() > 0.95  # the mean: 1
     assert 0.3 < (drawn[:, 0] > 0).float().mean() < 0.7
 
 

@@ -54,8 +54,8 @@ class CodebookOptions:
     """Weight of the codes after the first layer's in that loss."""
     focal_gamma: float = 2.0
     """Exponent gamma of the focal loss; 0 makes it the cross entropy."""
-    commitment_weight: float = 1.0
-    """Weight of the commitment loss."""
+    commitment_weight: float = 0.25
+    """Weight of the commitment loss; that of van den Oord et al."""
 
     def make_codebook(self, features: int, shape: tuple[int, ...]) -> nn.Module:
         """A head `[B, features]` -> action of `shape`. Raises UserError: bad options."""
