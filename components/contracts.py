@@ -311,10 +311,22 @@ def with_auxiliary(model: Any, *arguments: Any, **known: Any) -> tuple[Any, dict
 
     Args:
         known: What the loss is about, `target` and `is_pad`, where that is known before; for `auxiliary` alone.
+
+    Raises:
+        UserError: the model has weights, and no such method; a loss that is no scalar, or has no weight.
     """
-    if not auxiliary_weights_of(model):
+    if not (weights := auxiliary_weights_of(model)):
         return model(*arguments), {}
-    return model.auxiliary(*arguments, **known)
+    if not callable(getattr(model, "auxiliary", None)):
+        raise UserError(
+            f"{type(model).__name__} has auxiliary_weights, but no auxiliary(...) that returns these losses"
+        )
+    output, losses = model.auxiliary(*arguments, **known)
+    for name, value in losses.items():
+        if name not in weights or value.ndim:
+            expected = f"a scalar tensor for each of {', '.join(weights)}"
+            raise UserError(f"{type(model).__name__}.auxiliary: expected {expected}; found {name} {list(value.shape)}")
+    return output, losses
 
 
 # ---- options of any component --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from components import MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY
+from components import MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError
 from components.models import codebook, experts
 from components.models.codebook import Codebook, CodebookHead, CodebookOptions, CodebookPolicy
 from components.models.experts import Experts
@@ -268,3 +268,9 @@ def test_every_imitation_trainer_adds_and_logs_them(name: str, entry: str, optio
     torch.manual_seed(1)
     loss, metrics = trainer.losses(data)
     assert float(loss - found[0.0][0]) == pytest.approx(6, rel=1e-5) and float(metrics["mine"]) == 3
+    models["policy"].auxiliary = lambda *_, **known: (None, {"yours": torch.ones(2)})
+    with pytest.raises(UserError, match=r"expected a scalar tensor for each of mine; found yours \[2\]"):
+        trainer.losses(data)
+    models["policy"].auxiliary = None
+    with pytest.raises(UserError, match="Plugin has auxiliary_weights, but no auxiliary"):
+        trainer.losses(data)
