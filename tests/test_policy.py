@@ -460,7 +460,8 @@ assert not any(name.startswith(("components", "accelerate", "safetensors")) for 
 MIXTURE = ("--trainer", "bc", "--model.head", "mixture", "--loss", "nll", "--dataset.action-steps", 4)
 DENOISER = ("--model.channels", 16, "--policy.sampling-steps", 2)
 EXPORTED: dict[str, tuple[object, ...]] = {
-    "bc": (*toy.TRAINERS["bc"],),
+    "bc": (*toy.EXPERTS,),
+    "codebook": (*toy.TRAINERS["bc"], "--policy.sampler", "sample"),
     "mixture": MIXTURE,
     "pictures": toy.PICTURES,  # cut to their centre, and with two tasks
     "act": toy.TRAINERS["act"],

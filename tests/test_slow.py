@@ -145,7 +145,10 @@ def test_sac_on_two_processes_learns_as_fast(tmp_path: Path) -> None:
 
 
 DIT = ("--trainer", "flow", "--model", "dit", "--model.width", 16, "--model.layers", 1, "--dataset.action-steps", 8)
-OF_FLOW = {"flow": DIT, "shortcut": (*DIT, "--trainer.objective", "shortcut")}  # the U-Net, longer, with diffusion
+OF_FLOW = {
+    "flow": (*DIT, "--model.experts", 3),
+    "shortcut": (*DIT, "--trainer.objective", "shortcut"),
+}  # the U-Net, longer, with diffusion
 
 
 @pytest.mark.parametrize("name", [*toy.TRAINERS, "shortcut"])

@@ -60,7 +60,7 @@ PICTURES = ("--trainer", "bc", "--model", "cnn", "--dataset", "lerobot", "--data
 PICTURES += ("--dataset.cameras", "corner2", "--augment.crop", 56, 60, "--augment.shift", 2, "--augment.hue", 0.1)
 # A small run of every trainer of the registry; what draws noise may say so.
 TRAINERS: dict[str, tuple[object, ...]] = {
-    "bc": ("--trainer", "bc"),
+    "bc": ("--trainer", "bc", "--dataset.action-steps", 4, "--model.head", "codebook", "--model.codes", 4),
     "act": ("--trainer", "act", "--model.width", 16, "--model.layers", 1, "--model.dropout", 0)
     + ("--dataset.action-steps", 4, "--trainer.kl-weight", 0.1),
     "diffusion": ("--trainer", "diffusion", "--model.channels", 16, "--dataset.action-steps", 8),
@@ -90,6 +90,8 @@ ONLINE_ALONE: dict[str, tuple[object, ...]] = {
 ONLINE_ALONE["residual"] = ("--trainer", "residual")  # it needs a run to begin from
 ONLINE_ALONE["rlpd"] = ("--trainer", "rlpd", *SMALL, "--dataset", "toy", "--model.critic.members", 3)
 ONLINE_ALONE["rlpd"] += ("--updates-per-step", 2, "--trainer.policy-every", 2)
+# A network with losses of its own that are no means over samples.
+EXPERTS = ("--trainer", "bc", "--model.experts", 3, "--model.hidden-dims", 16)
 DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
 
