@@ -29,7 +29,8 @@ from ..data.normalisation import on_plateau, quantiles, statistics
 from ..data.pictures import is_picture
 from ..data.random_state import derive_seed
 from ..errors import UserError, nearest
-from .episodes import Batched, EpisodeDataset, Episodes, LearntOptions, learnt_statistics
+from .episodes import Batched, EpisodeDataset, Episodes
+from .learnt import LearntOptions, learnt_statistics
 from .recognise import recognise
 
 logger = logging.getLogger(__name__)
