@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from ..contracts import Place
 from ..data.actions import STATE, ActionForm
+from ..data.features import SUCCESS
 from ..data.fingerprint import digest, moments
 from ..data.normalisation import statistics
 from ..data.pictures import CHANNELS, IMAGES, as_bytes, camera_of, find_layout, is_picture, layout_of, sizes_of
@@ -53,7 +54,7 @@ class Episodes:
     ends: Tensor
     """`[E]` int64, the step after each episode's last one."""
     columns: dict[str, Tensor]
-    """`[N, ...]`: action, and where recorded reward, terminated, truncated, ..."""
+    """`[N, ...]`: action, and where recorded reward, terminated, truncated, intervention, success, ..."""
     observations: dict[str, Any]
     """`[M, ...]`: a tensor, or `Frames`."""
     at: Tensor
@@ -238,10 +239,11 @@ class Batched(Dataset):
 class EpisodeDataset(Batched):
     """An item is one time step with its history and its action chunk.
 
-    Keys, besides the columns: observation.X, and where rewards are recorded next.observation.X of the vectors (the
-    pictures' successors are in `transitions()` only). The successor is the observation after this step's action, never
-    one of another episode. Where it is unknown, `next.is_pad` is true and the observation is repeated in its place;
-    `transitions()` leaves such steps out, unless the step is `terminated`, so that its successor is never used.
+    Keys, besides the columns without `success`: observation.X, and where rewards are recorded next.observation.X of the
+    vectors (the pictures' successors are in `transitions()` only). The successor is the observation after this step's
+    action, never one of another episode. Where it is unknown, `next.is_pad` is true and the observation is repeated in
+    its place; `transitions()` leaves such steps out, unless the step is `terminated`, so that its successor is never
+    used.
 
     Args:
         rows: `[n]`, the steps that are items; all by default.
@@ -296,6 +298,8 @@ class EpisodeDataset(Batched):
         data, rows = self.episodes, self.rows[indices]
         batch: dict[str, Any] = {}
         for key, column in data.columns.items():
+            if key == SUCCESS:  # by which recordings are labelled and told apart; nothing learns from it
+                continue
             if key == "task_index":
                 batch["task"] = [data.tasks[i] for i in column[rows].tolist()]
             elif key == "action" and self.action_steps > 1:
@@ -729,6 +733,14 @@ def check_finite(episodes: Episodes) -> None:
             f" {episode} at step {step}; clean or drop them",
             episodes,
         )
+
+
+def as_flags(array: np.ndarray, place: str) -> Tensor:
+    """Numbers `[N]` or `[N, 1]` as bool: those above 0.5. Raises UserError: others, such as NaN."""
+    flags = np.asarray(array, np.float64).reshape(-1)
+    if len(flags) != len(array) or not np.isfinite(flags).all():
+        raise UserError(f"{place} has shape {array.shape}, or NaN or Inf; expected a finite number for each step")
+    return torch.from_numpy(flags > 0.5)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
