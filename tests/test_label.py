@@ -182,8 +182,9 @@ def test_threshold_and_area_are_those_of_all_pairs() -> None:
     threshold = label.best_threshold(scores, truth)
     called = scores >= threshold
     assert float(2 * (called & truth).sum() / (called.sum() + truth.sum())) == pytest.approx(max(scored.values()))
-    apart = label.best_threshold(torch.tensor([-3.0, -1.0, 2.0, 2.5]).double(), torch.tensor([0, 0, 1, 1]).bool())
-    assert apart == 0.5
+    for least, nearest in ((-1.0, 0.0), (1.0, 1.25), (-10.0, -1.0)):  # of the gap from there to 2
+        apart = torch.tensor([-30.0, least, 2.0, 2.5]).double()
+        assert label.best_threshold(apart, torch.tensor([0, 0, 1, 1]).bool()) == nearest
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[truth].tolist() for b in scores[~truth].tolist()]
     area = float(re.search(r"AUC ([\d.]+)", label.measures(scores, truth, threshold, 5)[1])[1])  # type: ignore[index]
     assert area == pytest.approx(np.mean(pairs), abs=0.006)

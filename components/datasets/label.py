@@ -444,17 +444,22 @@ def logit(probability: float) -> float:
 
 
 def best_threshold(scores: Tensor, truth: Tensor) -> float:
-    """The logit from which frames count as success with the best F1 score; of several the one in the widest gap."""
+    """The logit from which frames count as success with the best F1 score.
+
+    It may be anywhere in the gap between two scores; of the widest such gap, it is as near to 0, a probability of 1/2,
+    as the middle half of the gap allows.
+    """
     ordered = scores.unique()  # sorted
-    found = [(ordered[1:] + ordered[:-1]) / 2, ordered[:1] - 1]
-    candidates = torch.cat(found[::-1])
-    gaps = torch.cat([torch.ones(1), ordered.diff()])
+    low = torch.cat([ordered[:1] - 2, ordered[:-1]])
+    middle, width = (low + ordered) / 2, ordered - low
     positives, total = scores[truth].sort().values, scores.sort().values
-    hits = len(positives) - torch.searchsorted(positives, candidates)
-    called = len(total) - torch.searchsorted(total, candidates)
+    hits = len(positives) - torch.searchsorted(positives, middle)
+    called = len(total) - torch.searchsorted(total, middle)
     f1 = 2 * hits / (called + len(positives))
     best = (f1 >= f1.max() - 1e-12).nonzero().flatten()
-    return float(candidates[best[gaps[best].argmax()]])
+    chosen = int(best[width[best].argmax()])
+    centre, reach = float(middle[chosen]), float(width[chosen]) / 4
+    return min(max(0.0, centre - reach), centre + reach)
 
 
 def measures(scores: Tensor, truth: Tensor, threshold: float, episodes: int) -> list[str]:
