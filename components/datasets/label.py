@@ -159,14 +159,16 @@ def label(episodes: Episodes, options: Options) -> tuple[list[str], Episodes]:
     positives, negatives = int(frames.success.sum()), int(frames.other.sum())
     lines = [f"success: {said}; {positives} frames of success, {negatives} others"]
     model = train(observed, frames.of(~rest), options)
-    scores = judged(model, observed)  # [M]
-    truth, some = frames.of(rest).labels, scores[frames.of(rest).rows]
-    threshold = best_threshold(some, truth) if options.threshold is None else logit(options.threshold)
     kinds = f"{'mlp' if not model.pictured else options.encoder} on {', '.join(observed)}"
     lines += [f"classifier: {kinds}, {options.steps} updates of {options.batch_size} frames"]
-    lines += measures(some, truth, threshold, len(frames.group[rest].unique()))
-    how = "given" if options.threshold is not None else "of the best F1 on these frames"
+    scores = judged(model, observed)  # [M]
+    unseen = frames.of(rest)
+    threshold, how = logit(options.threshold or 0.5), "given"
+    if options.threshold is None:
+        threshold, how = best_threshold(scores[unseen.rows], unseen.labels), "of the best F1 on the frames held out"
     lines += [f"threshold: {1 / (1 + np.exp(-threshold)):.3g} ({how})"]
+    lines += measures(scores[unseen.rows], unseen.labels, threshold, len(frames.group[rest].unique()))
+    lines += [counted_of(scores, frames.of(~rest), threshold)]
     after = torch.where(episodes.after < 0, episodes.at, episodes.after)
     success = staying(scores[after] >= threshold, episodes.ends, options.stay)  # [N]
     if not options.success_data:
@@ -475,6 +477,13 @@ def measures(scores: Tensor, truth: Tensor, threshold: float, episodes: int) -> 
         f"precision {precision} of {alarms} frames, recall {measured(hits / n, wilson(hits, n))} of {n},"
         f" AUC {measured(area, of_auc(area, n, m))}",
     ]
+
+
+def counted_of(scores: Tensor, seen: Labelled, threshold: float) -> str:
+    """A line about the frames learnt from: where it fails there, it has not learnt, or the frames are not alike."""
+    called, truth = scores[seen.rows] >= threshold, seen.labels
+    found, alarms, n = int((called & truth).sum()), int((called & ~truth).sum()), int(truth.sum())
+    return f"learnt from: {found} of {n} frames of success found, and {alarms} of {len(truth) - n} others"
 
 
 def by_episode(success: Tensor, frames: MarkedFrames, rest: Tensor, episodes: Episodes) -> list[str]:
