@@ -6,8 +6,8 @@ python -m components.datasets.label play --out labelled --success-data goals --c
 
 The practice of HIL-SERL (Luo et al., 2024) and LeRobot: a classifier of single observations, whose batches are half
 successes, with random shifts of the pictures. Deviations: the networks are small and trained from scratch, where theirs
-are frozen and pretrained (`--encoder resnet18 --weights` has ImageNet's); episodes are held out to measure it and to
-choose the threshold, which is theirs to guess; a success must stay.
+are frozen and pretrained (`--encoder resnet18 --weights` begins with ImageNet's); episodes are held out, which measure
+it and choose the threshold, where theirs is an option; a success must stay; the classifier is not kept.
 
 The reward of a step is judged by the observation after its action, or by its own where that is not stored.
 """
