@@ -135,32 +135,37 @@ def test_pictures_are_judged_by_an_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("options", "message"),
     [
-        ([], "--out is needed: a folder for the labelled dataset"),
-        (["--out", "{data}"], "exists already; give another folder"),
-        (["--out", "{data}/labelled"], "within the data itself, which is not changed"),
-        (["--out", "x", "--success", "first", "3"], "--success first 3: expected last N, or column NAME"),
-        (["--out", "x", "--success", "column", "sucess"], "no such column of numbers; nearest: success"),
-        (["--out", "x", "--success-episodes", "40"], "--success-episodes 40: there is no such episode; .* 12 episodes"),
-        (["--out", "x", "--success", "last", "0"], "there are no frames of success; see --success"),
-        (["--out", "x", "--success", "last", "99", "--success-episodes", ":"], "all frames are of success"),
-        (["--out", "x", "--success-episodes", "3"], "1 episodes with frames of success and 11 without are too few"),
-        (["--out", "x", "--keys", "staet"], "--keys staet: no such observation; known: observation.state"),
-        (["--out", "x", "--threshold", "2"], "--threshold 2.0 must be a probability between 0 and 1"),
-        (["--out", "x", "--weights", "w"], "--weights are of --encoder resnet18"),
-        (["--out", "x", "--success-data", "nowhere"], "nowhere: no such file or folder"),
-        (["--out", "x", "--steps", "1", "--threshold", "0.999999"], "no step is a success by the classifier; lower"),
-        (["--out", "x", "--dataset.state-steps", "2"], "are of what is learnt; this writes"),
+        ({"out": ""}, "--out is needed: a folder for the labelled dataset"),
+        ({"out": "{data}"}, "exists already; give another folder"),
+        ({"out": "{data}/labelled"}, "within the data itself, which is not changed"),
+        ({"success": ("first", "3")}, "--success first 3: expected last N, or column NAME"),
+        ({"success": ("column", "sucess")}, "no such column of numbers; nearest: success"),
+        ({"success_episodes": ("40",)}, "--success-episodes 40: there is no such episode; .* 12 episodes"),
+        ({"success": ("last", "0")}, "there are no frames of success; see --success"),
+        ({"success": ("last", "99"), "success_episodes": (":",)}, "all frames are of success"),
+        ({"success_episodes": ("3",)}, "1 episodes with frames of success and 11 without are too few"),
+        ({"keys": ("staet",)}, "--keys staet: no such observation; known: observation.state"),
+        ({"threshold": 2.0}, "--threshold 2.0 must be a probability between 0 and 1"),
+        ({"weights": "w"}, "--weights are of --encoder resnet18"),
+        ({"success_data": "nowhere"}, "nowhere: no such file or folder"),
+        ({"steps": 1, "threshold": 0.999999}, "no step is a success by the classifier; lower"),
     ],
 )
-def test_bad_input_of_label(
-    words: list[str], message: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_of_label(options: dict[str, Any], message: str, data: Path) -> None:
     with pytest.raises(UserError, match=message) as error:
-        label.main([str(data), *[word.format(data=data) for word in words]])
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+        asked = label.Options(**{"out": "x"} | QUICK | options)
+        asked.out = asked.out.format(data=data)
+        label.check(asked, Path(asked.out), data)
+        label.label(walks(), asked)
+    assert "\n" not in str(error.value)
+
+
+def test_only_what_was_recorded_is_labelled(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="are of what is learnt; this writes"):
+        label.main([str(data), "--out", str(tmp_path / "x"), "--dataset.state-steps", "2"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_success_stays_or_lasts_until_the_end() -> None:

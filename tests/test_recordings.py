@@ -378,8 +378,10 @@ def test_antmazes_rewards_of_zero_and_one_are_said_once(
     assert len(found) == said and all("--dataset.reward-shift -1 each step" in message for message in found)
 
 
-@pytest.mark.parametrize("name", ["intervention", "complementary_info.is_intervention", "is_intervention"])
-@pytest.mark.parametrize("kind", ["bool", "float32", "int64"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("intervention", "bool"), ("complementary_info.is_intervention", "float32"), ("is_intervention", "int64")],
+)
 def test_interventions_are_read_by_lerobots_names(name: str, kind: str, tmp_path: Path) -> None:
     """What `lerobot-rollout` writes, and its replay buffer; what is no number is left, and NaN refused."""
     taken = np.arange(15) % 4 == 1
