@@ -16,6 +16,7 @@ from ..datasets.episodes import Episodes, complete_flags, from_columns
 from ..envs.vector import Environments, action_bounds
 from ..errors import UserError, require
 from .collection import Collector, describe_env
+from .labelled import INTERVENTION
 
 FORMATS = {"minari": (("minari", '"minari[hdf5]"'), ("h5py", "h5py")), "lerobot": (("pyarrow", "pyarrow"),)}
 
@@ -141,7 +142,7 @@ def episodes_of(columns: dict[str, torch.Tensor], ends: torch.Tensor, spec: dict
         spec: Of the transitions.
         space: Of one environment's actions.
     """
-    kept = {key: columns[key] for key in spec if key in columns}
+    kept = {key: columns[key] for key in (*spec, INTERVENTION) if key in columns}
     if "classes" in spec["action"]:
         kept["action"] = kept["action"][:, None].float()
     kept["truncated"] = columns["ended"] & ~columns["terminated"]
