@@ -70,7 +70,7 @@ class DAgger(BC):
         """Of keyboard: action while a key is pressed, in half ranges."""
 
     @staticmethod
-    def data(config: Any) -> Corrections:
+    def data(config: Any) -> Corrections:  # type: ignore[override]
         """The expert's labels. Raises UserError: options out of range, or of the other method."""
         gated = config.method == "hg_dagger"
         for name, least, most in (("labels", 1, 1e12), ("share", 1e-9, 1), ("beta", 0, 1), ("iteration", 1, 1e12)):
