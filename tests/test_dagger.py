@@ -261,18 +261,9 @@ def test_a_resumed_run_needs_neither_the_experts_run_nor_counts_anew(script: Scr
     """HG-DAgger beside a dataset: gates, the expert's noise and history, and the count go on bit for bit."""
     chunks = ("--dataset.obs-steps", 2, "--dataset.action-steps", 8, "--policy.action-steps", 3)
     expert = script("--trainer", "flow", "--model.channels", 16, *chunks, "--steps", 5, folder="expert")
-    options = (
-        *HG,
-        "--trainer.expert",
-        expert,
-        "--trainer.takes-over",
-        0.1,
-        "--trainer.gives-back",
-        0.08,
-        "--trainer.labels",
-        100,
-    )
-    options = (*options, "--dataset", "toy", "--save-every", 14, "--eval-every", 30, "--eval-episodes", 2)
+    gate = ("--trainer.takes-over", 0.24, "--trainer.gives-back", 0.2, "--trainer.labels", 100)
+    options = (*HG, "--trainer.expert", expert, *gate, "--dataset", "toy")
+    options = (*options, "--steps", 50, "--save-every", 14, "--eval-every", 30, "--eval-episodes", 1)
     whole = online(*options, folder="whole")
     interrupt_after(online, 12, *options)
     shutil.rmtree(expert)
@@ -281,7 +272,7 @@ def test_a_resumed_run_needs_neither_the_experts_run_nor_counts_anew(script: Scr
     for log in ("eval.jsonl", "episodes.jsonl"):
         assert (run / log).read_text() == (whole / log).read_text()
     found = read_lines(run / "metrics.jsonl")[-1]["train/expert_labels"]
-    assert 20 <= found < 50  # the gate is open for a part of the steps
+    assert 20 < found < 45  # the gate is open for a part of the steps
 
 
 def test_a_clone_is_handed_over_as_it_was_and_corrected(script: Script, online: Script) -> None:

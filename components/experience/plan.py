@@ -34,6 +34,8 @@ def check_options(request: Request, args: Any) -> None:
         raise UserError(f"--trainer {name} also learns from a dataset; name one, as in --dataset metaworld")
     if isinstance(request, Corrections):
         check_labels(request, args)
+        if args.init_from and not args.given("normalise-observations"):
+            args.normalise_observations = False  # a clone keeps the statistics that it has learnt with
     if args.dataset == "none" and args.given("dataset.ratio"):
         raise UserError("--dataset.ratio is a share of a dataset; choose one with --dataset")
 
