@@ -146,7 +146,7 @@ def test_a_request_of_another_kind_is_refused() -> None:
         data = staticmethod(lambda config: {"discount": 0.9})
 
     with pytest.raises(
-        UserError, match="Odd.data.config. must return Window, Goals, Rollouts or Demonstrations, found"
+        UserError, match="Odd.data.config. must return Window, Goals, Rollouts, Demonstrations or Corrections, found"
     ):
         contracts.request_of(Odd, None)
 
