@@ -12,6 +12,8 @@ Shapes: B samples, To observation steps, Ta action steps, Ds state width, Da act
                                     [B], the number of a discrete one              int64
     action_is_pad                   [B, Ta], only when chunked                    bool
     reward, terminated, truncated   [B]                                           float32, bool, bool
+    intervention                    [B], only where the data has it: an expert    bool
+                                    or a person, not the policy, chose the action
     next.<observation key>          the successor, never across an episode's end
     next.is_pad                     [B], only where some successor is not stored    bool
     task, source                    list of B texts: the task, a mixture's source

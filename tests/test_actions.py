@@ -24,8 +24,9 @@ from components.data import rotations
 from components.data.actions import STATE, ActionForm, Dimensions, Rotation, form_of, step_statistics
 from components.data.features import describe_data
 from components.data.normalisation import Normaliser
-from components.datasets.episodes import LearntOptions, build, from_columns
+from components.datasets.episodes import build, from_columns
 from components.datasets.goals import goal_transitions
+from components.datasets.learnt import LearntOptions
 from components.datasets.mixture import MixtureDataset
 from components.datasets.recorded import recordings
 from components.datasets.transitions import transitions

@@ -117,7 +117,7 @@ def test_the_lerobot_layout_is_the_librarys_field_by_field(tmp_path: Path) -> No
     for key in info[0].keys() - {"robot_type", "video_path"}:  # what another format does not say
         assert info[0][key] == info[1][key], key
     extra = {"next.terminated", "next.truncated"}  # ours, beside next.done
-    assert features[1].keys() - extra == features[0].keys() - {"next.success"}
+    assert features[1].keys() - extra == features[0].keys()
     for key in features[0].keys() & features[1].keys():
         assert features[0][key]["dtype"] == features[1][key]["dtype"], key
         assert list(features[0][key]["shape"]) == list(features[1][key]["shape"]), key
@@ -130,7 +130,7 @@ def test_the_lerobot_layout_is_the_librarys_field_by_field(tmp_path: Path) -> No
     described = [json.loads(table.schema.metadata[b"huggingface"])["info"]["features"] for table in data]
     assert all(described[0][key] == described[1][key] for key in described[0].keys() & described[1].keys())
     episodes = [pq.read_table(root / "meta/episodes/chunk-000/file-000.parquet") for root in (theirs, ours)]
-    wanted = {name for name in episodes[0].column_names if not name.startswith("stats/next.success")}
+    wanted = set(episodes[0].column_names)
     assert {n for n in episodes[1].column_names if not any(e in n for e in extra)} == wanted
     for name in wanted:
         if not name.startswith("stats/"):
@@ -149,7 +149,7 @@ def test_the_lerobot_layout_is_the_librarys_field_by_field(tmp_path: Path) -> No
     index = [json.loads(pq.read_schema(root / "meta/tasks.parquet").metadata[b"pandas"]) for root in (theirs, ours)]
     assert all(len(of["index_columns"]) == 1 for of in index) and index[1]["index_columns"] == ["task"]
     stats = [json.loads((root / "meta/stats.json").read_text()) for root in (theirs, ours)]
-    assert stats[0].keys() - {"next.success"} == stats[1].keys() - extra
+    assert stats[0].keys() == stats[1].keys() - extra
     for key in ("action", "observation.state"):
         for name in ("mean", "std", "min", "max"):
             assert np.allclose(stats[0][key][name], stats[1][key][name], atol=1e-4), (key, name)
@@ -235,7 +235,7 @@ def test_inspect_shows_what_looks_wrong(tmp_path: Path, capsys: pytest.CaptureFi
         "episode lengths: 1 to 100, mean 50, median 49.5",
         "1 episodes have a single step",
         "returns: 0 to 2",
-        "the values 0, 1",
+        "the values 0 (196 times), 1 (4 times)",
         "terminated: 3 of 4 episodes, and 1 times within one",
         "the observation after the last action: not known, 4 times",
     ):

@@ -16,6 +16,7 @@ import torch
 import toy
 from components import TRAINER_REGISTRY, UserError
 from components.contracts import Window
+from components.data.features import INTERVENTION
 from components.datasets.episodes import EpisodeDataset
 from components.envs.vector import Environments
 from components.envs.workers import spread
@@ -23,7 +24,7 @@ from components.experience import recording
 from components.experience.collection import Collector, describe_env
 from components.experience.guide import Guide, OfRun, Scripted
 from components.experience.keyboard import Keyboard
-from components.experience.labelled import INTERVENTION, LABEL, LABELLED, Labelled
+from components.experience.labelled import LABEL, LABELLED, Labelled
 from components.experience.memory import Taught
 from components.run.curves import read_lines
 from conftest import difference, learned, states, weights

@@ -13,6 +13,9 @@ from ..errors import UserError, nearest
 from ..records import Told, misfit
 from .pictures import IMAGES, is_picture, pictures_of
 
+# Flags of a step that recordings may have, and that older versions did not read: whether an expert or a person, not the
+# policy, chose the action, and whether the task was done after it.
+INTERVENTION, SUCCESS = RECORDED = ("intervention", "success")
 NO_CHOICE = "produces vectors, and the actions are discrete; use --trainer ppo or dqn"
 ROWS_PER_READ = 4096
 MAX_SLOW_ROWS = 10_000  # items that are checked for NaN one at a time; more would delay the start

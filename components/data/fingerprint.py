@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .features import as_list, read
+from .features import RECORDED, as_list, read
 from .random_state import preserved
 
 MOST_BYTES = 1 << 30  # of one array that is read as a whole; of a larger one, rows at equal distances
@@ -122,7 +122,8 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         return [f"{size(before)} -> {size(now)}"]
     parts = ["other borders of episodes"] if before.get("borders") != now.get("borders") else []
     old, new = (one.get("content") or _content(one, before, now) for one in (before, now))
-    parts += [f"no {key!r} now" for key in old if key not in new] + [f"{key!r} is new" for key in new if key not in old]
+    parts += [f"no {key!r} now" for key in old if key not in new]
+    parts += [f"{key!r} is new" for key in new if key not in old and key not in RECORDED]
     other = [key for key in old if not _alike(old[key], new.get(key, old[key]))]
     parts += [f"other values of {', '.join(map(repr, other))}"] if other else []
     return parts + (["other rows are held out"] if before.get("chosen") != now.get("chosen") else [])

@@ -7,6 +7,7 @@ here. The files have no rewards, and no observation after the last action. The a
 robot.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.features import INTERVENTION
 from ..data.pictures import IMAGES, Layout, camera_of, layout_of
 from ..errors import UserError, nearest, require
 from ..run.progress import counted
-from .episodes import Episodes, Reader, choose_episodes, chosen_cameras, flat_names, steps_only, tell_unused
+from .episodes import Episodes, Reader, as_flags, choose_episodes, chosen_cameras, flat_names, steps_only, tell_unused
 from .frames import Frames, HDF5Frames, HDF5Jpegs
 from .untrusted import (
     Ledger,
@@ -88,7 +90,8 @@ def read(path: Path, files: list[Path], options: AlohaDataset) -> Episodes:
     chosen = chosen_cameras(options.cameras, list(cameras), str(path))
     if not options.keys and not chosen:
         raise UserError(f"{path}: no observations are chosen; see --dataset.keys and --dataset.cameras")
-    wanted = {name: (names[name], shapes[name][1:]) for name in ("action", *options.keys)}
+    marks = [INTERVENTION] if math.prod(shapes.get(INTERVENTION, (0, 0))[1:]) == 1 else []
+    wanted = {name: (names[name], shapes[name][1:]) for name in ("action", *options.keys, *marks)}
     lengths, parts, ledger = [], [], Ledger(sum(number.stat().st_size for number in files))
     for number in counted(files, "reading files"):
         with open_hdf5(number, ledger) as file:
@@ -97,19 +100,19 @@ def read(path: Path, files: list[Path], options: AlohaDataset) -> Episodes:
     ends = torch.tensor(lengths).cumsum(0)
     check_memory(2 * sum(array.nbytes for part in parts for array in part.values()), str(path))
     columns = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in wanted}
+    kept = {"action": columns["action"]}
+    kept |= {name: as_flags(columns[name].numpy(), f"{path}: {name!r}") for name in marks}
     observations: dict[str, Any] = {}
     if options.keys:
         observations["observation.state"] = torch.cat([columns[key] for key in options.keys], 1)
     observations |= {IMAGES + name: pictures(files, cameras[name], lengths) for name in chosen}
-    rest = {k: (shapes[k][1:], "see --dataset.keys") for k in vectors if k not in (*options.keys, *BOOKKEEPING)}
+    rest = {k: (shapes[k][1:], "see --dataset.keys") for k in vectors if k not in (*options.keys, *marks, *BOOKKEEPING)}
     stored = {"format": "aloha", "fps": FPS, "sim": simulated, "keys": list(options.keys)}
     named = {"action": flat_names("action", shapes["action"][1:])} if len(shapes["action"]) != 2 else {}
     if options.keys:
         named["observation.state"] = [name for key in options.keys for name in flat_names(key, shapes[key][1:])]
     stored |= tell_unused(str(path), rest)
-    return Episodes(
-        str(path), ends, {"action": columns["action"]}, observations, *steps_only(ends), stored=stored, names=named
-    )
+    return Episodes(str(path), ends, kept, observations, *steps_only(ends), stored=stored, names=named)
 
 
 def arrays_of(file: Any) -> dict[str, Any]:

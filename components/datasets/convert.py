@@ -5,8 +5,9 @@ python -m components.datasets.convert demos.zarr demos-minari --format minari --
 python -m components.datasets.convert demos-minari --dataset metaworld --dataset.demos 20 --format minari
 
 Rewards, flags and successors are converted, too. LeRobot gets the features next.terminated, next.truncated and
-next.observation.X beside its own. Minari gets the observation after the last action; where that is unknown, the last
-observation is repeated and the metadata record it. Pictures are written without loss.
+next.observation.X beside its own, among which are intervention and next.success; Minari has these two in `infos`, and
+gets the observation after the last action; where that is unknown, the last observation is repeated and the metadata
+record it. Pictures are written without loss.
 """
 
 import copy
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..data.features import INTERVENTION, RECORDED, SUCCESS
 from ..data.pictures import CHANNELS, IMAGES, is_picture
 from ..errors import UserError, require
 from ..run import command_line as cli
@@ -227,6 +229,8 @@ def lerobot_columns(episodes: Episodes) -> tuple[dict[str, np.ndarray], list[str
         vectors["next.reward"] = data["reward"].float().numpy()
         vectors["next.done"] = end
         vectors |= {f"next.{name}": data[name].numpy() for name in ("terminated", "truncated")}
+    named = {INTERVENTION: INTERVENTION, SUCCESS: f"next.{SUCCESS}"}
+    vectors |= {named[key]: data[key].numpy() for key in RECORDED if key in data}
     lengths = episodes.lengths.numpy()
     vectors["timestamp"] = np.zeros(steps, np.float32)
     vectors["frame_index"] = np.concatenate([np.arange(length) for length in lengths])
@@ -407,6 +411,7 @@ def minari_buffer(episodes: Episodes, number: int, rows: slice) -> Any:
         actions = actions[:, 0].astype(np.int64)
     ends = torch.zeros(steps, dtype=torch.bool)
     ends[-1] = True  # without flags, an episode is truncated at its end
+    infos = {key: np.append(False, columns[key][rows].numpy()) for key in RECORDED if key in columns}  # of the reset
     return EpisodeBuffer(
         id=number,
         observations=_as_environment(observed, dict),
@@ -414,6 +419,7 @@ def minari_buffer(episodes: Episodes, number: int, rows: slice) -> Any:
         rewards=columns["reward"][rows].tolist() if "reward" in columns else [0.0] * steps,
         terminations=columns["terminated"][rows].tolist() if "terminated" in columns else [False] * steps,
         truncations=(columns["truncated"][rows] if "truncated" in columns else ends).tolist(),
+        infos={key: flags.tolist() for key, flags in infos.items()} or None,
     )
 
 

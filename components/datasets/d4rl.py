@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.features import INTERVENTION
 from ..data.pictures import IMAGES, as_bytes, holds_pictures, layout_of
 from ..errors import UserError
 from .environment import recoverable
 from .episodes import (
     Episodes,
     Reader,
+    as_flags,
     as_tensor,
     chosen_cameras,
     flat_names,
@@ -29,8 +31,8 @@ from .episodes import (
 from .untrusted import existing, hdf5, open_hdf5, read_hdf5
 
 WHAT = "an HDF5 file of D4RL (observations, actions, rewards, terminals)"
-NEEDED, OPTIONAL = ("observations", "actions", "rewards", "terminals"), ("timeouts", "next_observations")
-FLAGS = ("rewards", "terminals", "timeouts")
+NEEDED, OPTIONAL = ("observations", "actions", "rewards", "terminals"), ("timeouts", "next_observations", INTERVENTION)
+FLAGS = ("rewards", "terminals", "timeouts", INTERVENTION)
 # Names of the data that --dataset.rename may use, too.
 ALIAS = {"observation.state": "observations", "action": "actions", "reward": "rewards", "terminated": "terminals"}
 ALIAS |= {"truncated": "timeouts", "next.observation.state": "next_observations"}
@@ -120,6 +122,8 @@ def read(path: Path, options: D4RLDataset) -> Episodes:
     shapes = {"observation.state": arrays["observations"].shape[1:], "action": arrays["actions"].shape[1:]}
     names = {k: flat_names(k.removeprefix("observation."), shape) for k, shape in shapes.items() if len(shape) != 1}
     columns = {"action": _vectors(arrays["actions"]), "reward": as_tensor(arrays["rewards"]), "terminated": terminated}
+    if INTERVENTION in arrays:
+        columns[INTERVENTION] = as_flags(arrays[INTERVENTION], f"{path}: {INTERVENTION!r}")
     key, convert = "observation.state", _vectors
     if holds_pictures(arrays["observations"].shape[1:], arrays["observations"].dtype):
         place = f"{path}: 'observations'"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..data.actions import learnt_names
-from ..data.features import facts_of, read
+from ..data.features import INTERVENTION, RECORDED, SUCCESS, facts_of, read
 from ..data.figures import literal, save_figure
 from ..data.items import as_kept
 from ..data.pictures import CHANNELS, IMAGES
@@ -286,11 +286,19 @@ def flags(episodes: Episodes) -> list[str]:
     lines = ["", f"episode lengths: {_range(episodes.lengths.float())}"]
     if single := int((episodes.lengths == 1).sum()):
         lines += [f"{single} episodes have a single step"]
+    named = {INTERVENTION: "interventions", SUCCESS: "success"}
+    episode = torch.repeat_interleave(torch.arange(len(last)), episodes.lengths)
+    for key in (key for key in RECORDED if key in data):
+        steps = data[key].bool()
+        begins = steps & ~torch.cat([steps[:1] & False, steps[:-1] & (episode[1:] == episode[:-1])])
+        times = f", {int(begins.sum())} times in {len(episode[steps].unique())} of {len(last)} episodes"
+        lines += [f"{named[key]}: {int(steps.sum())} of {len(steps)} steps" + times * bool(steps.any())]
     if "reward" not in data:
         return [*lines, "no rewards"]
     lines += [f"returns: {_range(returns(episodes))}"]
-    values = data["reward"].unique()
-    few = f"; the values {', '.join(f'{v:.6g}' for v in values.tolist())}" if len(values) <= 5 else ""
+    values, counts = (found.tolist() for found in data["reward"].unique(return_counts=True))
+    each = [f"{value:.6g} ({count} times)" for value, count in zip(values, counts, strict=True)]
+    few = f"; the values {', '.join(each)}" if len(values) <= 5 else ""
     lines += [f"rewards: {_range(data['reward'])}{few}"]
     ends = torch.zeros(len(episodes.at), dtype=torch.bool)
     ends[last] = True

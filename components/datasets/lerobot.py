@@ -8,8 +8,9 @@ out here.
 
 `next.reward` is the reward of the action in the same row. `next.done` marks the end of an episode, which need not be a
 terminal state, so `terminated` is `next.done` where `next.success` also holds; a feature `next.terminated`, which
-`convert` writes, is read directly. The format lacks the observation after the last action; `convert` adds it as
-`next.observation.X`.
+`convert` writes, is read directly. Whether a person chose the action is `intervention` (of `lerobot-rollout`) or
+`complementary_info.is_intervention` (of the replay buffer of HIL-SERL). The format lacks the observation after the last
+action; `convert` adds it as `next.observation.X`.
 """
 
 import json
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.features import INTERVENTION, SUCCESS
 from ..data.pictures import CHANNELS, IMAGES, Layout, as_bytes, camera_of, holds_pictures, layout_of
 from ..errors import UserError, first_line, require
 from ..records import Size, problem_of
@@ -32,6 +34,7 @@ from ..run.progress import counted
 from .episodes import (
     Episodes,
     Reader,
+    as_flags,
     choose_episodes,
     chosen_cameras,
     flat_names,
@@ -47,6 +50,7 @@ WHAT = "the folder of a LeRobotDataset v2.0, v2.1 or v3.0 (with meta/ and data/)
 OLD = "LeRobot's scripts convert it: convert_dataset_v1_to_v2.py, then convert_dataset_v20_to_v21.py"
 FIELD = re.compile(r"{(\w+)(?::(0\dd))?}")  # in a pattern; str.format would let the file evaluate more than names
 FLAGS = ("next.reward", "next.done", "next.success", "next.terminated", "next.truncated")
+INTERVENTIONS = (INTERVENTION, "complementary_info.is_intervention", "is_intervention")  # the first that is there
 FASTEST = 1e6  # frames a second
 NEAR = 0.25  # largest deviation of the time between two rows from 1 / fps, in multiples of that
 COUNTS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
@@ -201,7 +205,7 @@ def read(root: Path, options: LeRobotDataset) -> Episodes:
             ].contiguous()
         else:
             observations[key] = video(meta, feature, layout.stored, rows, shown.numpy())
-    columns = flags(rows) | {"action": torch.from_numpy(rows["action"])}
+    columns = flags(rows, str(root)) | {"action": torch.from_numpy(rows["action"])}
     texts: list[str] = []
     if tasks := tasks_of(meta, rows, ends):
         texts = list(dict.fromkeys(tasks.values()))
@@ -235,7 +239,7 @@ def names_of(features: dict[str, Any], keys: list[str]) -> dict[str, list[str]]:
 
 def unused(meta: Meta, pictured: dict[str, str], following: dict[str, Any], complete: bool) -> dict[str, str]:
     """The features that are not read, for `stored`; cameras that can be chosen are told elsewhere."""
-    read = {*vector_features(meta.features), *pictured.values(), *FLAGS, *COUNTS}
+    read = {*vector_features(meta.features), *pictured.values(), *flag_features(meta.features), *COUNTS}
     rest: dict[str, tuple[Any, str]] = {}
     for key, feature in meta.features.items():
         if key not in read:
@@ -248,8 +252,14 @@ def unused(meta: Meta, pictured: dict[str, str], following: dict[str, Any], comp
     return tell_unused(str(meta.root), rest)
 
 
-def flags(rows: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """reward, terminated and truncated `[N]`, as far as they are recorded; see the module's docstring."""
+def flag_features(features: dict[str, Any]) -> list[str]:
+    """The features that `flags` reads."""
+    chosen = [key for key in INTERVENTIONS if features.get(key, {}).get("dtype", "").startswith(NUMBERS)]
+    return [*(key for key in FLAGS if key in features), *chosen[:1]]
+
+
+def flags(rows: dict[str, np.ndarray], name: str) -> dict[str, Tensor]:
+    """reward, terminated, truncated, intervention and success `[N]`, as far as recorded; see the module's docstring."""
     columns: dict[str, Tensor] = {}
     if "next.reward" in rows:
         columns["reward"] = torch.from_numpy(rows["next.reward"].astype(np.float32))
@@ -258,6 +268,11 @@ def flags(rows: dict[str, np.ndarray]) -> dict[str, Tensor]:
             columns[name] = torch.from_numpy(rows[f"next.{name}"].astype(bool))
     if "terminated" not in columns and "next.done" in rows and "next.success" in rows:
         columns["terminated"] = torch.from_numpy(rows["next.done"].astype(bool) & rows["next.success"].astype(bool))
+    for key in INTERVENTIONS:
+        if key in rows:
+            columns[INTERVENTION] = as_flags(rows[key], f"{name}: {key!r}")
+    if "next.success" in rows:
+        columns[SUCCESS] = as_flags(rows["next.success"], f"{name}: 'next.success'")
     return columns
 
 
@@ -514,7 +529,7 @@ def read_rows(
     widths = {key: math.prod(features[key]["shape"]) for key in (*vector_features(features), *pictured)}
     plain = ["index", "episode_index", "timestamp"]
     plain += ["task_index"] if meta.tasks or "task_index" in features else []
-    plain += [key for key in FLAGS if key in features]
+    plain += flag_features(features)
     expected = sum(episode["length"] for episode in meta.episodes)
     check_memory(4 * expected * (sum(widths.values()) + 2 * len(plain)), f"{root}: {expected} rows")
     ledger = Ledger()

@@ -5,6 +5,9 @@ Layout: `data/metadata.json` (spaces, environment, counts) and `data/main_data.h
 columns with one more row, which is dropped. Pictures are JPEG files unless the dataset was created without
 `jpeg_encoding`.
 
+Of `infos`, `intervention` and `success` are read. The library's collector has T + 1 rows of them, the first being that
+of the reset.
+
 Observations are named as `envs.observations.observation_batch` names those of the environment: a vector is
 `observation.state`, a picture `observation.images.camera`; entries of a Dict are named by their keys (nested ones
 joined by dots), those of a Tuple by their numbers. Actions of a Dict or Tuple are concatenated in the space's order; a
@@ -24,11 +27,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..data.features import RECORDED
 from ..data.pictures import IMAGES, as_bytes, camera_of, declared_top, find_layout, layout_of, top_of_space
 from ..errors import UserError, require
 from ..run.progress import counted
 from .environment import plain_words, recoverable
-from .episodes import Episodes, Reader, choose_episodes, chosen_cameras, flat_names, tell_unused, with_final
+from .episodes import Episodes, Reader, as_flags, choose_episodes, chosen_cameras, flat_names, tell_unused, with_final
 from .frames import EncodedFrames, HDF5Frames
 from .untrusted import (
     Ledger,
@@ -238,7 +242,8 @@ def read(root: Path, meta: dict[str, Any], options: MinariDataset) -> Episodes:
         numbers = own_numbers(names)
         places = choose_episodes(options.episodes, numbers, str(root))
         each = [read_episode(store, names[place], declared, chosen) for place in counted(places, "reading episodes")]
-    vectors = {key: torch.from_numpy(np.concatenate([values[key] for values, _ in each])) for key in each[0][0]}
+    keys = [key for key in each[0][0] if all(key in values for values, _ in each)]  # only `infos` may lack some
+    vectors = {key: torch.from_numpy(np.concatenate([values[key] for values, _ in each])) for key in keys}
     observations: dict[str, Any] = {key: x for key, x in vectors.items() if key.startswith("observation.")}
     known = (
         meta["converted"] if isinstance(meta.get("converted"), dict) else {}
@@ -248,10 +253,12 @@ def read(root: Path, meta: dict[str, Any], options: MinariDataset) -> Episodes:
         observations[key] = joined([pictures[key] for _, pictures in each], part, store.files, says)
     columns = {"action": vectors["action"], "reward": vectors["reward"].squeeze(1)}
     columns |= {key: vectors[key].squeeze(1) > 0 for key in ("terminated", "truncated")}
+    recorded = {key: as_flags(vectors[key].numpy(), f"{store.path}: infos/{key}") for key in RECORDED if key in vectors}
     ends = torch.tensor([len(values["action"]) for values, _ in each]).cumsum(0)
     at, after = with_final(ends)
     if known.get("rewards") is False:
         columns = {"action": columns["action"]}
+    columns |= recorded
     if known.get("final_observations") is False:
         after[ends - 1] = -1
     stored: dict[str, Any] = {"format": f"minari {declared.storage}", **declared.bounds} | declared.unused
@@ -291,6 +298,9 @@ def read_episode(
         rows = steps + 1 if key.startswith("observation.") else steps
         if len(value) != rows or steps < 1:
             raise UserError(f"{store.path}: {name}: {len(value)} rows of {key}, {steps} actions; expected {rows}")
+    for key in RECORDED:
+        if (info := store.info(name, key)) is not None and len(info) in (steps, steps + 1):
+            values[key] = info[-steps:]
     return values, pictures
 
 
@@ -358,6 +368,13 @@ class HDF5Store:
             raise UserError(f"{self.path}: {array.name} has shape {array.shape}, metadata.json says width {width}")
         return read_hdf5(array).reshape(len(array), width).astype(np.float32)
 
+    def info(self, episode: str, key: str) -> np.ndarray | None:
+        """Numbers of `infos`, `[rows, 1]`; None without them."""
+        array = hdf5(self.file, f"{episode}/infos/{key}")
+        if getattr(array, "dtype", np.dtype(object)).kind not in "biuf" or array.ndim not in (1, 2):
+            return None
+        return self.vector(episode, ("infos", key), 1) if math.prod(array.shape[1:]) == 1 else None
+
     def pictures(self, episode: str, path: tuple[str | int, ...], part: Part) -> Any:
         """A list of encoded pictures, or the array that holds plain ones."""
         import h5py
@@ -400,7 +417,7 @@ class ArrowStore:
             if name not in names:
                 raise UserError(f"{where}: no {'/'.join(map(str, path))}, though metadata.json promises it")
             column = column[name].combine_chunks() if depth == 0 else column.field(name)
-        return column if path[0] == "observations" else column[:-1]
+        return column if path[0] in ("observations", "infos") else column[:-1]
 
     def _read(self, episode: str) -> Any:
         """The table of an episode. Raises UserError: missing, truncated or damaged files."""
@@ -437,6 +454,20 @@ class ArrowStore:
 
         where = f"{self.path}/{episode}: {'/'.join(map(str, path))}"
         return as_array(pyarrow.chunked_array([self._column(episode, path)]), width, where, "metadata.json")
+
+    def info(self, episode: str, key: str) -> np.ndarray | None:
+        """Numbers of `infos`, `[rows, 1]`; None without them."""
+        import pyarrow
+
+        self._column(episode, ("rewards",))  # which reads the table
+        table: Any = self.table
+        infos: Any = table.schema.field("infos").type if "infos" in table.column_names else pyarrow.null()
+        kind = infos.field(key).type if pyarrow.types.is_struct(infos) and infos.get_field_index(key) >= 0 else None
+        if kind is not None and pyarrow.types.is_fixed_size_list(kind) and kind.list_size == 1:
+            kind = kind.value_type
+        if kind not in (pyarrow.bool_(), pyarrow.int64(), pyarrow.float32(), pyarrow.float64()):
+            return None
+        return self.vector(episode, ("infos", key), 1)
 
     def pictures(self, episode: str, path: tuple[str | int, ...], part: Part) -> Any:
         """A list of encoded pictures, or the plain ones `[rows, H * W * C]`."""

@@ -22,14 +22,15 @@ from torch.utils.data import Dataset
 
 from ..contracts import Place, options_of
 from ..data.actions import STATE, ActionForm, check_rotations, numbered
-from ..data.features import facts_of, read, reordered
+from ..data.features import INTERVENTION, facts_of, read, reordered
 from ..data.fingerprint import of_dataset
 from ..data.items import as_kept
 from ..data.normalisation import on_plateau, quantiles, statistics
 from ..data.pictures import is_picture
 from ..data.random_state import derive_seed
 from ..errors import UserError, nearest
-from .episodes import Batched, EpisodeDataset, Episodes, LearntOptions, learnt_statistics
+from .episodes import Batched, EpisodeDataset, Episodes
+from .learnt import LearntOptions, learnt_statistics
 from .recognise import recognise
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,9 @@ class MixtureDataset(LearntOptions):
         if others := [name for name in asked if name not in known]:
             raise UserError(f"--dataset.sources {others[0]}: text= names the task of episodes; it has single items")
         give_texts(known, asked, self.instructions and len(known) == len(names))
+        if any(INTERVENTION in data.columns for data in known.values()):
+            for data in known.values():  # nobody took over where nothing says so
+                data.columns.setdefault(INTERVENTION, torch.zeros(len(data.at), dtype=torch.bool))
         check_rates(known, self.allow_fps)
         align(known, self.allow_names)
         form = self._form(dict(zip(names, datasets, strict=True)))

@@ -3,7 +3,7 @@
 Layout: `data/demo_<i>/{actions, rewards, dones, obs/<key>, next_obs/<key>}` and `mask/<name>`, lists of demonstrations.
 The text of a task is that of RoboCasa's `ep_meta` of a demonstration, or of LIBERO's `problem_info` of the file.
 The meaning of `dones` depends on how the file was made (`--done_mode`: 0 success, 1 the last step, 2 both), so it marks
-no terminal state by itself; see the option `dones`.
+no terminal state by itself; see the option `dones`. `interventions` marks the steps at which a person took over.
 
 A raw recording has `states` (time, positions, velocities of the simulator) and actions, but no `obs`.
 """
@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.features import INTERVENTION
 from ..data.pictures import IMAGES, camera_of, holds_pictures, layout_of
 from ..errors import UserError, nearest
 from ..run.progress import counted
 from .episodes import (
     Episodes,
     Reader,
+    as_flags,
     choose_episodes,
     chosen_cameras,
     flat_names,
@@ -167,7 +169,10 @@ class RobomimicDataset(Reader):
         if not keys and not cameras:
             raise UserError(f"{path}: no observations are chosen; see --dataset.keys and --dataset.cameras")
         rest = {key: (observed[key].shape[1:], "see --dataset.keys") for key in vectors if key not in keys}
-        own = (key for key, old in known.items() if old not in members and key not in ("actions", "rewards", "dones"))
+        marks = [key for key in (INTERVENTION, "interventions") if key in known and known[key] not in members]
+        marked = next((k for k in marks if all(hdf5(file, f"{demo}/{known[k]}") is not None for demo in demos)), None)
+        read = ("actions", "rewards", "dones", marked)
+        own = (key for key, old in known.items() if old not in members and key not in read)
         rest |= dict.fromkeys(own, (None, "no observation"))
         files_names = [known[key] for key in keys]
         has_next = all(hdf5(file, f"{demo}/next_obs") is not None for demo in demos)
@@ -177,6 +182,9 @@ class RobomimicDataset(Reader):
             if all(hdf5(file, f"{demo}/{done}") is not None for demo in demos):
                 dones = _columns(file, [f"{demo}/{done}" for demo in demos], lengths).squeeze(1) > 0
                 columns["terminated"] = self._terminated(dones, columns["reward"], ends, str(path))
+        if marked:
+            taken = _columns(file, [f"{demo}/{known[marked]}" for demo in demos], lengths)
+            columns[INTERVENTION] = as_flags(taken.numpy(), f"{path}: {marked}")
         now, then = {}, {}
         if keys:
             now["observation.state"] = _beside(file, demos, "obs", files_names, lengths)

@@ -25,7 +25,7 @@ from .mixture import through
 from .recorded import recordings
 
 logger = logging.getLogger(__name__)
-FLAGS = ("terminated", "action_is_pad")  # columns that a table returns as bool
+FLAGS = ("terminated", "action_is_pad", "intervention")  # columns that a table returns as bool
 
 
 def prepared(data: dict[str, Any], trainer: type, name: str, config: Any, alone: bool = True) -> dict[str, Any]:
@@ -163,8 +163,9 @@ class Transitions(Table):
     """One row for each step of episodes that offline RL can use.
 
     Items: observation.X `[Ds]`, action `[Da]`; reward, the discounted sum over a window of steps; `discount`, the
-    factor of the bootstrapped value; terminated and next.observation.X of the window's last step. The window is one
-    step, or `n_step` or `chunk` steps, and never extends beyond the end of its episode.
+    factor of the bootstrapped value; terminated and next.observation.X of the window's last step; intervention of its
+    first step, where the data has it. The window is one step, or `n_step` or `chunk` steps, and never extends beyond
+    the end of its episode.
 
     Args:
         source: The episodes, whose steps, history and training part are used.
@@ -205,6 +206,8 @@ class Transitions(Table):
             tell_cut(columns["complete"], chunk, int((last - source.first[rows]).max()) + 1, data.name)
         if next_action:
             columns["next.action"] = action[torch.minimum(rows + 1, source.last[rows])]
+        if "intervention" in data.columns:
+            columns["intervention"] = data.columns["intervention"][rows]
         if window.to_go:
             columns["return_to_go"] = returns_to_go(data.columns["reward"], terminated, data.ends, discount)[rows]
         super().__init__(columns)

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.features import INTERVENTION
 from ..data.pictures import IMAGES, as_bytes, camera_of, holds_pictures, layout_of
 from ..errors import UserError, nearest, require
-from .episodes import Episodes, Reader, as_tensor, chosen_cameras, flat_names, steps_only, tell_unused
+from .episodes import Episodes, Reader, as_flags, as_tensor, chosen_cameras, flat_names, steps_only, tell_unused
 from .frames import Frames
 from .untrusted import CHUNK, ROW, Ledger, check_memory, existing, inflated, inside
 
@@ -53,8 +54,8 @@ class ZarrDataset(Reader):
     def build(self, **kwargs: Any) -> dict[str, Any]:
         """Return {"dataset", "validation", "norm_stats"}.
 
-        Items: observation.state `[D]` of `keys`, observation.images.X of the chosen cameras, action `[Da]`, and reward
-        where the store has it. The observation after an episode's last action is not stored.
+        Items: observation.state `[D]` of `keys`, observation.images.X of the chosen cameras, action `[Da]`, reward and
+        intervention where the store has them. The observation after an episode's last action is not stored.
 
         Raises:
             UserError: no such store or array, arrays that do not fit together, damaged, dangerous or too large data.
@@ -86,18 +87,22 @@ class ZarrDataset(Reader):
         if not self.keys and not cameras:
             raise UserError(f"{path}: no observations are chosen; see --dataset.keys and --dataset.cameras")
         rewards = [name for name in ("reward", "rewards") if name in shapes][:1]
-        store.check_declared("meta/episode_ends", *(f"data/{files[name]}" for name in ("action", *self.keys, *rewards)))
+        marks = [name for name in (INTERVENTION, "interventions") if math.prod(shapes.get(name, (0,))) == n][:1]
+        declared = ("action", *self.keys, *rewards, *marks)
+        store.check_declared("meta/episode_ends", *(f"data/{files[name]}" for name in declared))
         steps = _episode_ends(ends, n)
         columns = {"action": store.vectors(files["action"])}
         for name in rewards:
             if math.prod(shapes[name]) != n:
                 raise UserError(f"{path}: data/{name} has shape {shapes[name]}; expected one number a row")
             columns["reward"] = store.vectors(files[name]).flatten()
+        for name in marks:
+            columns[INTERVENTION] = as_flags(store.vectors(files[name]).numpy(), f"{path}: data/{name}")
         observations: dict[str, Any] = {}
         if self.keys:
             observations["observation.state"] = torch.cat([store.vectors(files[key]) for key in self.keys], 1)
         observations |= {IMAGES + name: ZarrFrames(Array(store, f"data/{files[found[name]]}")) for name in cameras}
-        read = {"action", "reward", "rewards", *self.keys, *found.values()}
+        read = {"action", "reward", "rewards", *marks, *self.keys, *found.values()}
         rest = {name: (shape[1:], "see --dataset.keys") for name, shape in shapes.items() if name not in read}
         names = {"action": flat_names("action", shapes["action"][1:])} if len(shapes["action"]) != 2 else {}
         if self.keys:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.features import describe
+from ..data.features import SUCCESS, describe
 from ..data.random_state import derive_seed
 from ..envs.autoreset import Stepper
 from ..envs.observations import SUCCESSES, observation_batch, success_of
@@ -55,6 +55,7 @@ def as_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array if array.dtype in KEPT else array.astype(np.float32))
 
 
+EXECUTED = "executed"  # what an environment within the environment was given in place of `action`
 KEPT = (np.dtype(np.float32), np.dtype(np.uint8), np.dtype(np.int64))
 
 
@@ -134,17 +135,18 @@ class Collector:
         Returns:
             (transitions, episodes that ended). The transitions have `[N, ...]` observation, the executed `action`, the
             requested action as `drawn`, reward, terminated and `next.` keys, and three flags: `valid`, False for a step
-            that only reset, `ended`, and `begins`, where the next action is the first of an episode. They are None when
-            the environments had to be replaced, which truncates all episodes. An episode has `env`, the index of its
-            environment over all processes, `episode_return`, ...
+            that only reset, `ended`, and `begins`, where the next action is the first of an episode. Where the
+            environments tell, there are also `success`, and `executed`, what an environment within the environment was
+            given in place of `action`. They are None when the environments had to be replaced, which truncates all
+            episodes. An episode has `env`, the index of its environment over all processes, `episode_return`, ...
 
         Raises:
             RuntimeError: more faults than the limit.
         """
-        told, fault = {}, None
+        advice, fault = {}, None
         if self.guide is not None:
-            action, told, fault = self.guide.advise(action, self.observation, self.stepper.resetting)
-        transitions, episodes = self._step(action, told) if fault is None else self._lost(fault, action)
+            action, advice, fault = self.guide.advise(action, self.observation, self.stepper.resetting)
+        transitions, episodes = self._step(action, advice) if fault is None else self._lost(fault, action)
         while insist and transitions is None:  # what an expert said was of another observation
             transitions, episodes = self._step(action, self.guide.nothing(len(action)) if self.guide else {})
         if self.guide is not None:
@@ -158,9 +160,9 @@ class Collector:
         return None, []
 
     def _step(
-        self, action: np.ndarray, told: dict[str, Tensor]
+        self, action: np.ndarray, advice: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor] | None, list[dict[str, float]]]:
-        """`step` once, whatever comes of it; `told` are further columns of the transitions."""
+        """`step` once, whatever comes of it; `advice` is what the guide says of it, as columns."""
         before, space = self.observation, self.environments.single_action_space
         done = executed(action, space)
         shift, scale = self.rewards
@@ -181,18 +183,26 @@ class Collector:
         transitions |= {"action": as_tensor(acted), "drawn": as_tensor(action)}
         transitions["reward"] = torch.from_numpy(learned.astype(np.float32))
         flags = {"terminated": step.terminated, "ended": step.ended, "valid": step.valid, "begins": step.begins}
-        transitions |= {key: torch.from_numpy(flag) for key, flag in flags.items()} | told
-        return transitions, self._count(step.reward, step.ended, step.valid, step.info)
+        transitions |= {key: torch.from_numpy(flag) for key, flag in flags.items()} | advice
+        if isinstance(inner := getattr(self.environments.envs, "executed", None), np.ndarray):  # of `OnTop`
+            transitions[EXECUTED] = as_tensor(inner.reshape(len(done), -1).astype(np.float32))
+        told = step.info.keys() & SUCCESSES or "final_info" in step.info
+        successes = [success_of(step.info, i) if told and step.valid[i] else None for i in range(len(done))]
+        if any(success is not None for success in successes):
+            transitions[SUCCESS] = torch.tensor([bool(success) for success in successes])
+        return transitions, self._count(step.reward, step.ended, step.valid, successes)
 
-    def _count(self, reward: np.ndarray, ended: np.ndarray, valid: np.ndarray, info: Any) -> list[dict[str, float]]:
+    def _count(
+        self, reward: np.ndarray, ended: np.ndarray, valid: np.ndarray, successes: list[bool | None]
+    ) -> list[dict[str, float]]:
         """Update the episodes' counts; returns those that ended: return, length, and success where it is reported."""
         self.returns += reward
         self.lengths += valid
         episodes: list[dict[str, float]] = []
-        if not (ended.any() or info.keys() & SUCCESSES or "final_info" in info):
+        if not (ended.any() or any(success is not None for success in successes)):
             return episodes
-        for i in range(len(ended)):
-            if valid[i] and (success := success_of(info, i)) is not None:
+        for i, success in enumerate(successes):
+            if success is not None:
                 self.succeeded[i] = bool(self.succeeded[i]) or success
             if valid[i] and ended[i]:
                 episode: dict[str, float] = {"env": self.first + i}

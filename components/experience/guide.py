@@ -11,13 +11,14 @@ from .. import parallel
 from ..acting.evaluation import check_env
 from ..acting.policy_folder import load_folder
 from ..contracts import Corrections
+from ..data.features import INTERVENTION
 from ..envs.observations import task_of
 from ..envs.vector import FaultyEnvError, action_bounds, executed
 from ..errors import UserError
 from ..run import hub
 from ..run.policies import copy_chosen
 from .keyboard import Keyboard
-from .labelled import INTERVENTION, LABEL, LABELLED
+from .labelled import LABEL, LABELLED
 from .plan import starts_learning
 
 Told = dict[str, Tensor]

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from .. import parallel
 from ..contracts import Window
+from ..data.features import INTERVENTION
 from .replay import ReplayBuffer
 
 LABEL = "expert.action"  # what the expert does in a step; where the policy acts, `action` is another
-INTERVENTION = "intervention"  # whether the expert acts, a column of recordings
 LABELLED = "labelled"
 
 

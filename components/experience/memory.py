@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import parallel
 from ..contracts import Corrections, Rollouts, request_of, window_of
 from ..data.batches import to_device
-from ..data.features import check_dataset, describe, read
+from ..data.features import INTERVENTION, check_dataset, describe, read
 from ..data.normalisation import Normaliser
 from ..datasets.transitions import prepared
 from ..errors import UserError
@@ -195,6 +195,8 @@ def old_transitions(
             raise UserError(f"{args.trainer} learns the action of each step; leave out --dataset.action-steps")
         spec = {key: feature for key, feature in spec.items() if key.startswith("observation.") or key == "action"}
     for key, feature in spec.items():
+        if key == INTERVENTION:
+            continue  # as `Mixed` has it
         if key not in found:
             raise UserError(f"it has no {key!r}, which the environment has; found: {', '.join(found)}")
         if tuple(found[key]["shape"]) != tuple(feature["shape"]):
@@ -246,6 +248,9 @@ class Mixed:
         if not self.old:
             return new
         old = read(self.dataset, torch.randint(len(self.dataset), (self.old,)))
+        if INTERVENTION in old or INTERVENTION in new:  # nobody took over where nothing says so
+            for batch in (old, new):
+                batch.setdefault(INTERVENTION, torch.zeros(len(batch["action"]), dtype=torch.bool))
         return {key: torch.cat([old[key].to(value.dtype), value]) for key, value in new.items()}
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from .. import parallel
+from ..acting.correction import BASE_ACTION
 from ..contracts import Request, Rollouts
+from ..data.features import RECORDED
 from ..datasets import convert
 from ..datasets.episodes import Episodes, complete_flags, from_columns
 from ..envs.vector import Environments, action_bounds
 from ..errors import UserError, require
-from .collection import Collector, describe_env
-from .labelled import INTERVENTION
+from .collection import EXECUTED, Collector, describe_env
 
 FORMATS = {"minari": (("minari", '"minari[hdf5]"'), ("h5py", "h5py")), "lerobot": (("pyarrow", "pyarrow"),)}
 
@@ -73,7 +74,8 @@ def save_dataset(
     if not run.first:
         return
     if parts:
-        episodes = collected(parts, spec, environments.single_action_space, collector.rewards)
+        within = environments.envs.envs if EXECUTED in parts[0] else environments  # whose actions were executed
+        episodes = collected(parts, spec, within.single_action_space, collector.rewards)
     else:
         how = (args.save_episodes, args.eval_envs, args.eval_seed, args.env_timeout)
         with run.progress.phase("recording", args.save_episodes, "episodes") as seen:
@@ -131,7 +133,8 @@ def play(
     played = [episode for part, count in zip(done, wanted, strict=True) for episode in part[:count]]
     rows = [row for episode in played for row in episode]
     ends = torch.tensor([len(episode) for episode in played]).cumsum(0)
-    columns = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    keys = [key for key in {key: None for row in rows for key in row} if key in rows[0] or key in RECORDED]
+    columns = {key: torch.stack([row.get(key, torch.tensor(False)) for row in rows]) for key in keys}
     return episodes_of(columns, ends, spec, space)
 
 
@@ -142,7 +145,7 @@ def episodes_of(columns: dict[str, torch.Tensor], ends: torch.Tensor, spec: dict
         spec: Of the transitions.
         space: Of one environment's actions.
     """
-    kept = {key: columns[key] for key in (*spec, INTERVENTION) if key in columns}
+    kept = {key: columns[key] for key in (*spec, *RECORDED) if key in columns}
     if "classes" in spec["action"]:
         kept["action"] = kept["action"][:, None].float()
     kept["truncated"] = columns["ended"] & ~columns["terminated"]
@@ -159,13 +162,23 @@ def episodes_of(columns: dict[str, torch.Tensor], ends: torch.Tensor, spec: dict
 def collected(parts: list[dict[str, torch.Tensor]], spec: dict[str, Any], space: Any, rewards: Any) -> Episodes:
     """The contents of the replay buffers of all processes, with the environment's unscaled rewards.
 
+    Where a trainer corrects a frozen policy, the actions are what was executed, not the corrections.
+
     Args:
         parts: `ReplayBuffer.transitions` of each process.
         spec: Of the transitions.
         space: Of one environment's actions.
         rewards: (shift, scale) of the rewards that were learnt from.
     """
+    for part in parts:  # of an environment that has not told yet
+        for key in {key for other in parts for key in other if key in RECORDED} - part.keys():
+            part[key] = torch.zeros(len(part["ended"]), dtype=torch.bool)
     columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    if EXECUTED in columns:  # the environment's own actions, and its own observations
+        known = columns[EXECUTED].isfinite().all(1)  # not those that a run of an older version began with
+        columns = {key: column[known] for key, column in columns.items()}
+        columns["action"] = columns[EXECUTED]
+        spec = {key: feature for key, feature in spec.items() if not key.endswith(BASE_ACTION)}
     columns["reward"] = columns["reward"] / rewards[1] - rewards[0]
     return episodes_of(columns, columns["ended"].nonzero().flatten() + 1, spec, space)
 

@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 
 from ..contracts import Window
+from ..data.features import INTERVENTION, RECORDED
 from ..data.pictures import pictures_of
 from ..data.returns import n_step_return, returns_to_go
 from ..errors import UserError
 from ..run.pieces import Parts
+from .collection import EXECUTED
+
+BESIDE = (*RECORDED, EXECUTED)  # what a collection may give beside the keys of `spec`, stored from the first time on
 
 
 def windowed(spec: dict[str, Any], window: Window) -> dict[str, Any]:
@@ -34,7 +38,8 @@ class ReplayBuffer:
     The float32 keys of `spec` are packed into one row; flags and discrete actions have separate tensors. A picture that
     is the successor of one step and the observation of the next is stored once. A window of several steps never crosses
     the end of an episode, nor the newest transition of its environment. The batches equal those of
-    `datasets.transitions.Transitions` with the same options.
+    `datasets.transitions.Transitions` with the same options. `intervention`, `success` and `executed` are stored where
+    the collection gives them; the first is in the batches, too.
 
     Args:
         spec: {key: {"shape", "dtype"}} of a transition: observation, action, reward, terminated, `next.` observation.
@@ -110,7 +115,9 @@ class ReplayBuffer:
         valid = transitions["valid"]
         envs = valid.nonzero().squeeze(1)
         slots = self.head[envs]
+        self._make_room(transitions)
         new = {key: transitions[key] for key in self.others}
+        new |= {key: transitions[key] if key in transitions else _unknown(self.data[key]) for key in self.beside}
         if self.to_go:
             transitions = transitions | {"return_to_go": transitions["reward"]}  # until the episode has ended
         new["rows"] = torch.cat([transitions[key].reshape(self.num_envs, -1) for key in self.packed], 1)
@@ -118,7 +125,7 @@ class ReplayBuffer:
         if self.pictures.store:
             new["at"], new["after"] = self.pictures.add(transitions, valid, self.running > 0)
         for key, column in self.data.items():
-            column[envs, slots] = new[key][envs]
+            column[envs, slots] = new[key][envs] if new[key].ndim else new[key]
         self.head[envs] = (slots + 1) % self.length
         self.count[envs] = (self.count[envs] + 1).clamp(max=self.length)
         self.total[envs] += 1
@@ -126,6 +133,18 @@ class ReplayBuffer:
         if self.pictures.store:
             self._forget_without_pictures()
         self._end(transitions["ended"] & valid)
+
+    def _make_room(self, columns: dict[str, Any]) -> None:
+        """Make columns for what is not in `spec`; of the transitions so far, they are `_unknown`."""
+        for key in BESIDE:
+            if key in columns and key not in self.data:
+                shape = (self.num_envs, self.length, *columns[key].shape[1:])
+                self.data[key] = _unknown(columns[key]).expand(shape).clone()
+
+    @property
+    def beside(self) -> list[str]:
+        """The columns that `_make_room` has made."""
+        return [key for key in BESIDE if key in self.data and key not in self.others]
 
     def due(self, ready: bool) -> float:
         """Updates that are due for one step of all environments; 0 before learning starts."""
@@ -241,7 +260,8 @@ class ReplayBuffer:
         rows = self.data["rows"].flatten(0, 1).index_select(0, places).split(self.widths, 1)
         named = zip(self.packed.items(), rows, strict=True)
         batch = {key: row.unflatten(1, shape) if shape else row.squeeze(1) for (key, shape), row in named}
-        batch |= {key: self.data[key].flatten(0, 1).index_select(0, places) for key in self.others}
+        others = [*self.others, INTERVENTION] if INTERVENTION in self.data else self.others
+        batch |= {key: self.data[key].flatten(0, 1).index_select(0, places) for key in dict.fromkeys(others)}
         if self.pictures.store:
             numbers = self.data["after" if prefix else "at"].flatten()[places]
             batch |= self.pictures.read(places // self.length, numbers, prefix)
@@ -253,7 +273,7 @@ class ReplayBuffer:
         ages = torch.cat([torch.arange(int(count)) for count in self.count])
         places = self._places(envs, ages)
         found = self._read(places, "") | (self._read(places, "next.") if self.pictures.store else {})
-        found["ended"] = self.data["ended"].flatten()[places]
+        found |= {key: self.data[key].flatten(0, 1)[places] for key in ("ended", *self.beside)}
         found["ended"][self.count.cumsum(0)[self.count > 0] - 1] = True
         return found
 
@@ -349,16 +369,17 @@ class ReplayBuffer:
 
     def _append(self, env: int, columns: dict[str, Any], cut: bool) -> None:
         """Add the transitions of one environment from one file; `cut` truncates the episode before them."""
+        self._make_room(columns)
         if cut and self.count[env]:
             self.data["ended"][env, (self.head[env] - 1) % self.length] = True
         if self.since_gap[env] == 0 and self.pictures.store:  # a first picture is in the file that was left out
             found = columns["at"] >= columns["pictures"]["first"]
-            columns = columns | {key: columns[key][found] for key in self.data}
+            columns = columns | {key: columns[key][found] for key in self.data if key in columns}
         count = len(columns["ended"])
         newest = torch.arange(max(count - self.length, 0), count)
         slots = (self.head[env] + newest) % self.length
         for key, column in self.data.items():
-            column[env, slots] = columns[key][newest]
+            column[env, slots] = columns[key][newest] if key in columns else _unknown(column)
         self.head[env] = (self.head[env] + count) % self.length
         self.count[env] = (self.count[env] + count).clamp(max=self.length)
         self.total[env] += count
@@ -369,6 +390,11 @@ class ReplayBuffer:
             ages = torch.arange(int(self.count[env]))
             at = self.data["at"].flatten()[self._places(torch.tensor(env), ages)]
             self.count[env] -= int((at < self.pictures.oldest[env]).sum())
+
+
+def _unknown(column: Tensor) -> Tensor:
+    """What stands for a value that was not given, `()`: False for flags, or NaN."""
+    return torch.tensor(math.nan if column.is_floating_point() else False, dtype=column.dtype)
 
 
 class Pictures:

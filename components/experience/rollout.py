@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from ..contracts import Rollouts, estimate_of
+from ..data.features import RECORDED
 from ..data.normalisation import Normaliser
 from ..datasets.transitions import Table
 from ..errors import UserError
 from ..run.pieces import Parts
+from .collection import EXECUTED
 
 
 class Rollout:
@@ -61,7 +63,7 @@ class Rollout:
 
     def add(self, transitions: dict[str, Tensor]) -> None:
         """Add a step of each environment."""
-        kept = {key: value for key, value in transitions.items() if key not in ("action", "drawn", "begins")}
+        kept = {key: value for key, value in transitions.items() if key not in UNSTORED}
         self.rows.append(kept | {"action": transitions["drawn"]})
         if len(self.rows) + self.missed == self.steps:
             self._finish()
@@ -140,4 +142,5 @@ class Rollout:
         return True
 
 
+UNSTORED = ("action", "drawn", "begins", *RECORDED, EXECUTED)
 UNLEARNT = ("valid", "ended", "reward", "terminated")
