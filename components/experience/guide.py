@@ -257,12 +257,13 @@ class Guide:
     # ---- resuming ----
 
     def state_dict(self) -> dict[str, Any]:
-        """The labels so far, the same on all processes."""
-        return {"used": self.used}
+        """The labels so far, and the steps at the beginning, the same on all processes."""
+        return {"used": self.used, "starts": self.starts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state of `state_dict`."""
         self.used = self.run.counts["expert_labels"] = state["used"]
+        self.starts = state["starts"]  # whose default depends on the steps of the run, which may have changed
 
     def rank_state(self) -> dict[str, Any]:
         """Where the expert steers, and its own state."""
