@@ -72,7 +72,7 @@ def stages(args: Args) -> list[making.Runs]:
     for seed in args.seeds:
         for task in args.tasks:
             own = ["--seed", str(seed), "--dataset", "metaworld", "--dataset.task", task, "--dataset.seed", str(seed)]
-            own += ["--dataset.validation", "0", "--steps", str(args.steps), *OFTEN]
+            own += ["--dataset.validation", "0", "--loss", "l1", "--steps", str(args.steps), *OFTEN]
             few = f"few-{task}-{seed}"
             first[few] = ("0 bc", ["--trainer", "bc", *own, "--dataset.demos", str(FEW)])
             long = lengths(task, seed)

@@ -34,6 +34,7 @@ class DAgger(BC):
 
     defaults: dict[str, Any] = BC.defaults | {
         "env": "metaworld",
+        "loss": "l1",  # scripts switch between actions whose mean is neither: 0.60 of pegs inserted, 0.38 with mse
         "steps": 10_000,
         "online.learning-starts": 200,
         "online.num-envs": 1,
