@@ -218,6 +218,8 @@ class Guide:
             acts = np.ones(n, dtype=bool)
         elif isinstance(self.expert, Keyboard):
             acts = np.full(n, self.expert.steers)
+            if self.expert.toggled:
+                self.run.say(f"step {self.run.step}: {'you steer' if self.expert.steers else 'the policy acts'}")
         elif request.gated:
             apart = ((action.astype(np.float64) - advice).reshape(n, -1) / self.half) ** 2
             distance = np.sqrt(apart.mean(1))

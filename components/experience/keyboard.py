@@ -47,7 +47,8 @@ class Keyboard:
         self.step, self.pairs = speed * (high - low) / 2, PAIRS[: len(low)]
         self.hold = getattr(environments.envs, "hold", None) or motionless
         self.before: Any = None  # the terminal's settings
-        self.steers, self.due, self.last = False, 0.0, np.full((1, len(low)), np.nan, np.float32)
+        self.steers = self.toggled = False
+        self.due, self.last = 0.0, np.full((1, len(low)), np.nan, np.float32)
 
     def open(self, steers: bool) -> tuple[str, ...]:
         """Read keys one by one, without showing them; returns lines about the keys.
@@ -71,8 +72,8 @@ class Keyboard:
     def act(self, observation: dict[str, np.ndarray]) -> np.ndarray:
         """The person's action `[1, Da]`, after the time of a step, by the keys that were pressed in it."""
         keys = self._keys()
-        if keys.count(TOGGLE) % 2:
-            self.steers = not self.steers
+        self.toggled = keys.count(TOGGLE) % 2 == 1
+        self.steers ^= self.toggled
         action = np.array(self.hold(observation, self.last), np.float32).reshape(1, -1)
         for i, (down, up) in enumerate(self.pairs):
             if moved := (up in keys) - (down in keys):
