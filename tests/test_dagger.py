@@ -247,21 +247,22 @@ def test_labels_outlive_a_ring_that_is_overwritten_as_long_as_their_steps() -> N
 
 def test_the_toy_is_learnt_from_the_labels(online: Script) -> None:
     """Every log has their number."""
-    options = (*DAGGER, "--steps", 300, "--trainer.labels", 150, "--optimizer.lr", 1e-2, "--eval-every", 150)
+    options = (*DAGGER, "--steps", 150, "--trainer.labels", 100, "--optimizer.lr", 2e-2, "--eval-every", 50)
     run = online(*options, "--eval-episodes", 4, "--env.mode", "SameStep")
     lines = read_lines(run / "metrics.jsonl")
-    assert [line["train/expert_labels"] for line in lines if line["step"] in (100, 150, 300)] == [100, 150, 150]
-    assert lines[-1]["train/loss"] < 0.01
+    assert [line["train/expert_labels"] for line in lines if line["step"] in (50, 100, 150)] == [50, 100, 100]
+    assert lines[-1]["train/loss"] < 0.1
     evaluated = read_lines(run / "eval.jsonl")
-    assert [line["expert_labels"] for line in evaluated] == [150, 150] and evaluated[-1]["return_mean"] > -4
+    assert [line["expert_labels"] for line in evaluated] == [50, 100, 100]
+    assert evaluated[-1]["return_mean"] > evaluated[0]["return_mean"] + 1
     episodes = read_lines(run / "episodes.jsonl")
-    assert episodes[0]["expert_labels"] == 20 and episodes[-1]["expert_labels"] == 150
+    assert episodes[0]["expert_labels"] == 20 and episodes[-1]["expert_labels"] == 100
 
 
 def test_a_resumed_run_needs_neither_the_experts_run_nor_counts_anew(script: Script, online: Script) -> None:
-    """HG-DAgger beside a dataset: gates, the expert's noise and history, and the count go on bit for bit."""
+    """HG-DAgger beside a dataset: gates, the expert's history, and the count go on bit for bit."""
     chunks = ("--dataset.obs-steps", 2, "--dataset.action-steps", 8, "--policy.action-steps", 3)
-    expert = script("--trainer", "flow", "--model.channels", 16, *chunks, "--steps", 5, folder="expert")
+    expert = script("--trainer", "bc", "--model.hidden-dims", 16, *chunks, "--steps", 5, folder="expert")
     gate = ("--trainer.takes-over", 0.24, "--trainer.gives-back", 0.2, "--trainer.labels", 100)
     options = (*HG, "--trainer.expert", expert, *gate, "--dataset", "toy")
     options = (*options, "--steps", 50, "--save-every", 14, "--eval-every", 30, "--eval-episodes", 1)
