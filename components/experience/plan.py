@@ -46,9 +46,7 @@ def check_labels(request: Corrections, args: Any) -> None:
     if not args.save_buffer:
         raise UserError("--no-save-buffer: the expert's labels are in the replay buffer; leave it out")
     if request.aggregated and args.given("dataset.ratio"):
-        raise UserError(
-            "--dataset.ratio: demonstrations and labels are drawn as from one set; add --trainer.no-aggregate"
-        )
+        raise UserError("--dataset.ratio: demonstrations and labels are drawn as from one set; add --trainer.mix share")
     if not args.init_from and starts > request.labels:
         raise UserError(
             f"--learning-starts {starts}: the expert acts until then, and gives --trainer.labels {request.labels} at"

@@ -1,23 +1,23 @@
-"""Imitation of an expert in the states that the policy visits: DAgger (Ross, Gordon & Bagnell, 2011, arXiv:1011.0686)
-and HG-DAgger (Kelly, Sidrane, Driggs-Campbell & Kochenderfer, 2019, arXiv:1810.02890).
+"""DAgger (Ross et al., 2011) and HG-DAgger (Kelly et al., 2019): an expert corrects the policy while it acts.
 
-A clone errs in states that no demonstration shows, and these its own errors lead to. So the policy acts, and an expert
-says what it would do there. DAgger (algorithm 3.1) executes, in iteration i, the mixture
+A clone errs in states that no demonstration shows, and its own errors lead there. So the policy acts, and an expert
+says what it would do. DAgger (arXiv:1011.0686, algorithm 3.1) executes, in iteration i, the mixture
 
     pi_i = beta_i pi* + (1 - beta_i) pi^_i,                 here by a coin at each step, beta_i = beta^i, beta^0 = 1
     D    = D u {(s, pi*(s))},  s of the visited states,     and pi^_{i+1} imitates all of D
 
 With the default beta 0 the expert acts in the first iteration alone, the paper's version without a parameter. A person
-cannot label well without steering. In HG-DAgger (algorithm 1) the expert takes over where it deems the state unsafe,
-steers back, and gives the control back; D gets the steps that it steers alone. A scripted expert or another policy
-stands for the person by a gate with hysteresis: it takes over where the policy's action is farther from its own than
-`takes_over`, and gives back where it is nearer than `gives_back` (root mean square, in half ranges of the action).
+cannot label well without steering. In HG-DAgger (arXiv:1810.02890, algorithm 1) the expert takes over where it deems
+the state unsafe, steers back, and gives the control back; D gets the steps that it steers alone. A scripted expert or
+another policy stands for the person by a gate with hysteresis: it takes over where the policy's action is farther from
+its own than `takes_over`, and gives back where it is nearer than `gives_back` (root mean square over the dimensions, in
+half ranges of the action).
 
 The loss is that of `bc.py`. The policy begins with a clone (--init-from), or the expert acts first.
 
 Deviations: one policy learns all along, by --updates-per-step, where the papers train a new one on D after each
 iteration. HG-DAgger's D also holds the demonstrations, and is drawn as one set; here half of each batch is theirs
-(--dataset.ratio), so that few interventions weigh as much as many demonstrations; `--trainer.aggregate` is the paper's.
+(--dataset.ratio), so that few interventions weigh as much as many demonstrations; `--trainer.mix union` is the paper's.
 Its policies are ensembles, whose doubt it relates to the interventions; here there is one.
 """
 
@@ -63,8 +63,9 @@ class DAgger(BC):
         """Of hg_dagger: distance of the policy's action from the expert's beyond which the expert acts."""
         gives_back: float = 0.2
         """Of hg_dagger: distance below which it gives the control back."""
-        aggregate: bool | None = None
-        """Draw demonstrations and labels as from one set, or else by --dataset.ratio; by default with dagger."""
+        mix: Literal["method", "union", "share"] = "method"
+        """Demonstrations and labels are drawn as from one set (union, by default with dagger), or --dataset.ratio of
+        each batch are demonstrations (share, by default with hg_dagger)."""
         rate: float = 10.0
         """Of keyboard: steps per second."""
         speed: float = 1.0
@@ -87,8 +88,6 @@ class DAgger(BC):
             )
         if gated and (config.share < 1 or config.beta > 0):
             raise UserError("--trainer.share and --trainer.beta are of --trainer.method dagger; leave them out")
-        mixture = (config.share, config.beta, config.iteration)
-        aggregated = not gated if config.aggregate is None else config.aggregate
-        gate = (config.takes_over, config.gives_back)
-        person = (config.rate, config.speed)
-        return Corrections(config.expert, config.labels, gated, aggregated, *gate, *mixture, *person)
+        names = ("expert", "labels", "takes_over", "gives_back", "share", "beta", "iteration", "rate", "speed")
+        aggregated = config.mix == "union" or (config.mix == "method" and not gated)
+        return Corrections(gated=gated, aggregated=aggregated, **{name: getattr(config, name) for name in names})
