@@ -318,6 +318,7 @@ def test_what_was_collected_says_who_acted(online: Script, tmp_path: Path) -> No
             (*DAGGER, "--dataset", "toy", "--dataset.action-steps", 4),
             "dagger learns the action of each step; leave out",
         ),
+        ((*DAGGER, "--buffer-size", 40), "--buffer-size 40 cannot hold the expert's labels; set it to 45 or more"),
         ((*DAGGER, "--no-save-buffer"), "--no-save-buffer: the expert's labels are in the replay buffer"),
         ((*DAGGER, "--trainer.expert", "keyboard"), "keyboard: a person takes over, so use --trainer.method hg_dagger"),
         ((*HG, "--trainer.expert", "keyboard"), "keyboard: a person steers --num-envs 1, found 2"),
