@@ -56,6 +56,29 @@ def wilson(successes: int, episodes: int) -> Interval:
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
+def of_auc(area: float, positives: int, negatives: int) -> Interval:
+    """Interval of the area under a ROC curve, valid also for 0 and 1 (Newcombe, 2006, method 5).
+
+    A bound is where the area is `Z95` deviations away, by the deviation that it would have if the bound were the truth.
+
+    Args:
+        positives, negatives: Samples of each class.
+    """
+
+    def deviation(true: float) -> float:
+        more = ((positives + negatives) / 2 - 1) * ((1 - true) / (2 - true) + true / (1 + true))
+        return math.sqrt(true * (1 - true) * (1 + more) / (positives * negatives))
+
+    def bound(far: float) -> float:
+        near = area
+        for _ in range(60):
+            middle = (near + far) / 2
+            near, far = (middle, far) if abs(area - middle) <= Z95 * deviation(middle) else (near, middle)
+        return near
+
+    return bound(0.0), bound(1.0)
+
+
 def newcombe(one: tuple[int, int], other: tuple[int, int]) -> Interval:
     """Interval of a difference of success rates, each (successes, episodes), from Wilson's of each (Newcombe, 1998)."""
     (p, (p_low, p_high)), (q, (q_low, q_high)) = ((s / n, wilson(s, n)) for s, n in (one, other))

@@ -15,7 +15,7 @@ import tyro
 import offline_trainer
 import online_trainer
 from components import DATASET_BUILDER_REGISTRY, REGISTRIES, UserError, evaluate, export, report
-from components.datasets import convert, inspect
+from components.datasets import convert, inspect, label
 from components.datasets.recognise import recognise
 from components.run import arguments, command_line
 from components.run.help import COLUMN, options_in
@@ -117,6 +117,7 @@ def test_help_shows_what_tyro_takes(script: Any, words: tuple[str, ...], monkeyp
         (report.main, "components.report [RUNS ...] [OPTIONS]"),
         (inspect.main, "components.datasets.inspect [PATH] [OPTIONS]"),
         (convert.main, "components.datasets.convert [SOURCE] DEST [OPTIONS]"),
+        (label.main, "components.datasets.label [DATA] --out FOLDER [OPTIONS]"),
     ],
 )
 def test_commands_are_named_as_they_are_started(

@@ -182,7 +182,7 @@ def test_a_made_dataset_is_written_too(tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["{push}"], "expected SOURCE DEST"),
         (["{push}", "{push}"], "exists already"),
-        (["{push}", "{tmp}/x", "--dataset.state-steps", "2"], "are of what is learnt; a conversion"),
+        (["{push}", "{tmp}/x", "--dataset.state-steps", "2"], "are of what is learnt; this writes"),
         (["{push}", "{tmp}/x", "--format", "minari", "--id", "no id at all"], "Minari does not take it"),
         (["{push}", "{tmp}/x", "--dataset.camera", "x"], "unknown option --dataset.camera; nearest: --dataset.cameras"),
         (["{tmp}/nothing", "{tmp}/x"], "no such file or folder"),

@@ -181,6 +181,8 @@ def test_a_chunk_begins_with_its_episode(mode: str) -> None:
     for _ in range(40):
         found, _ = collector.step(np.zeros((N, 2), np.float32))
         assert found is not None
+        executed = torch.tensor([env.executed[-1][1].tolist() for env in above.unwrapped.envs])
+        assert (found["executed"] == executed)[found["valid"]].all() and not found["action"].any()
         time = ((found[BASE_ACTION][:, 0] + 1) * 10).round()
         assert (time == found["observation.state"][:, 1] // CHUNK * CHUNK)[found["valid"]].all()
     for envs in (environments, above):

@@ -78,6 +78,9 @@ def test_every_format_gives_the_same_tensors_windows_and_statistics(name: str, r
         terminated = recorded["terminated"] if not name.startswith("robomimic") else torch.zeros_like(last)
         assert torch.equal(batch["terminated"], terminated)
         assert torch.equal(batch["truncated"], last & ~terminated)
+        success = built["dataset"].episodes.columns.get("success")
+        assert success is None or (torch.equal(success, recorded["success"]) and "success" not in batch)
+        assert (success is None) == (not name.startswith(("lerobot", "minari")))
     if camera:
         pictures, wanted = batch[f"observation.images.{camera}"], recorded[camera if camera in recorded else "corner2"]
         assert pictures.dtype == torch.uint8 and pictures.shape == wanted.shape

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +18,17 @@ import toy
 from components import TRAINER_REGISTRY, UserError, load_policy
 from components.acting.evaluation import Evaluator
 from components.contracts import Window
+from components.data.fingerprint import changes, fingerprint
+from components.datasets import convert, inspect
 from components.datasets.episodes import build as build_episodes
 from components.datasets.episodes import from_columns
-from components.datasets.transitions import Transitions
+from components.datasets.mixture import MixtureDataset
+from components.datasets.transitions import Transitions, transitions
 from components.envs.gymnasium import GymnasiumEnv
 from components.envs.vector import Environments
 from components.experience import recording
 from components.experience.frozen_base import BASE_ACTION, Middle, OnTop, relabelled
+from components.experience.memory import Mixed
 from components.experience.replay import ReplayBuffer
 from components.run import checkpoint
 from components.run.curves import read_lines
@@ -523,6 +527,64 @@ def test_a_dataset_of_a_residual_policy_holds_what_was_executed(
     first = data["observation.state"][:10].numpy()
     acted = np.stack([policy.act({"observation.state": state}) for state in first])
     assert data["action"][:10].numpy() == pytest.approx(acted, abs=1e-5)
+
+
+def test_what_was_collected_is_the_same_in_every_format(tmp_path: Path) -> None:
+    """Interventions, successes, rewards in the environment's units, an episode cut by a fault, one that goes on."""
+    spec: dict[str, Any] = {key: {"shape": (2,), "dtype": "float32"} for key in ("observation.state", "action")}
+    spec |= {"reward": {"shape": (), "dtype": "float32"}, "terminated": {"shape": (), "dtype": "bool"}}
+    spec |= {"next.observation.state": spec["observation.state"]}
+    made = ReplayBuffer(spec, 100, 2, 2, Window(chunk=3))
+    for t in range(9):
+        state = torch.tensor([[t, 0.0], [t, 1.0]])
+        step = {"observation.state": state, "next.observation.state": state + torch.tensor([1.0, 0.0])}
+        step |= {"action": state / 10, "reward": (state[:, 0] - 1) / 2, "terminated": torch.tensor([t == 4, False])}
+        step |= {"ended": torch.tensor([t == 4, t == 6]), "valid": torch.tensor([True, t != 7])}
+        step |= {"intervention": torch.tensor([t % 2 == 0, t > 5]), "success": torch.tensor([t == 4, False])}
+        made.add(step)
+        if t == 2:
+            made.miss()  # a fault, which truncates both episodes
+    space = gym.spaces.Box(-1, 1, (2,))
+    episodes = recording.collected([made.transitions()], spec, space, (-1.0, 0.5))
+    assert episodes.ends.tolist() == [3, 5, 9, 12, 16, 17]
+    kept = dict(episodes.columns)
+    assert kept["reward"].tolist() == [*range(9), *range(7), 8] and kept["success"].nonzero().tolist() == [[4]]
+    assert kept["intervention"].nonzero().flatten().tolist() == [0, 2, 4, 6, 8, 15, 16]
+    assert kept["truncated"].nonzero().flatten().tolist() == [2, 8, 11, 15, 16]
+    env: Any = ("savable", toy.Savable())
+    whole = {form: tmp_path / form for form in ("minari", "lerobot")}
+    for form, path in whole.items():
+        recording.write(episodes, str(path), form, env, "a test", 10.0)
+    arrow, back = tmp_path / "arrow", tmp_path / "back"
+    assert convert.main([str(whole["lerobot"]), str(arrow), "--format", "minari", "--storage", "arrow"]) == 0
+    assert convert.main([str(arrow), str(back), "--format", "lerobot"]) == 0
+    for place in (*whole.values(), arrow, back):
+        found = build(place, validation=0.0)["dataset"].episodes
+        assert found.ends.tolist() == episodes.ends.tolist()
+        assert all(torch.equal(found.columns[key], value) for key, value in kept.items()), place
+        state = found.observations["observation.state"]
+        assert torch.equal(state[found.after], episodes.observations["observation.state"][episodes.after])
+    told = inspect.flags(episodes)
+    assert "interventions: 7 of 17 steps, 7 times in 5 of 6 episodes" in told
+    assert "success: 1 of 17 steps, 1 times in 1 of 6 episodes" in told
+    # As an item, of whatever window, and beside data in which nobody took over.
+    item = everything(build(whole["lerobot"], validation=0.0, action_steps=4, obs_steps=2))
+    assert torch.equal(item["intervention"], kept["intervention"]) and "success" not in item
+    table = transitions(build(whole["minari"], validation=0.0), "rlpd", Window(chunk=2))["dataset"]
+    assert torch.equal(table.get_batch(torch.arange(17))["intervention"], kept["intervention"])
+    plain = replace(episodes, columns={key: x for key, x in kept.items() if key in ("action", "reward", "terminated")})
+    recording.write(plain, str(tmp_path / "plain"), "minari", env, "a test", 10.0)
+    sources = (f"{whole['lerobot']}:0.5", f"{tmp_path / 'plain'}:0.5")
+    both = MixtureDataset(sources=sources, validation=0.0).build()["dataset"]
+    assert both.get_batch(torch.arange(34))["intervention"].tolist() == kept["intervention"].tolist() + [False] * 17
+    old = build(tmp_path / "plain", validation=0.0)
+    mixed = Mixed(made, transitions(old, "rlpd", Window(chunk=3))["dataset"], 0.5, 64).sample(64)
+    assert not mixed["intervention"][:32].any() and mixed["intervention"][32:].any()
+    new = build(whole["minari"], validation=0.0)
+    before = fingerprint(new)
+    for key in ("intervention", "success"):  # which a version that did not read them had not noted
+        del before["dataset"]["content"][key]
+    assert changes(before, fingerprint(new)) == ""
 
 
 def test_pictures_and_choices_are_written_too(tmp_path: Path) -> None:

@@ -169,12 +169,14 @@ def test_the_command_of_a_dataset_runs(line: str, tmp_path: Path, monkeypatch: p
 def test_the_commands_about_datasets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     lines = [line.split("#")[0] for line in DATASETS.splitlines() if line.startswith("python -m components.datasets.")]
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         words = shlex.split(line.replace("dataset.png", str(tmp_path / "d.png")))
         words = [str(tmp_path / "p") if word == "push-lerobot" else word for word in words]
+        words = [str(tmp_path / "q") if word == "push-labelled" else word for word in words]
+        words += ["--steps", "20"] if "label" in words[2] else []
         assert importlib.import_module(words[2]).main(words[3:]) == 0
-    assert (tmp_path / "d.png").exists() and (tmp_path / "p" / "meta" / "info.json").exists()
+    assert (tmp_path / "d.png").exists() and all((tmp_path / to / "meta" / "info.json").exists() for to in "pq")
 
 
 def test_components_alone_train_in_plain_pytorch(tmp_path: Path) -> None:

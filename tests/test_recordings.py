@@ -376,3 +376,28 @@ def test_antmazes_rewards_of_zero_and_one_are_said_once(
     transitions(build(path, validation=0, **options), "iql", Window())
     found = [r.message for r in caplog.records if "antmaze" in r.message]
     assert len(found) == said and all("--dataset.reward-shift -1 each step" in message for message in found)
+
+
+@pytest.mark.parametrize("name", ["intervention", "complementary_info.is_intervention", "is_intervention"])
+@pytest.mark.parametrize("kind", ["bool", "float32", "int64"])
+def test_interventions_are_read_by_lerobots_names(name: str, kind: str, tmp_path: Path) -> None:
+    """What `lerobot-rollout` writes, and its replay buffer; what is no number is left, and NaN refused."""
+    taken = np.arange(15) % 4 == 1
+    root = write_lerobot(tmp_path / "a")
+    path = root / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path).append_column(name, pa.array(taken.astype(kind)))
+    pq.write_table(table, path)
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"][name] = {"dtype": kind, "shape": [1], "names": None}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    found = build(root, validation=0)["dataset"].episodes
+    assert found.columns["intervention"].tolist() == taken.tolist() and "not used" not in found.stored
+    if kind == "float32":
+        wrong = np.where(taken, np.nan, 0).astype(kind)
+        pq.write_table(table.set_column(table.schema.get_field_index(name), name, pa.array(wrong)), path)
+        with pytest.raises(UserError, match=f"{name}.* has shape .*, or NaN or Inf; expected a finite number"):
+            build(root, validation=0)
+    info["features"][name]["dtype"] = "string"
+    (root / "meta/info.json").write_text(json.dumps(info))
+    found = build(root, validation=0)["dataset"].episodes
+    assert "intervention" not in found.columns and found.stored["not used"] == f"{name} ([1], string)"

@@ -342,6 +342,30 @@ def test_a_save_holds_what_is_new_and_all_of_them_make_the_buffer(made_of: str) 
     assert list(again.new_parts(0).new) == ["replay-rank-0-000013"]
 
 
+def test_what_a_collection_gives_beside_the_spec_is_stored_from_its_first_time_on() -> None:
+    """`intervention` is in the batches, that of a chunk's first step; both survive a checkpoint, and an older one."""
+    made, disk = buffer(n_step=1, size=9, chunk=2), {}
+    for t in range(3):  # as of a version that did not give them
+        made.add(row(t))
+    saved(made, disk)
+    for t in range(3, 11):
+        flag = {"intervention": torch.tensor([t % 2 == 0])} | ({"success": torch.tensor([t == 7])} if t > 4 else {})
+        made.add(row(t, ended=t == 7) | flag)
+    again = buffer(n_step=1, size=9, chunk=2)
+    assert not set(again.data) & {"intervention", "success"}
+    assert again.restore(loaded(saved(made, disk), disk), 0)
+    for one in (made, again):
+        found = one.transitions()
+        state = found["observation.state"].flatten().tolist()
+        assert state == [2, 3, 4, 5, 6, 7, 8, 9, 10]  # of the first it is not known
+        assert found["intervention"].tolist() == [t > 2 and t % 2 == 0 for t in state]
+        assert found["success"].tolist() == [t == 7 for t in state]
+        batch = one.sample(200)
+        state = batch["observation.state"].flatten()
+        assert torch.equal(batch["intervention"], (state > 2) & (state % 2 == 0))
+        assert batch["action"].shape == (200, 2, 1) and "success" not in batch
+
+
 def test_a_save_without_news_writes_nothing_and_a_failed_one_is_made_up_for() -> None:
     made, disk = buffer(1), {}
     made.add(row(0))

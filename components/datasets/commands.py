@@ -1,4 +1,4 @@
-"""What the commands `inspect` and `convert` share: their dataset is a `PATH`, or `--dataset NAME` with its options."""
+"""What `inspect`, `convert` and `label` share: their dataset is a `PATH`, or `--dataset NAME` with its options."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, make_dataclass
@@ -8,6 +8,7 @@ from ..contracts import instantiate, options_of
 from ..errors import UserError, nearest, one_line
 from ..run import command_line as cli
 from ..run.progress import showing
+from .episodes import EpisodeDataset
 from .recognise import recognise
 
 
@@ -82,3 +83,17 @@ def built_by(factory: Any) -> dict[str, Any]:
     launch = {"local_rank": 0, "dist_enabled": False, "save_dir": ""}
     with one_line("dataset"), showing():
         return factory.build(opt_params=launch, params=vars(factory) if is_dataclass(factory) else {})
+
+
+def recorded_by(factory: Any) -> dict[str, Any]:
+    """`built_by`, of data whose episodes can be written as they were recorded. Raises UserError: other data."""
+    built = built_by(factory)
+    dataset = built["dataset"]
+    if not isinstance(dataset, EpisodeDataset):
+        raise UserError(f"{type(factory).__name__} has no episodes to write; take its sources one by one")
+    if dataset.form is not None or dataset.state_steps > 1:
+        learnt = "--dataset.action, --dataset.rotations and --dataset.state-steps"
+        raise UserError(f"{learnt} are of what is learnt; this writes what was recorded: leave them out")
+    if "env" in built:
+        dataset.episodes.stored.setdefault("environment", built["env"])  # which Minari's metadata can name
+    return built

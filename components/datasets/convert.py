@@ -31,8 +31,8 @@ from ..errors import UserError, require
 from ..run import command_line as cli
 from ..run import process
 from ..run.files import beside
-from .commands import built_by, parse
-from .episodes import EpisodeDataset, Episodes, take
+from .commands import parse, recorded_by
+from .episodes import Episodes, take
 from .untrusted import check_memory
 
 # LeRobot's own limits: bytes of a data file, files of a folder.
@@ -68,13 +68,7 @@ def main(argv: list[str]) -> int:
     dest = Path(words[1]).expanduser()
     if dest.exists():
         raise UserError(f"{dest}: exists already; give another folder")
-    dataset = built_by(factory)["dataset"]
-    if not isinstance(dataset, EpisodeDataset):
-        raise UserError(f"{type(factory).__name__} has no episodes to write; convert its sources one by one")
-    if dataset.form is not None or dataset.state_steps > 1:
-        learnt = "--dataset.action, --dataset.rotations and --dataset.state-steps"
-        raise UserError(f"{learnt} are of what is learnt; a conversion writes what was recorded: leave them out")
-    print(write(dataset.episodes, dest, options))
+    print(write(recorded_by(factory)["dataset"].episodes, dest, options))
     return 0
 
 

@@ -128,6 +128,11 @@ class Episodes:
         """The episodes at `places` alone, without any step or observation of the others."""
         ends, lengths = self.ends[list(places)], self.lengths[list(places)]
         rows = torch.cat([torch.arange(end - n, end) for end, n in zip(ends.tolist(), lengths.tolist(), strict=True)])
+        numbers = [self.numbers[place] if self.numbers else place for place in places]
+        return replace(self.of_steps(rows, lengths), numbers=numbers)
+
+    def of_steps(self, rows: Tensor, lengths: Tensor) -> "Episodes":
+        """Steps `rows` alone, as episodes of these `lengths`, without any observation of the others."""
         at, after = self.at[rows], self.after[rows]
         used = torch.cat([at, after[after >= 0]]).unique()  # sorted
         observations = {
@@ -141,7 +146,6 @@ class Episodes:
             observations=observations,
             at=torch.searchsorted(used, at),
             after=torch.where(after < 0, after, torch.searchsorted(used, after)),
-            numbers=[self.numbers[place] if self.numbers else place for place in places],
         )
 
 

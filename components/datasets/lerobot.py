@@ -254,8 +254,9 @@ def unused(meta: Meta, pictured: dict[str, str], following: dict[str, Any], comp
 
 def flag_features(features: dict[str, Any]) -> list[str]:
     """The features that `flags` reads."""
-    chosen = [key for key in INTERVENTIONS if features.get(key, {}).get("dtype", "").startswith(NUMBERS)]
-    return [*(key for key in FLAGS if key in features), *chosen[:1]]
+    named = ((key, features[key]) for key in INTERVENTIONS if key in features)
+    single = [key for key, told in named if told["dtype"].startswith(NUMBERS) and math.prod(told["shape"]) == 1]
+    return [*(key for key in FLAGS if key in features), *single[:1]]
 
 
 def flags(rows: dict[str, np.ndarray], name: str) -> dict[str, Tensor]:
