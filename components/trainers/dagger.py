@@ -88,6 +88,17 @@ class DAgger(BC):
             )
         if gated and (config.share < 1 or config.beta > 0):
             raise UserError("--trainer.share and --trainer.beta are of --trainer.method dagger; leave them out")
-        names = ("expert", "labels", "takes_over", "gives_back", "share", "beta", "iteration", "rate", "speed")
         aggregated = config.mix == "union" or (config.mix == "method" and not gated)
-        return Corrections(gated=gated, aggregated=aggregated, **{name: getattr(config, name) for name in names})
+        return Corrections(
+            expert=config.expert,
+            labels=config.labels,
+            gated=gated,
+            aggregated=aggregated,
+            takes_over=config.takes_over,
+            gives_back=config.gives_back,
+            share=config.share,
+            beta=config.beta,
+            iteration=config.iteration,
+            rate=config.rate,
+            speed=config.speed,
+        )
