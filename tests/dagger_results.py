@@ -30,6 +30,7 @@ from making import ROOT  # noqa: E402
 
 FEW, MANY = 5, 100  # demonstrations of the clone that is corrected, and of all that may be cloned
 METHODS = {"bc": "more demonstrations", "dagger": "DAgger", "hg_dagger": "HG-DAgger"}
+SPREAD = 4000  # steps over which DAgger's labels are spread: a clone that is stuck visits one state all the time
 OFTEN = ["--eval-every", "0", "--eval-episodes", "100", "--log-every", "1000", "--env-timeout", "0"]
 
 
@@ -81,6 +82,7 @@ def stages(args: Args) -> list[making.Runs]:
                     line = ["online_trainer.py", "--trainer", "dagger", "--trainer.method", method, *own]
                     line += ["--dataset.demos", str(FEW), "--trainer.labels", str(labels)]
                     line += ["--init-from", str(args.runs / few)]
+                    line += ["--trainer.share", str(min(labels / SPREAD, 1.0))] if method == "dagger" else []
                     if method == "bc":
                         demos = int(np.searchsorted(np.cumsum(long), sum(long[:FEW]) + labels)) + 1
                         line = ["--trainer", "bc", *own, "--dataset.demos", str(min(demos, MANY))]
