@@ -34,7 +34,9 @@ class DAgger(BC):
 
     defaults: dict[str, Any] = BC.defaults | {
         "env": "metaworld",
-        "loss": "l1",  # scripts switch between actions whose mean is neither: 0.60 of pegs inserted, 0.38 with mse
+        # A script switches between actions whose mean is neither. HG-DAgger on peg-insert-side-v3, one run each: 0.60
+        # of episodes succeed, 0.38 with mse.
+        "loss": "l1",
         "steps": 10_000,
         "online.learning-starts": 200,
         "online.num-envs": 1,
