@@ -45,6 +45,7 @@ from components.errors import one_line
 from components.experience import plan, recording
 from components.experience.collection import Collector, describe_env
 from components.experience.frozen_base import base_of, relabelled
+from components.experience.guide import guide_of
 from components.experience.memory import memory_of, old_transitions
 from components.experience.replay import windowed
 from components.learning.learner import Learner
@@ -386,7 +387,8 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
     explorer = Policy(contracts.exploring_module(learner.trainer, policy.module), normaliser, described)
     rewards = plan.rewards_of(args, run.inherited, base)
     first = rank * environments.num_envs
-    collector = Collector(environments, args.seed, first, args.env_restarts, run.report, rewards)
+    guide = guide_of(request, args, run, environments, world, device)
+    collector = Collector(environments, args.seed, first, args.env_restarts, run.report, rewards, guide)
     evaluator = Evaluator.of(args, run, policy, env, partial(build, "env"), world)
 
     # Where the run begins. From here on each process draws its own noise; a resumed run finds everything as it was, but

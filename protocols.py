@@ -33,8 +33,8 @@ objects that are named here:
     Config (frozen dataclass)           the scripts, as --trainer.X; passed as    no options
                                         `config`
     data(config) (static)               `prepared` and the online script: a       unchanged items; online,
-                                        Window, Goals, Rollouts or                `n_step` and `discount`
-                                        Demonstrations                            of Config shape the batches
+                                        Window, Goals, Rollouts, Demonstrations   `n_step` and `discount`
+                                        or Corrections                            of Config shape the batches
     model_spec(model, spec, config)     `build_models`: the spec that this        the data's
       (static)                          model is built for
     base(config) (static)               `experience/frozen_base.py`: (run         none
@@ -234,7 +234,8 @@ class VectorEnv(Protocol):
     keep); then a resumed online run continues in the middle of its episodes. In `tracked` it may name numbers of its
     `info`: evaluations record their last and largest values. Its `hold(observation, last action) -> action`, all `[n,
     ...]`, tells evaluations with a delay how a robot stands still; NaN is the last action before the first. By default
-    it is zeros.
+    it is zeros. Its `expert() -> actions [N, ...]` are those that a scripted expert would take now, whatever it
+    observes, of which `--trainer.expert scripted` learns.
     """
 
     num_envs: int

@@ -65,6 +65,7 @@ from .trainers.act import ACT
 from .trainers.awac import AWAC
 from .trainers.bc import BC
 from .trainers.cql import CQL
+from .trainers.dagger import DAgger
 from .trainers.diffusion import Diffusion
 from .trainers.dqn import DQN
 from .trainers.flow import Flow
@@ -107,6 +108,7 @@ TRAINER_REGISTRY: dict[str, type] = {
     "dqn": DQN,
     "rlpd": RLPD,
     "residual": Residual,
+    "dagger": DAgger,
 }
 
 DATASET_BUILDER_REGISTRY: dict[str, type] = {

@@ -1,7 +1,7 @@
 """The optional members of trainers and models, which are read only here, and the checks of components by protocols.
 
-A trainer requests data by a static `data(config)` that returns one of `Window`, `Goals`, `Rollouts` and
-`Demonstrations`; its `promises` state what may speed it up. The functions below read these and all other optional
+A trainer requests data by a static `data(config)` that returns one of `Window`, `Goals`, `Rollouts`, `Demonstrations`
+and `Corrections`; its `promises` state what may speed it up. The functions below read these and all other optional
 members with their defaults; `protocols.py`, which this file does not import, has a table of them. Methods are looked up
 on the class: an attribute of an instance, such as a network in `self.policy`, is not one.
 """
@@ -98,7 +98,38 @@ class Demonstrations:
     """Items of a dataset, unchanged; the trainer imitates them, so it does not learn from its own experience."""
 
 
-Request = Window | Goals | Rollouts | Demonstrations | None
+@dataclass(frozen=True)
+class Corrections:
+    """Observations of the trainer's own policy with an expert's actions, to imitate; beside a dataset, if any.
+
+    Batches have the observations and `action`, the expert's. What the policy does alone is stored, but never drawn.
+    """
+
+    expert: str
+    """"scripted", "keyboard", or the run folder of a policy."""
+    labels: int
+    """Largest number of actions that the expert gives, over all processes."""
+    gated: bool
+    """The expert acts while it deems that necessary, and labels these steps; else it labels steps of the policy."""
+    aggregated: bool
+    """Draw from dataset and labels as from one set; else --dataset.ratio of each batch is the dataset's."""
+    takes_over: float = 0.0
+    """Gated: distance of the policy's action beyond which a simulated expert acts, in half ranges of an action."""
+    gives_back: float = 0.0
+    """Gated: distance below which it leaves the rest to the policy."""
+    share: float = 1.0
+    """Not gated: share of the steps that are labelled."""
+    beta: float = 0.0
+    """Not gated: in iteration i the expert acts with probability beta^i; its first one is before learning starts."""
+    iteration: int = 1
+    """Environment steps of an iteration, over all processes."""
+    rate: float = 10.0
+    """Steps per second with a person."""
+    speed: float = 1.0
+    """Action of a key, in half ranges."""
+
+
+Request = Window | Goals | Rollouts | Demonstrations | Corrections | None
 
 
 @dataclass(frozen=True)
@@ -160,7 +191,7 @@ def request_of(cls: type, config: Any) -> Request:
     """
     request = cls.data(config) if hasattr(cls, "data") else None
     if not isinstance(request, Request):
-        kinds = "Window, Goals, Rollouts or Demonstrations"
+        kinds = "Window, Goals, Rollouts, Demonstrations or Corrections"
         raise UserError(f"{cls.__name__}.data(config) must return {kinds}, found {type(request).__name__}")
     return request
 
@@ -288,7 +319,7 @@ def fit_loss(loss: Any, spec: dict[str, Any], cls: type, config: Any, device: to
     """
     if not callable(getattr(loss, "fit_action", None)):
         return
-    if "action" not in spec or not isinstance(request_of(cls, config), Demonstrations | None):
+    if "action" not in spec or not isinstance(request_of(cls, config), Demonstrations | Corrections | None):
         raise UserError("--loss.weights: they are for imitation; this trainer's loss is also of values")
     loss.fit_action(spec["action"], device)
 

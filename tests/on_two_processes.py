@@ -131,6 +131,8 @@ if __name__ == "__main__":
     run("evaluated", "--trainer", "bc", *toy.SGD, "--eval-episodes", 7, "--eval-envs", 2)
     learning = ("--steps", 80, "--learning-starts", 20, *toy.SAC)
     run("online", *learning, "--eval-episodes", 3, "--save-every", 40, script=online_trainer)
+    more = ("--steps", 80, "--trainer.share", 0.5, "--env.mode", "SameStep")
+    run("dagger", *toy.ONLINE_ALONE["dagger"], *more, "--learning-starts", 20, script=online_trainer)
     fault = ("--env", "faulty", "--env.rank", 1, "--env.at", 17, "--steps", 120, "--log-every", 20)
     statistics = ("--normalise-observations", "--normalise-rewards")
     run("ppo_fault", *toy.ONLINE_ALONE["ppo"], *fault, "--eval-episodes", 2, "--save-every", 40, script=online_trainer)

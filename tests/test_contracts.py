@@ -117,7 +117,7 @@ def test_what_a_trainer_offers_has_the_signatures_of_its_groups(name: str) -> No
 
 def trainer_config(trainer: Any) -> Any:
     """The options that it was built with."""
-    return getattr(trainer, "config", contracts.NoOptions())
+    return getattr(trainer, "config", contracts.options_of(type(trainer)))
 
 
 def test_a_trainer_without_any_optional_member_has_defaults() -> None:
@@ -146,7 +146,7 @@ def test_a_request_of_another_kind_is_refused() -> None:
         data = staticmethod(lambda config: {"discount": 0.9})
 
     with pytest.raises(
-        UserError, match="Odd.data.config. must return Window, Goals, Rollouts or Demonstrations, found"
+        UserError, match="Odd.data.config. must return Window, Goals, Rollouts, Demonstrations or Corrections, found"
     ):
         contracts.request_of(Odd, None)
 

@@ -91,6 +91,23 @@ def test_the_online_script_on_two_processes(pair: Path, online: Callable[..., Pa
     assert all(env["ended"][18] for env in envs)  # the episodes that were cut
 
 
+def test_the_budget_of_labels_is_of_all_processes(pair: Path, online: Callable[..., Path]) -> None:
+    """Exactly so many are stored and learnt from; one process goes on with the count."""
+    run = pair / "dagger"
+    line = read_lines(run / "metrics.jsonl")[-1]
+    assert (line["step"], line["updates"], line["train/expert_labels"]) == (80, 60, 45)
+    folder, _ = newest(run / "checkpoints")
+    assert read_tree(folder / "trainer.safetensors")["parts"]["collector"]["guide"]["used"] == 45
+    stored = []
+    for rank in range(2):
+        parts = read_tree(folder / f"rank-{rank}.safetensors")["memory"]["parts"]
+        stored += [env["labelled"] for part in parts for env in read_tree(folder / f"{part}.safetensors")["envs"]]
+    assert sum(int(labelled.sum()) for labelled in stored) == 45 and all(labelled[:5].all() for labelled in stored)
+    online("--resume", run, "--steps", 100)
+    line = read_lines(run / "metrics.jsonl")[-1]
+    assert (line["step"], line["updates"], line["train/expert_labels"]) == (100, 80, 45)
+
+
 @pytest.mark.parametrize("name", ["ppo_fault", "sac_fault"])
 def test_a_fault_on_one_process_keeps_the_others_in_step(pair: Path, name: str) -> None:
     """Rollouts end together, and statistics are shared, also where one process has a step less."""

@@ -42,6 +42,7 @@ LEARNERS: dict[str, tuple[object, ...]] = {
     "ppo": toy.ONLINE_ALONE["ppo"],
     "dqn": toy.ONLINE_ALONE["dqn"],
     "rlpd": (*toy.ONLINE_ALONE["rlpd"], "--env", "savable"),
+    "dagger": (*toy.ONLINE_ALONE["dagger"], "--trainer.beta", 0.5, "--trainer.share", 0.7, "--trainer.iteration", 10),
     "sac": toy.SAC,
     "td3": ("--trainer", "td3", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16),
     "qc": (

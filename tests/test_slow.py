@@ -163,7 +163,7 @@ def test_compiled_losses_train_the_same(script: Callable[..., Path], name: str) 
     assert difference(weights(eager), weights(compiled)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["ppo", "dqn", "rlpd"])
+@pytest.mark.parametrize("name", ["ppo", "dqn", "rlpd", "dagger"])
 def test_compiled_losses_train_the_same_online(online: Callable[..., Path], name: str) -> None:
     options = (*toy.ONLINE_ALONE[name], "--optimizer", "sgd", "--optimizer.lr", 0.01)
     options += ("--env", "savable") * ("--env" not in options)

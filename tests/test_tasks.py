@@ -11,6 +11,7 @@ import torch
 
 import toy
 from components import DATASET_BUILDER_REGISTRY, ENV_BUILDER_REGISTRY, UserError
+from components.datasets.metaworld import demonstrate
 from components.envs.metaworld import MetaWorldEnv
 from components.envs.observations import observation_batch
 from components.run.curves import read_lines
@@ -29,6 +30,20 @@ def test_resets_without_a_seed_meet_ever_new_goals() -> None:
     assert len(set(goals)) == 120
     envs.reset(seed=7)
     assert [tuple(goal) for goal in envs.reset()[0][:, -3:]] == goals[:2]
+
+
+def test_the_expert_of_an_environment_is_the_one_of_the_demonstrations() -> None:
+    """Also in worker processes."""
+    shown = demonstrate(3, "reach-v3", 200)
+    assert shown is not None
+    envs = MetaWorldEnv("reach-v3", workers=1).build(1, 0)
+    try:
+        envs.reset(seed=[3])
+        for action in shown["action"][:5]:
+            assert np.array_equal(envs.expert()[0], action)
+            envs.step(action[None])
+    finally:
+        envs.close()
 
 
 # ---- Meta-World from pictures --------------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ ONLINE_ALONE: dict[str, tuple[object, ...]] = {
 ONLINE_ALONE["residual"] = ("--trainer", "residual")  # it needs a run to begin from
 ONLINE_ALONE["rlpd"] = ("--trainer", "rlpd", *SMALL, "--dataset", "toy", "--model.critic.members", 3)
 ONLINE_ALONE["rlpd"] += ("--updates-per-step", 2, "--trainer.policy-every", 2)
+ONLINE_ALONE["dagger"] = ("--trainer", "dagger", "--model.hidden-dims", 16, "--env", "savable", "--trainer.labels", 45)
 # A network with losses of its own that are no means over samples.
 EXPERTS = ("--trainer", "bc", "--model.experts", 3, "--model.hidden-dims", 16)
 DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")
@@ -170,7 +171,10 @@ gym.register("TendonPair-v0", entry_point=PairEnv)
 
 
 class SavableEnvs(gym.vector.SyncVectorEnv):
-    """Toys that save everything: their states, their generators, and what their vector keeps."""
+    """Toys that save everything: their states, their generators, and what their vector keeps. They know an expert."""
+
+    def expert(self) -> np.ndarray:
+        return np.stack([env.unwrapped.state @ EXPERT.numpy() for env in self.envs])
 
     def state_dict(self) -> dict[str, Any]:
         toys = [env.unwrapped for env in self.envs]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..contracts import Goals, Rollouts, Window, frozen_policy_of, request_of
+from ..contracts import Corrections, Goals, Rollouts, Window, frozen_policy_of, request_of
 from ..data.features import facts_of
 from ..data.items import as_kept
 from ..data.returns import n_step_return, returns_to_go
@@ -39,11 +39,13 @@ def prepared(data: dict[str, Any], trainer: type, name: str, config: Any, alone:
 
     Raises:
         UserError: pictures that are none; data that does not fit, as of `transitions` and `goal_transitions`; a trainer
-            that needs an environment, for rollouts or for a policy that it corrects.
+            that needs an environment, for rollouts, an expert, or a policy that it corrects.
     """
     request = request_of(trainer, config)
     if isinstance(request, Rollouts):
         raise UserError(f"{name} learns from rollouts of its own policy; run it by online_trainer.py")
+    if alone and isinstance(request, Corrections):
+        raise UserError(f"{name} learns from an expert while its policy acts; run it by online_trainer.py")
     if alone and frozen_policy_of(trainer, config):
         raise UserError(f"{name} corrects a frozen policy while that acts; run it by online_trainer.py")
     data = as_kept(data)

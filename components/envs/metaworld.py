@@ -128,7 +128,7 @@ class MetaWorldEnv:
 
         view: Any = {"render_mode": self.render_mode, "cameras": self.cameras, "image_size": self.image_size}
         envs: Any = SyncVectorEnv([lambda: MetaWorld(self.task, self.max_episode_steps, **view)] * num_envs)
-        envs.hold = hold
+        envs.hold, envs.expert = hold, lambda: np.stack([env.unwrapped.expert() for env in envs.envs])
         envs.reset(seed=seed)
         envs.task_description = INSTRUCTIONS.get(self.task)
         return envs

@@ -76,6 +76,7 @@ class MetaWorld(gym.Env):
     ) -> None:
         check_task(task)
         self.task, self.max_episode_steps, self.render_mode = task, max_episode_steps, render_mode
+        self.script = expert(task)
         self.simulator = ALL_V3_ENVIRONMENTS[task]()
         model = self.simulator.model
         if render_mode is not None or cameras:
@@ -138,6 +139,10 @@ class MetaWorld(gym.Env):
         success = float(info["success"])
         truncated = self.steps >= self.max_episode_steps
         return self._observed(observation), float(reward), success > 0, truncated, {"success": success}
+
+    def expert(self) -> np.ndarray:
+        """The action `[4]` of Meta-World's scripted policy in this state, which it reads as a whole."""
+        return np.clip(self.script.get_action(self.state.astype(np.float64)), -1, 1).astype(np.float32)
 
     def render(self) -> np.ndarray | None:
         """A picture `[384, 384, 3]` of hand, object and goal, which are small in Meta-World's own cameras."""

@@ -154,6 +154,10 @@ class Environments:
         """As the vector environment's own."""
         return self._call("render", self.envs.render)
 
+    def expert(self) -> Any:
+        """As the vector environment's own, of one that offers it."""
+        return self._call("expert", self.envs.expert)
+
     def _call(self, name: str, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         """Call within the deadline. Raises FaultyEnvError on any fault."""
         self.turn, self.answering, began = -1, False, time.monotonic()

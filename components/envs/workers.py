@@ -77,11 +77,15 @@ class Workers:
             self.task_description = texts[0] if len(set(texts)) == 1 else texts
         self._describe(**described[0])
 
-    def _describe(self, metadata: Any, tracked: Any, spaces: tuple[Any, Any], keeps_last: bool) -> None:
+    def _describe(
+        self, metadata: Any, tracked: Any, spaces: tuple[Any, Any], keeps_last: bool, has_expert: bool
+    ) -> None:
         """Adopt the description of the first process's environments, which holds for all."""
         from gymnasium.vector.utils import batch_space
 
         self.metadata, self.tracked, self.keeps_last = metadata, tracked, keeps_last
+        if has_expert:
+            self.expert = lambda: np.concatenate(self._ask("expert", [((), {})] * len(self.shares)))
         self.single_observation_space, self.single_action_space = spaces
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
@@ -150,6 +154,7 @@ def work(
         kept, tracked = keeps_last(envs), getattr(envs.envs, "tracked", ())
         tasks = [text] * num_envs if isinstance(text := task_of(envs), str) else text
         described = {"metadata": metadata, "tracked": tracked, "spaces": spaces, "keeps_last": kept, "tasks": tasks}
+        described["has_expert"] = callable(getattr(envs.envs, "expert", None))
         pipe.send(("done", described))
         latest: Any = None  # observation
         while True:

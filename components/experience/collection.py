@@ -75,6 +75,7 @@ class Collector:
         limit: Replacements before the run fails.
         say: Prints a line.
         rewards: (shift, scale) of the rewards that are learnt from: r -> (r + shift) * scale.
+        guide: An expert that may act in the place of the policy; None for none.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class Collector:
         limit: int,
         say: Callable[[str], None],
         rewards: tuple[float, float] = (0.0, 1.0),
+        guide: Any = None,
     ) -> None:
         self.environments, self.seed, self.first, self.limit, self.say = environments, seed, first, limit, say
-        self.rewards = rewards
+        self.rewards, self.guide = rewards, guide
         self.started_at, self.replaced = 0, 0
         self.restored: dict[str, Any] = {}
 
@@ -141,13 +143,26 @@ class Collector:
         Raises:
             RuntimeError: more faults than the limit.
         """
-        transitions, episodes = self._step(action)
-        while insist and transitions is None:
-            transitions, episodes = self._step(action)
+        advice, fault = {}, None
+        if self.guide is not None:
+            action, advice, fault = self.guide.advise(action, self.observation, self.stepper.resetting)
+        transitions, episodes = self._step(action, advice) if fault is None else self._lost(fault, action)
+        while insist and transitions is None:  # what an expert said was of another observation
+            transitions, episodes = self._step(action, self.guide.nothing(len(action)) if self.guide else {})
+        if self.guide is not None:
+            self.guide.follow(transitions)
         return transitions, episodes
 
-    def _step(self, action: np.ndarray) -> tuple[dict[str, Tensor] | None, list[dict[str, float]]]:
-        """`step` once, whatever comes of it."""
+    def _lost(self, fault: FaultyEnvError, action: np.ndarray) -> tuple[None, list[dict[str, float]]]:
+        """Begin anew after a fault."""
+        self._replace(fault, action)
+        self.start(self.started_at)
+        return None, []
+
+    def _step(
+        self, action: np.ndarray, advice: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor] | None, list[dict[str, float]]]:
+        """`step` once, whatever comes of it; `advice` is what the guide says of it, as columns."""
         before, space = self.observation, self.environments.single_action_space
         done = executed(action, space)
         shift, scale = self.rewards
@@ -159,9 +174,7 @@ class Collector:
                 learned = (learned + shift) * scale
                 check_finite({}, learned)
         except FaultyEnvError as fault:
-            self._replace(fault, done)
-            self.start(self.started_at)
-            return None, []
+            return self._lost(fault, done)
         self.observation = step.observation
         transitions = {key: as_tensor(value) for key, value in before.items()}
         transitions |= {f"next.{key}": as_tensor(value) for key, value in step.successor.items()}
@@ -170,7 +183,7 @@ class Collector:
         transitions |= {"action": as_tensor(acted), "drawn": as_tensor(action)}
         transitions["reward"] = torch.from_numpy(learned.astype(np.float32))
         flags = {"terminated": step.terminated, "ended": step.ended, "valid": step.valid, "begins": step.begins}
-        transitions |= {key: torch.from_numpy(flag) for key, flag in flags.items()}
+        transitions |= {key: torch.from_numpy(flag) for key, flag in flags.items()} | advice
         if isinstance(inner := getattr(self.environments.envs, "executed", None), np.ndarray):  # of `OnTop`
             transitions[EXECUTED] = as_tensor(inner.reshape(len(done), -1).astype(np.float32))
         told = step.info.keys() & SUCCESSES or "final_info" in step.info
@@ -209,6 +222,15 @@ class Collector:
         above = (high - low + whole) * torch.rand(count, len(low)).numpy()
         return (low + (np.floor(above) if whole else above)).astype(np.float32)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The guide's, the same on all processes."""
+        return {"guide": self.guide.state_dict()} if self.guide else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state of `state_dict`."""
+        if self.guide:
+            self.guide.load_state_dict(state["guide"])
+
     def rank_state(self) -> dict[str, Any]:
         """The number of replacements and, where the vector environment has `state_dict()`, the current episodes."""
         state: dict[str, Any] = {"replaced": self.replaced}
@@ -218,6 +240,7 @@ class Collector:
             state["started_at"] = self.started_at
             state["steps"] = self.stepper.state_dict()
             state["counts"] = [torch.tensor(self.returns), torch.tensor(self.lengths)]
+            state |= {"guide": self.guide.rank_state()} if self.guide else {}
         return state
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
@@ -229,6 +252,8 @@ class Collector:
         if not self._continue(step):
             for follower in followers:
                 follower.cut()
+        if self.guide:
+            self.guide.begin()
 
     def _continue(self, step: int) -> bool:
         """Continue the episodes of the loaded state and return True; or else start new ones and return False."""
@@ -243,4 +268,6 @@ class Collector:
         self.returns, self.lengths = (value.numpy() for value in state["counts"])
         self.stepper.load_state_dict(state["steps"])
         self.observation = self.stepper.latest
+        if self.guide:
+            self.guide.load_rank_state(state["guide"])
         return True

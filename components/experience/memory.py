@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from .. import parallel
-from ..contracts import Rollouts, request_of, window_of
+from ..contracts import Corrections, Rollouts, request_of, window_of
 from ..data.batches import to_device
 from ..data.features import INTERVENTION, check_dataset, describe, read
 from ..data.normalisation import Normaliser
 from ..datasets.transitions import prepared
 from ..errors import UserError
+from .labelled import Labelled
 from .plan import starts_learning
 from .replay import ReplayBuffer
 from .rollout import Rollout
@@ -34,15 +35,21 @@ def memory_of(
     cls, config = type(learner.trainer), args.trainer_options
     request, (num_envs, world) = request_of(cls, config), over
     part, of_rank = args.batch_size // (world * args.grad_accumulation), num_envs // world
+    rate, window = num_envs * args.updates_per_step, window_of(cls, config)
     ready: Callable[[Any], Any] = lambda batch: normaliser(to_device(batch, learner.device))  # noqa: E731
+    random = not args.init_from
     if isinstance(request, Rollouts):
         store: Any = Rollout(learner.trainer, normaliser, learner.device, of_rank, part, request)
         ready = lambda batch: batch  # noqa: E731  (it was normalised as a whole)
+    elif isinstance(request, Corrections):
+        store = labelled = Labelled(spec, args.buffer_size, num_envs, of_rank, window, rate)
+        random = False  # the expert acts first
+        if old is not None:
+            store = Taught(labelled, old, args.dataset_ratio, part, request.aggregated)
     else:
-        rate, window = num_envs * args.updates_per_step, window_of(cls, config)
         store = ReplayBuffer(spec, args.buffer_size, num_envs, of_rank, window, rate)
         store = store if old is None else Mixed(store, old, args.dataset_ratio, part)
-    return Memory(store, ready, part, starts_learning(args)[0], run, args.save_buffer, not args.init_from)
+    return Memory(store, ready, part, starts_learning(args)[0], run, args.save_buffer, random)
 
 
 class Memory:
@@ -183,6 +190,10 @@ def old_transitions(
     data = prepared(data, trainer, args.trainer, args.trainer_options, alone=False)
     check_dataset(data["dataset"], "it")
     found = describe(data["dataset"][0], {})
+    if isinstance(request_of(trainer, args.trainer_options), Corrections):
+        if "action_is_pad" in found:
+            raise UserError(f"{args.trainer} learns the action of each step; leave out --dataset.action-steps")
+        spec = {key: feature for key, feature in spec.items() if key.startswith("observation.") or key == "action"}
     for key, feature in spec.items():
         if key == INTERVENTION:
             continue  # as `Mixed` has it
@@ -241,3 +252,33 @@ class Mixed:
             for batch in (old, new):
                 batch.setdefault(INTERVENTION, torch.zeros(len(batch["action"]), dtype=torch.bool))
         return {key: torch.cat([old[key].to(value.dtype), value]) for key, value in new.items()}
+
+
+class Taught(Mixed):
+    """Labelled transitions and a dataset, in batches of both.
+
+    Args:
+        buffer: The labelled transitions.
+        dataset, ratio, batch_size: As of `Mixed`.
+        aggregated: Draw from both as from one set, in the place of a fixed share.
+    """
+
+    def __init__(self, buffer: Labelled, dataset: Any, ratio: float, batch_size: int, aggregated: bool) -> None:
+        super().__init__(buffer, dataset, 0.0 if aggregated else ratio, batch_size)
+        self.labelled, self.aggregated = buffer, aggregated
+
+    def due(self, ready: bool) -> float:
+        """Updates that are due for one step of all environments; without a label there is the dataset."""
+        self.labelled.due(ready)
+        return self.labelled.rate if ready else 0.0
+
+    def sample(self, batch_size: int) -> dict[str, Tensor]:
+        """A batch of both, the dataset's samples first; of the dataset alone while this process has no label."""
+        old = self.old
+        if self.aggregated:
+            share = len(self.dataset) / (len(self.dataset) + self.labelled.everywhere)
+            old = int((torch.rand(batch_size) < share).sum())
+        old = old if len(self.labelled.labels()) else batch_size
+        parts = [self.labelled.sample(batch_size - old)] if old < batch_size else []
+        parts = ([read(self.dataset, torch.randint(len(self.dataset), (old,)))] if old else []) + parts
+        return {key: torch.cat([part[key].to(parts[-1][key].dtype) for part in parts]) for key in self.labelled.learnt}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..contracts import Demonstrations, Goals, Request, Rollouts, Window
+from ..contracts import Corrections, Demonstrations, Goals, Request, Rollouts, Window
 from ..errors import UserError
 from ..run.arguments import rules_of
 from ..run.checkpoint import run_of
@@ -32,8 +32,33 @@ def check_options(request: Request, args: Any) -> None:
         raise UserError(f"--trainer {name} learns from a dataset as a whole (its goals); run it by offline_trainer.py")
     if isinstance(request, Window) and request.needs_dataset and args.dataset == "none":
         raise UserError(f"--trainer {name} also learns from a dataset; name one, as in --dataset metaworld")
+    if isinstance(request, Corrections):
+        check_labels(request, args)
+        if args.init_from and not args.given("normalise-observations"):
+            args.normalise_observations = False  # a clone keeps the statistics that it has learnt with
     if args.dataset == "none" and args.given("dataset.ratio"):
         raise UserError("--dataset.ratio is a share of a dataset; choose one with --dataset")
+
+
+def check_labels(request: Corrections, args: Any) -> None:
+    """Refuse options that an expert's labels do not go with. Raises UserError."""
+    starts = starts_learning(args)[0]
+    if not args.save_buffer:
+        raise UserError("--no-save-buffer: the expert's labels are in the replay buffer; leave it out")
+    if args.buffer_size < (most := min(request.labels, args.steps)):
+        raise UserError(f"--buffer-size {args.buffer_size} cannot hold the expert's labels; set it to {most} or more")
+    if request.aggregated and args.given("dataset.ratio"):
+        raise UserError("--dataset.ratio: demonstrations and labels are drawn as from one set; add --trainer.mix share")
+    if not args.init_from and starts > request.labels:
+        raise UserError(
+            f"--learning-starts {starts}: the expert acts until then, and gives --trainer.labels {request.labels} at"
+            f" most; set it to {request.labels} or less"
+        )
+    if request.expert == "keyboard":
+        if not request.gated:
+            raise UserError("--trainer.expert keyboard: a person takes over, so use --trainer.method hg_dagger")
+        if args.num_envs != 1:
+            raise UserError(f"--trainer.expert keyboard: a person steers --num-envs 1, found {args.num_envs}")
 
 
 def rewards_of(args: Any, inherited: Any, base: Any) -> tuple[float, float]:

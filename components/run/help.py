@@ -194,7 +194,7 @@ def needed_script(trainer: type) -> str:
         request, corrects = contracts.request_of(trainer, config), contracts.frozen_policy_of(trainer, config)
     except Exception:
         return ""
-    if isinstance(request, contracts.Rollouts) or corrects:
+    if isinstance(request, contracts.Rollouts | contracts.Corrections) or corrects:
         return "online_trainer.py"
     return "offline_trainer.py" if isinstance(request, (contracts.Demonstrations, contracts.Goals)) else ""
 

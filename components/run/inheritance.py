@@ -2,7 +2,8 @@
 
     inherited/record.json    fingerprint of its data, normalisation, shift and scale of its rewards
     inherited/weights/       initial weights that come from other runs or files, until the first checkpoint holds them
-    inherited/base/          a frozen policy that is corrected; policy-<hash>/ one that made the data
+    inherited/base/          a frozen policy that is corrected; expert/ one that labels; policy-<hash>/ one that made
+                             the data
 
 A new run fills the folder before it begins. A resumed run reads it and nothing else; a run of an older version, which
 has none, reads the others once more and keeps what it found.
@@ -37,7 +38,7 @@ NAME, RECORD = "inherited", "record.json"
 REMEDY = "without this file the run goes on unchecked"
 SHOWN = 16  # names in a message
 PARTS = {"statistics": "stats", "bounds": "bounds"}  # of a normalisation: name in the record -> in `spec`
-CONTENTS = re.compile(r"record\.json|\.record\.json-new|weights|\.weights-new|base|\.?policy-[0-9a-f]{8}.*")
+CONTENTS = re.compile(r"record\.json|\.record\.json-new|weights|\.weights-new|base|expert|\.?policy-[0-9a-f]{8}.*")
 
 
 class Inheritance:

@@ -59,6 +59,7 @@ class Run:
         self.config: dict[str, Any] = {}
         self.ended: list[dict[str, Any]] = []  # episodes that are not written yet
         self.best = Best()
+        self.counts: dict[str, int] = {}  # of the run so far, which every line of the logs has
         self.evaluations, self.unevaluated = 0, ""  # that succeeded; why the last one failed, if none did
         self.logs = Logs(path, self.say)
         self.lock: Any = None
@@ -231,7 +232,7 @@ class Run:
 
     def log(self, record: dict[str, Any]) -> None:
         """Add a line for the current step to `metrics.jsonl` and the screen."""
-        record = {"step": self.step} | record
+        record = {"step": self.step} | record | {f"train/{name}": count for name, count in self.counts.items()}
         if self.first:
             self.logs.append("metrics.jsonl", record)
             self.tracker.log(record, record["step"])
@@ -240,7 +241,7 @@ class Run:
     def count_episodes(self, episodes: list[dict[str, Any]], metrics: Any) -> None:
         """Keep the episodes of this process that ended at this step, and add their numbers to the metrics."""
         for episode in episodes:
-            self.ended.append({"step": self.step, **episode})
+            self.ended.append({"step": self.step, **episode, **self.counts})
             metrics.add({key: value for key, value in episode.items() if key != "env"}, "train/")
 
     def write_episodes(self) -> None:
@@ -279,7 +280,7 @@ class Run:
             self.unevaluated = "" if self.evaluations else problem
             self.say(f"the evaluation at step {self.step} failed, training continues: {problem}")
             return
-        self.evaluations, self.unevaluated = self.evaluations + 1, ""
+        self.evaluations, self.unevaluated, result = self.evaluations + 1, "", result | self.counts
         self.best.evaluated(result)
         if self.first:
             self.logs.append("eval.jsonl", result)
