@@ -16,6 +16,9 @@ class Inference:
     """Sampler of chunks from noise: ddim or ddpm (diffusion), euler or midpoint (flow)."""
     sampling_steps: int | None = None
     """Steps of the sampler; midpoint evaluates the network twice in each."""
+    guidance: float | None = None
+    """Weight of classifier-free guidance, for policies that learned it (flow with --trainer.unconditional, recap): 1
+    follows the condition alone, more goes beyond it."""
     task: str | None = None
     """Text of the task, where the data has several; by default what the environment says."""
     delay: int = 0

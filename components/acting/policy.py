@@ -101,6 +101,12 @@ class Policy:
             raise UserError(f"--policy.sampler {wanted.sampler}: this policy knows {', '.join(samplers)}")
         if wanted.sampling_steps is not None and not 1 <= wanted.sampling_steps <= module.most_steps:
             raise UserError(f"--policy.sampling-steps {wanted.sampling_steps} must be 1 to {module.most_steps}")
+        if wanted.guidance is not None:
+            if getattr(module, "guidance", None) is None:
+                learned = "train it by recap, or by flow with --trainer.unconditional 0.1"
+                raise UserError(f"--policy.guidance: this policy has not learned to act without a condition; {learned}")
+            if not 0 <= wanted.guidance < math.inf:
+                raise UserError(f"--policy.guidance {wanted.guidance} must be a number of 0 or more")
         tasks = self.spec.get("task", {}).get("values", ())
         if wanted.task is not None and wanted.task not in tasks:
             if not tasks or self.normaliser.language is None:
@@ -121,6 +127,8 @@ class Policy:
             module.sampler = wanted.sampler
         if wanted.sampling_steps is not None:
             module.sampling_steps = wanted.sampling_steps
+        if wanted.guidance is not None:
+            module.guidance = wanted.guidance
         self.reset()
         return self
 
@@ -163,6 +171,8 @@ class Policy:
         how["ensemble"] = self.settings.ensemble
         if hasattr(self.module, "samplers"):
             how |= {"sampler": self.module.sampler, "sampling_steps": self.module.sampling_steps}
+        if getattr(self.module, "guidance", None) is not None:
+            how |= {"guidance": self.module.guidance}
         if self.settings.delay or self.method in ("blocking", "real_time"):
             how |= {"delay": self.settings.delay, "method": self.method}
         return how | ({"task": self.settings.task or self.told or self.assumed} if "task" in self.spec else {})

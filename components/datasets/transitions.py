@@ -25,7 +25,7 @@ from .mixture import through
 from .recorded import recordings
 
 logger = logging.getLogger(__name__)
-FLAGS = ("terminated", "action_is_pad")  # columns that a table returns as bool
+FLAGS = ("terminated", "action_is_pad", "intervention")  # columns that a table returns as bool
 
 
 def prepared(data: dict[str, Any], trainer: type, name: str, config: Any, alone: bool = True) -> dict[str, Any]:
@@ -198,11 +198,13 @@ class Transitions(Table):
         columns |= {f"next.{key}": take(store, source.after(final)) for key, store in data.observations.items()}
         if chunk > 1:
             padded = torch.arange(chunk) > length[:, None]
-            columns["action"] = action[torch.minimum(steps, final[:, None])]
+            columns["action"] = action[torch.minimum(steps[:, :chunk], final[:, None])]
             columns |= {"action_is_pad": padded, "complete": ~padded[:, -1] | terminated[final]}
             tell_cut(columns["complete"], chunk, int((last - source.first[rows]).max()) + 1, data.name)
         if next_action:
             columns["next.action"] = action[torch.minimum(rows + 1, source.last[rows])]
+        if "intervention" in data.columns:
+            columns["intervention"] = data.columns["intervention"][rows]
         if window.to_go:
             columns["return_to_go"] = returns_to_go(data.columns["reward"], terminated, data.ends, discount)[rows]
         super().__init__(columns)
