@@ -467,6 +467,8 @@ EXPORTED: dict[str, tuple[object, ...]] = {
     "sac": toy.TRAINERS["sac"],
     "td3_bc": toy.TRAINERS["td3_bc"],  # actions of another scale
     "fql": toy.TRAINERS["fql"],
+    "recap": (*toy.TRAINERS["recap"], "--policy.sampling-steps", 2),  # guided
+    "guided": (*toy.TRAINERS["flow"], *DENOISER, "--trainer.unconditional", 0.3, "--policy.guidance", 2),
     "qc": (*toy.TRAINERS["qc"], "--trainer.method", "best_of_n", "--trainer.flow-steps", 2),
     "hiql": toy.TRAINERS["hiql"],  # with goals
 }

@@ -73,6 +73,7 @@ TRAINERS: dict[str, tuple[object, ...]] = {
     "fql": ("--trainer", "fql", *SMALL, "--model.flow.hidden-dims", 16),
     "ifql": ("--trainer", "ifql", *SMALL, *SMALL_VALUE),
     "qc": ("--trainer", "qc", *SMALL, "--model.flow.hidden-dims", 16),
+    "recap": ("--trainer", "recap", "--model.hidden-dims", 16, *SMALL_VALUE, *UNIT),
     "gcbc": ("--trainer", "gcbc", "--model.hidden-dims", 16, *GOALS),
     "gciql": ("--trainer", "gciql", *SMALL, *SMALL_VALUE, *GOALS),
     "hiql": ("--trainer", "hiql", "--model.hidden-dims", 16, *SMALL_VALUE, *GOALS, "--trainer.subgoal-steps", 3)
@@ -91,6 +92,7 @@ ONLINE_ALONE["residual"] = ("--trainer", "residual")  # it needs a run to begin 
 ONLINE_ALONE["rlpd"] = ("--trainer", "rlpd", *SMALL, "--dataset", "toy", "--model.critic.members", 3)
 ONLINE_ALONE["rlpd"] += ("--updates-per-step", 2, "--trainer.policy-every", 2)
 DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")
+DRAWS_NOISE += ("recap",)
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
 
 

@@ -116,7 +116,7 @@ class Recap:
             ahead = bootstrapped(data, following, self.config.discount) if self.config.n_step else returns
             target = ahead if self.config.target == "bootstrapped" else returns
         loss = value.cross_entropy(logits, target).mean()
-        return loss, ahead - v, {"value_loss": loss.detach()} | summary("v", v)
+        return loss, ahead - v, {"value_loss": loss.detach()} | summary("v", v) | summary("target", target)
 
     def policy_loss(self, data: dict[str, Any], advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """J_pi."""
@@ -143,6 +143,7 @@ class Recap:
         value.cover(*global_range(data["return_to_go"]))
         loss, metrics = self.losses(data)
         update(self.optimizers, loss)
+        value.cover(*global_range(torch.stack([metrics["target_min"], metrics["target_max"]])))  # for the next update
         too_many = global_mean(metrics["positive"]) - self.config.positive
         value.threshold += RATE * global_mean(metrics["distance"]) * too_many
         return metrics | {"threshold": value.threshold.clone()}
