@@ -123,7 +123,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fql": FAST | {"alpha": 1.0},
     "ifql": FAST | {"expectile": 0.9, "candidates": 8},
     "qc": FAST | {"alpha": 1.0, "chunk": 2},
-    "recap": {"discount": DISCOUNT, "chunk": 2, "n_step": 2, "target": "bootstrapped", "positive": 0.15},
+    "recap": {"discount": DISCOUNT, "chunk": 2, "n_step": 2, "positive": 0.15},
 }
 
 

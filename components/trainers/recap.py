@@ -17,8 +17,10 @@ improvement, which is better than the data's policy, and the more so, the larger
 
 To iterate: collect with the policy, and learn again from the old and the new data, offline, or online by --init-from.
 
-Deviations: values and policy learn in one run, where the paper first finishes V; returns are discounted; each is
-divided between its two nearest bins; chunks are as long as --trainer.chunk says, not the paper's 50 steps.
+Deviations: by default R_t is the first two terms of Adv, since the return of an episode that is cut tells nothing of
+what would have followed (the paper's end with success or a large penalty: --trainer.target returns); values and policy
+learn in one run, where the paper first finishes V; returns are discounted, and each is divided between its two nearest
+bins; chunks are as long as --trainer.chunk says, not the paper's 50 steps.
 """
 
 from dataclasses import dataclass
@@ -74,8 +76,9 @@ class Recap:
         """Share of the data that counts as better: 0.3 to 0.4, and 0.1 where speed is to be improved."""
         unknown: float = 0.3
         """Share of the samples that learn without the indicator."""
-        target: Literal["returns", "bootstrapped"] = "returns"
-        """What V learns: the data's returns, or those of N steps and the V that follows, for episodes that are cut."""
+        target: Literal["bootstrapped", "returns"] = "bootstrapped"
+        """What V learns: the rewards of N steps and the V that follows, or the data's returns as in the paper, for episodes
+        that end by themselves."""
         discount: float = 0.99
         """Discount factor gamma per environment step."""
 
