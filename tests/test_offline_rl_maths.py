@@ -68,7 +68,8 @@ class Reference:
     """A trainer's weights as float64 leaves, and what is done with them."""
 
     def __init__(self, trainer: Any, activation: Callable[[Tensor], Tensor]) -> None:
-        self.config, self.activation, self.updates, self.threshold = trainer.config, activation, 0, 0.0
+        self.config, self.activation, self.updates = trainer.config, activation, 0
+        self.threshold, self.seen = 0.0, [0.0]  # recap's, and the returns that its values have seen
         self.weights = {
             name: {key: p.detach().double().requires_grad_() for key, p in model.named_parameters()}
             for name, model in trainer.models.items()
@@ -360,10 +361,13 @@ def qc(ref: Reference, data: Data) -> tuple[Data, Data]:
 
 def recap(ref: Reference, data: Data) -> tuple[Data, Data]:
     c, s, reached = ref.config, data[STATE], data["return_to_go"]
-    bins = torch.linspace(min(0.0, float(reached.min())), max(0.0, float(reached.max())), 6).double()
+    cover = lambda x: [*ref.seen, float(x.min()), float(x.max())]  # noqa: E731
+    bins = torch.linspace(min(cover(reached)), max(cover(reached)), 6).double()
     value = lambda state: ref.net("value", state).softmax(1) @ bins  # noqa: E731
     after = data["reward"] + data["discount"] * (1 - data["terminated"]) * value(data[THEN])
-    goal, advantage = after if c.target == "bootstrapped" else reached, (after if c.n_step else reached) - value(s)
+    ahead = after if c.n_step else reached
+    goal, advantage = ahead if c.target == "bootstrapped" else reached, ahead - value(s)
+    ref.seen = cover(goal)
     cut = goal.detach().clamp(bins[0], bins[-1])[:, None]
     shares = (1 - (cut - bins).abs() / (bins[1] - bins[0])).clamp(min=0)  # of the two nearest bins
     value_loss = -(shares * ref.net("value", s).log_softmax(1)).sum(1).mean()  # eq. 1

@@ -77,8 +77,8 @@ class Recap:
         unknown: float = 0.3
         """Share of the samples that learn without the indicator."""
         target: Literal["bootstrapped", "returns"] = "bootstrapped"
-        """What V learns: the rewards of N steps and the V that follows, or the data's returns as in the paper, for episodes
-        that end by themselves."""
+        """What V learns: the rewards of N steps and the V that follows, or the data's returns as in the paper, for
+        episodes that end by themselves."""
         discount: float = 0.99
         """Discount factor gamma per environment step."""
 
