@@ -367,7 +367,7 @@ def recap(ref: Reference, data: Data) -> tuple[Data, Data]:
     after = data["reward"] + data["discount"] * (1 - data["terminated"]) * value(data[THEN])
     ahead = after if c.n_step else reached
     goal, advantage = ahead if c.target == "bootstrapped" else reached, ahead - value(s)
-    ref.seen = cover(goal)
+    ref.seen = cover(goal.detach())
     cut = goal.detach().clamp(bins[0], bins[-1])[:, None]
     shares = (1 - (cut - bins).abs() / (bins[1] - bins[0])).clamp(min=0)  # of the two nearest bins
     value_loss = -(shares * ref.net("value", s).log_softmax(1)).sum(1).mean()  # eq. 1

@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 KEY = "observation.condition"
 
 
 def told(spec: dict[str, Any], width: int = 1) -> dict[str, Any]:
-    """The spec of a network that observes a condition of so many numbers, too."""
+    """The spec of a network that observes a condition of so many numbers, too. Raises UserError: the data has one."""
+    if KEY in spec:
+        raise UserError(f"the data has a key {KEY!r}, which guidance needs for itself; give it another name")
     return spec | {KEY: {"shape": (width,), "dtype": "float32"}}
 
 
