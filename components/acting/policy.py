@@ -33,8 +33,8 @@ class Policy:
         module: Normalised observations in, normalised action `[B, Da]` or chunk `[B, Ta, Da]` out. It takes the batch,
             or, if the only observation is `observation.state`, that tensor itself. A stochastic module declares
             `noise_shape` and receives `noise` `[B, *noise_shape]` in the batch, drawn per episode; if it samples in
-            steps, it has `samplers` (names), `most_steps`, and the settings `sampler` and `sampling_steps`; if it can be
-            guided, the setting `guidance`, its weight.
+            steps, it has `samplers` (names), `most_steps`, and the settings `sampler` and `sampling_steps`; one
+            that can be guided has the setting `guidance`, its weight.
         normaliser: Of the data that it was trained on.
         spec: {key: {"shape", "dtype", ...}} of that data.
         settings: Inference settings; where they are None, the module's defaults apply.
