@@ -155,6 +155,10 @@ class Policy:
             learned = f"this policy has learned to continue up to {most} actions (--trainer.prefix {most})"
             raise UserError(f"{option} {delay}: {learned}; train it with --trainer.prefix {delay}, or 0 for guidance")
 
+    def exploring(self, module: nn.Module) -> "Policy":
+        """The policy that collects with another module, or the same one; it plans as often."""
+        return Policy(module, self.normaliser, self.spec, Inference(action_steps=self.settings.action_steps))
+
     @property
     def most_delay(self) -> int:
         """The largest `delay` that `plan` takes: in real time, of a policy that has learned it, --trainer.prefix."""

@@ -58,8 +58,9 @@ class Recap:
 
     needs = {"policy": "vector_field", "value": "v_categorical"}
     defaults: dict[str, Any] = OFFLINE_RL | {
+        "policy.action-steps": 1,
         "policy.sampling-steps": 10,
-        "policy.guidance": 1.5,
+        "policy.guidance": 2.0,
         **networks("value", hidden_dims=(512, 512, 512), activation="gelu", layer_norm=True),
     }
     promises = Promises(repeats_after=1)
