@@ -60,7 +60,7 @@ class Recap:
     defaults: dict[str, Any] = OFFLINE_RL | {
         "policy.action-steps": 1,
         "policy.sampling-steps": 10,
-        "policy.guidance": 2.0,
+        "policy.guidance": 3.0,
         **networks("value", hidden_dims=(512, 512, 512), activation="gelu", layer_norm=True),
     }
     promises = Promises(repeats_after=1)
