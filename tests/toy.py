@@ -73,7 +73,7 @@ TRAINERS: dict[str, tuple[object, ...]] = {
     "fql": ("--trainer", "fql", *SMALL, "--model.flow.hidden-dims", 16),
     "ifql": ("--trainer", "ifql", *SMALL, *SMALL_VALUE),
     "qc": ("--trainer", "qc", *SMALL, "--model.flow.hidden-dims", 16),
-    "recap": ("--trainer", "recap", "--model.hidden-dims", 16, *SMALL_VALUE, *UNIT),
+    "recap": ("--trainer", "recap", "--trainer.chunk", 3, "--model.hidden-dims", 16, *SMALL_VALUE, *UNIT),
     "gcbc": ("--trainer", "gcbc", "--model.hidden-dims", 16, *GOALS),
     "gciql": ("--trainer", "gciql", *SMALL, *SMALL_VALUE, *GOALS),
     "hiql": ("--trainer", "hiql", "--model.hidden-dims", 16, *SMALL_VALUE, *GOALS, "--trainer.subgoal-steps", 3)

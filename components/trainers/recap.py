@@ -58,7 +58,6 @@ class Recap:
 
     needs = {"policy": "vector_field", "value": "v_categorical"}
     defaults: dict[str, Any] = OFFLINE_RL | {
-        "policy.action-steps": 1,
         "policy.sampling-steps": 10,
         "policy.guidance": 3.0,
         **networks("value", hidden_dims=(512, 512, 512), activation="gelu", layer_norm=True),
@@ -69,8 +68,8 @@ class Recap:
     class Config:
         """RECAP; the paper's values but for discount, chunk and N, which is 50 there at 50 steps a second."""
 
-        chunk: int = 5
-        """Actions h of a chunk."""
+        chunk: int = 1
+        """Actions h of a chunk; 1 for single actions, which a small network learns faster."""
         n_step: int = 10
         """Steps N of the advantage, at least those of a chunk; 0 for all until the episode's end."""
         positive: float = 0.4
