@@ -34,7 +34,6 @@ from components import REGISTRIES, UserError, contracts, parallel
 from components.acting.evaluation import Evaluator, choose_env
 from components.acting.inference import Inference
 from components.acting.learned import acting_policy
-from components.acting.policy import Policy
 from components.contracts import Place
 from components.data.batches import fit_batch, fit_envs
 from components.data.features import build_models
@@ -384,7 +383,7 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
     # The policy of evaluations, and the explorer, which acts while data is collected. Each has a history of its own,
     # since evaluations come between the explorer's steps.
     policy = acting_policy(learner, normaliser, described, args, needed=True, base=base)
-    explorer = Policy(contracts.exploring_module(learner.trainer, policy.module), normaliser, described)
+    explorer = policy.exploring(contracts.exploring_module(learner.trainer, policy.module))
     rewards = plan.rewards_of(args, run.inherited, base)
     first = rank * environments.num_envs
     guide = guide_of(request, args, run, environments, world, device)

@@ -59,6 +59,7 @@ from .models.sequence import GRU, Transformer
 from .models.tanh_gaussian import TanhGaussian
 from .models.temperature import Temperature
 from .models.unet1d import UNet1d
+from .models.v_categorical import VCategorical
 from .models.vector_field import VectorField
 from .run.policies import load_policy
 from .trainers.act import ACT
@@ -78,6 +79,7 @@ from .trainers.iql import IQL
 from .trainers.ppo import PPO
 from .trainers.qc import QC
 from .trainers.rebrac import ReBRAC
+from .trainers.recap import Recap
 from .trainers.residual import Residual
 from .trainers.rlpd import RLPD
 from .trainers.sac import SAC
@@ -99,6 +101,7 @@ TRAINER_REGISTRY: dict[str, type] = {
     "fql": FQL,
     "ifql": IFQL,
     "qc": QC,
+    "recap": Recap,
     "gcbc": GCBC,
     "gciql": GCIQL,
     "hiql": HIQL,
@@ -140,6 +143,7 @@ MODEL_BUILDER_REGISTRY: dict[str, type] = {
     "vector_field": VectorField,
     "q_ensemble": QEnsemble,
     "v_ensemble": VEnsemble,
+    "v_categorical": VCategorical,
     "discrete_q": DiscreteQ,
     "tanh_gaussian": TanhGaussian,
     "temperature": Temperature,

@@ -38,10 +38,10 @@ class Window:
     discount: float = 0.99
     """Factor per environment step."""
     n_step: int = 1
-    """Steps whose rewards are summed."""
+    """Steps whose rewards are summed, at least those of `chunk`."""
     chunk: int = 1
-    """Make `action` the `[chunk, Da]` of the window, with `action_is_pad` and `complete`: 1.0 unless truncation or the
-    end of the data cuts the window. Where termination cuts it, its return is known: no later action could change it."""
+    """Make `action` the first `[chunk, Da]` of the window, with `action_is_pad` and `complete`: 1.0 unless truncation
+    or the end of the data cuts it. Where termination cuts it, its return is known: no later action could change it."""
     next_action: bool = False
     """Add `next.action` `[Da]`, the data's next action; steps without one are left out."""
     to_go: bool = False

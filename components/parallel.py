@@ -49,6 +49,15 @@ def global_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (square - mean.square()).clamp(min=0).sqrt()
 
 
+def global_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and largest number of the batches of all processes, without gradient."""
+    least, largest = x.detach().aminmax()
+    ends = torch.stack([-least, largest])
+    if world_size() > 1 and not _apart:
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+    return -ends[0], ends[1]
+
+
 def over_processes(numbers: Tensor) -> Tensor:
     """The mean of each number over all processes, in place."""
     if world_size() > 1 and not _apart:

@@ -24,6 +24,7 @@ VALUES = {  # the models of each trainer besides its policy
     "td3_bc": ("critic",),
     "rebrac": ("critic",),
     "fql": ("flow", "critic"),
+    "recap": ("value",),
     "gcbc": (),
     "gciql": ("critic", "value"),
     "hiql": ("high", "value", "representation"),
@@ -36,6 +37,7 @@ CUBE = {  # the published choices of each task: FQL's table 6, and OGBench's lis
     + ("--model.activation", "gelu", "--model.init", "glorot", "--model.final-scale", "0.1")
     + ("--model.critic.activation", "gelu", "--model.critic.init", "glorot"),
     "fql": ("--trainer.alpha", "300", "--compile"),
+    "recap": ("--optimizer.schedule", "cosine", "--compile"),
 }
 MAZE = {"gcbc": (), "gciql": ("--trainer.alpha", "0.003"), "hiql": ()}
 NOISY = {
@@ -43,10 +45,11 @@ NOISY = {
     "iql": (),
     "td3_bc": ("--model.critic.layer-norm",),  # without it Q falls below what the rewards allow
     "fql": ("--trainer.aggregate", "min", "--normalise", "observation=mean_std"),
+    "recap": ("--normalise", "observation=mean_std", "--optimizer.schedule", "cosine"),
 }
 NOISE = ("--dataset.demos", "400", "--dataset.noise", "0.3", "--dataset.random", "0.5")
 NOISE += ("--dataset.max-episode-steps", "80")  # the expert needs some 60; half of the data is random, half noisy
-SEEDS = {"bc": 3, "iql": 3, "td3_bc": 3, "fql": 3, "rebrac": 3, "gcbc": 3, "gciql": 3, "hiql": 3}
+SEEDS = {"bc": 3, "iql": 3, "td3_bc": 3, "fql": 3, "recap": 3, "rebrac": 3, "gcbc": 3, "gciql": 3, "hiql": 3}
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ fql: --trainer fql {FLOW} {HELD}
 ifql: --trainer ifql {VALUES} {UNIT}
 qc: --trainer qc {FLOW} {HELD}
 gcbc: --trainer gcbc {ACTOR} {GOALS}
+recap: --trainer recap --trainer.chunk 3 --model.value.hidden-dims 16 --model.hidden-dims 16 {UNIT}
 gciql: --trainer gciql {VALUES} {HELD} {GOALS}
 hiql: --trainer hiql {HIGH} --dataset.validation 0.2 {GOALS} --trainer.subgoal-steps 3
 offline-sac: --trainer sac {CRITIC} {UNIT}

@@ -17,6 +17,7 @@ from conftest import difference, learned, weights
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 Script = Callable[..., Path]
 RECORDED = ("td3_bc", "iql", "awac", "cql", "rebrac", "fql", "ifql", "qc", "gcbc", "gciql", "hiql", "sac", "td3")
+RECORDED += ("recap",)
 OPTIONS = ("--log-every", 10, "--optimizer.schedule", "cosine", "--eval-every", 0)
 
 

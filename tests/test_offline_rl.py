@@ -124,6 +124,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fql": FAST | {"alpha": 1.0},
     "ifql": FAST | {"expectile": 0.9, "candidates": 8},
     "qc": FAST | {"alpha": 1.0, "chunk": 2},
+    "recap": {"discount": DISCOUNT, "chunk": 2, "n_step": 2, "positive": 0.15},
 }
 
 
@@ -162,7 +163,7 @@ def test_values_approach_the_analytic_ones_unless_truncation_is_mistaken(name: s
 
 # ---- what is refused, and what is said -----------------------------------------------------------------------------
 
-RL = ("td3_bc", "iql", "awac", "cql", "rebrac", "fql", "ifql", "qc")
+RL = ("td3_bc", "iql", "awac", "cql", "rebrac", "fql", "ifql", "qc", "recap")
 TINY = ("--steps", 4, "--eval-episodes", 0)
 
 

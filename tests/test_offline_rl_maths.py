@@ -26,6 +26,7 @@ from components.models.actor import Actor
 from components.models.q_ensemble import QEnsemble, VEnsemble
 from components.models.tanh_gaussian import TanhGaussian
 from components.models.temperature import Temperature
+from components.models.v_categorical import VCategorical
 from components.models.vector_field import VectorField
 from components.optimizers import Adam
 
@@ -44,7 +45,7 @@ def batch(keys: Iterable[str], chunk: bool = False) -> Data:
     everything = {key: normal(B, DS) for key in (STATE, THEN, *GOALS, "subgoal", "high_target")}
     everything |= {"action": 2 * uniform(B, DA) - 1, "next.action": 2 * uniform(B, DA) - 1}
     everything |= {"reward": normal(B), "terminated": uniform(B) < 1 / 3, "return_to_go": normal(B)}
-    everything |= {"discount": 0.9 ** (1 + torch.arange(B) % 3)}
+    everything |= {"discount": 0.9 ** (1 + torch.arange(B) % 3), "intervention": torch.arange(B) % 5 == 2}
     if chunk:
         everything |= {"action": 2 * uniform(B, CHUNK, DA) - 1, "complete": (torch.arange(B) % 7 != 1).float()}
         everything["action_is_pad"] = (torch.arange(B) % 7 == 1)[:, None] & (torch.arange(CHUNK) > 0)
@@ -68,6 +69,7 @@ class Reference:
 
     def __init__(self, trainer: Any, activation: Callable[[Tensor], Tensor]) -> None:
         self.config, self.activation, self.updates = trainer.config, activation, 0
+        self.threshold, self.seen = 0.0, [0.0]  # recap's, and the returns that its values have seen
         self.weights = {
             name: {key: p.detach().double().requires_grad_() for key, p in model.named_parameters()}
             for name, model in trainer.models.items()
@@ -121,8 +123,8 @@ class Reference:
     @torch.no_grad()
     def follow(self, *names: str) -> None:
         """Polyak averaging."""
-        rate = self.config.target_rate
         for name in names:
+            rate = self.config.target_rate
             for key, w in self.weights[name].items():
                 target = self.weights[f"target_{name}"][key]
                 target.copy_((1 - rate) * target + rate * w)
@@ -357,6 +359,30 @@ def qc(ref: Reference, data: Data) -> tuple[Data, Data]:
     return losses, metrics
 
 
+def recap(ref: Reference, data: Data) -> tuple[Data, Data]:
+    c, s, reached = ref.config, data[STATE], data["return_to_go"]
+    cover = lambda x: [*ref.seen, float(x.min()), float(x.max())]  # noqa: E731
+    bins = torch.linspace(min(cover(reached)), max(cover(reached)), 6).double()
+    value = lambda state: ref.net("value", state).softmax(1) @ bins  # noqa: E731
+    after = data["reward"] + data["discount"] * (1 - data["terminated"]) * value(data[THEN])
+    ahead = after if c.n_step else reached
+    goal, advantage = ahead if c.target == "bootstrapped" else reached, ahead - value(s)
+    ref.seen = cover(goal.detach())
+    cut = goal.detach().clamp(bins[0], bins[-1])[:, None]
+    shares = (1 - (cut - bins).abs() / (bins[1] - bins[0])).clamp(min=0)  # of the two nearest bins
+    value_loss = -(shares * ref.net("value", s).log_softmax(1)).sum(1).mean()  # eq. 1
+    better = (advantage > ref.threshold).double().detach()
+    distance, positive = (advantage - ref.threshold).abs().mean().detach(), better.mean()
+    ref.threshold = float(ref.threshold + 0.05 * distance * (positive - c.positive))
+    better = torch.maximum(better, data["intervention"]) if "intervention" in data else better
+    told = torch.stack([better, 1 - better], 1) * (uniform(B) >= c.unknown)[:, None]
+    errors = flow_errors(ref, "policy", data | {STATE: torch.cat([told, s], 1)})
+    if "action_is_pad" in data:
+        errors = errors * ~data["action_is_pad"].bool().repeat_interleave(DA, 1)
+    metrics = {"value_loss": value_loss, "flow_loss": errors.mean(), "positive": positive, "distance": distance}
+    return {"value": value_loss, "policy": errors.mean()}, metrics
+
+
 def gciql(ref: Reference, data: Data) -> tuple[Data, Data]:
     c, s, a, then, g = ref.config, data[STATE], data["action"], data[THEN], data["value_goal"]
     u = ref.ensemble("target_critic", g, s, a).amin(0) - ref.ensemble("value", g, s)[0]
@@ -428,6 +454,8 @@ MIN = {"flow_steps": 4, "aggregate": "min", "normalise_q": True, "alpha": 3.0}
 BEST = {"chunk": CHUNK, "flow_steps": 4, "method": "best_of_n", "candidates": 5}
 N_STEP = (*USUAL, "discount")
 CHUNKS = (*N_STEP, "action_is_pad", "complete")
+REACHED = (*N_STEP, "return_to_go", "intervention")
+RECAP = {"policy": VectorField(**SMALL), "value": VCategorical(bins=6, **NORMED)}
 TO_GOALS = (*USUAL, *GOALS)
 SUBGOALS = (*TO_GOALS, "subgoal", "high_target")
 
@@ -445,9 +473,10 @@ class Case:
     def build(self) -> tuple[Any, Data, Reference, Data]:
         """The trainer and its batch, the reference and the same in float64; targets differ from what they follow."""
         torch.manual_seed(2)
-        data, kind = batch(self.keys, self.trainer == "qc"), TRAINER_REGISTRY[self.trainer]
+        data, kind = batch(self.keys, "action_is_pad" in self.keys), TRAINER_REGISTRY[self.trainer]
         spec = {k: {"shape": tuple(x.shape[1:]), "dtype": str(x.dtype).removeprefix("torch.")} for k, x in data.items()}
-        config = kind.Config(target_rate=0.1, **self.config)  # type: ignore[attr-defined]
+        faster = {"target_rate": 0.1} if hasattr(kind.Config, "target_rate") else {}  # type: ignore[attr-defined]
+        config = kind.Config(**faster, **self.config)  # type: ignore[attr-defined]
         factory = lambda name, seen: self.models[name].build(seen)  # noqa: E731
         models = build_models(list(self.models), factory, spec, model_spec_of(kind, config))
         optimizers = {name: Adam(lr=LR).build(model.parameters()) for name, model in models.items()}
@@ -455,6 +484,8 @@ class Case:
         with torch.no_grad():
             for p in trainer.models.parameters():
                 p += 0.3 * torch.randn_like(p)
+        if self.trainer == "recap":
+            trainer.models["value"].cover(*data["return_to_go"].aminmax())
         return trainer, data, Reference(trainer, self.activation), {key: x.double() for key, x in data.items()}
 
 
@@ -480,13 +511,22 @@ CASES = {
     "ifql-n_step": Case("ifql", gelu, IFQL, {"expectile": 0.6}, N_STEP),
     "qc-fql": Case("qc", gelu, FLOWS, {"chunk": CHUNK, "flow_steps": 4}, CHUNKS),
     "qc-best_of_n": Case("qc", gelu, FLOWS, BEST, CHUNKS),
+    "recap": Case("recap", gelu, RECAP, {"chunk": 1, "target": "returns"}, REACHED),
+    "recap-chunks": Case(
+        "recap",
+        gelu,
+        RECAP,
+        {"chunk": CHUNK, "positive": 0.2},
+        (*CHUNKS, "return_to_go"),
+    ),
+    "recap-episode": Case("recap", gelu, RECAP, {"chunk": 1, "n_step": 0}, (*N_STEP, "return_to_go")),
     "gciql-ddpg_bc": Case("gciql", gelu, GCIQL, {"extraction": "ddpg_bc"}, TO_GOALS),
     "gciql-awr": Case("gciql", gelu, GCIQL, {"extraction": "awr", "alpha": 6.0}, TO_GOALS),
     "hiql": Case("hiql", gelu, HIQL, {"representation": 4, "low_alpha": 10.0, "high_alpha": 10.0}, SUBGOALS),
 }
 SECOND = ("td3_bc", "rebrac")  # their policies and targets move with every second update
 IN_TURN = {"td3_bc": td3_bc, "rebrac": rebrac, "awac": awac}
-AT_ONCE = {"iql": iql, "cql": cql, "fql": fql, "ifql": ifql, "qc": qc, "gciql": gciql, "hiql": hiql}
+AT_ONCE = {"iql": iql, "cql": cql, "fql": fql, "ifql": ifql, "qc": qc, "gciql": gciql, "hiql": hiql, "recap": recap}
 
 
 def reference_update(ref: Reference, trainer: str, data: Data) -> Data:
@@ -494,7 +534,7 @@ def reference_update(ref: Reference, trainer: str, data: Data) -> Data:
         return IN_TURN[trainer](ref, data)
     losses, metrics = AT_ONCE[trainer](ref, data)
     ref.improve(**losses)
-    ref.follow("value" if trainer == "hiql" else "critic")
+    ref.follow(*(name for name in ("value", "critic") if f"target_{name}" in ref.weights))
     return metrics
 
 
@@ -566,7 +606,7 @@ def test_weights_of_the_regression_are_cut_at_100(name: str) -> None:
         assert float(metrics[f"{key}_max"]) == 100 and float(metrics[f"{key}_min"]) < 1
 
 
-@pytest.mark.parametrize("name", ["fql", "ifql", "qc-best_of_n", "hiql"])
+@pytest.mark.parametrize("name", ["fql", "ifql", "qc-best_of_n", "recap", "hiql"])
 def test_what_acts_against_the_reference(name: str) -> None:
     trainer, data, ref, numbers = CASES[name].build()
     policy, s = trainer.policy(), numbers[STATE]
@@ -579,6 +619,13 @@ def test_what_acts_against_the_reference(name: str) -> None:
             expected = best_of(ref, "policy", s, z, "min")
         case "qc-best_of_n":
             expected = best_of(ref, "flow", s, z.flatten(2), "mean").view(B, CHUNK, DA)
+        case "recap":
+            policy.guidance, expected = 1.7, z
+            for i in range(10):
+                more = (expected, torch.full((B, 1), i / 10).double())
+                good, any_ = (ref.net("policy", torch.tensor([[p, 0.0]] * B).double(), s, *more) for p in (1.0, 0.0))
+                expected = expected + (any_ + 1.7 * (good - any_)) / 10
+            expected = expected.clamp(-1, 1)
         case _:
             expected = ref.net("policy", of_length(ref.net("high", numbers[GOAL], s)), s)
     assert torch.allclose(policy(data | {"noise": noise}).double(), expected, atol=1e-5)

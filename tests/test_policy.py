@@ -411,6 +411,13 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
         policy.configure(**settings)
 
 
+def test_what_collects_plans_as_often() -> None:
+    policy = Policy(Plans(), Normaliser(plain_spec()), plain_spec(), Inference(action_steps=2, ensemble=0.1))
+    explorer = policy.exploring(Plans())
+    assert explorer.action_steps == 2 and explorer.settings.ensemble is None and explorer.module is not policy.module
+    assert policy.configure(action_steps=None).exploring(Plans()).action_steps == 4
+
+
 def test_settings_of_a_sampler_and_of_single_actions() -> None:
     with pytest.raises(UserError, match=r"--policy.sampler c: this policy knows a, b"):
         Policy(Samples(), Normaliser(spec()), spec(), Inference(sampler="c"))
@@ -471,6 +478,8 @@ EXPORTED: dict[str, tuple[object, ...]] = {
     "sac": toy.TRAINERS["sac"],
     "td3_bc": toy.TRAINERS["td3_bc"],  # actions of another scale
     "fql": toy.TRAINERS["fql"],
+    "recap": (*toy.TRAINERS["recap"], "--policy.sampling-steps", 2),  # guided
+    "guided": (*toy.TRAINERS["flow"], *DENOISER, "--trainer.unconditional", 0.3, "--policy.guidance", 2),
     "qc": (*toy.TRAINERS["qc"], "--trainer.method", "best_of_n", "--trainer.flow-steps", 2),
     "hiql": toy.TRAINERS["hiql"],  # with goals
 }

@@ -106,7 +106,7 @@ def test_guidance_by_hand(kind: str) -> None:
             guided = matrix @ x + strength * jacobian.T @ (weight * (y - jacobian @ x))
             assert torch.allclose(made.velocity(x, t, condition, batch), guided, atol=1e-4)
         made.sampling_steps = 2
-        assert made.guidance(0.1) == 2  # so that a step of 1/2 goes as far as the previous chunk, no further
+        assert made.strength(0.1) == 2  # so that a step of 1/2 goes as far as the previous chunk, no further
     else:
         for t in (0, 50, 99):
             guided = matrix @ x + min(5.0, float(ALPHA_BAR[t] ** -0.5)) * matrix.T @ (weight * (y - matrix @ x))

@@ -73,6 +73,7 @@ TRAINERS: dict[str, tuple[object, ...]] = {
     "fql": ("--trainer", "fql", *SMALL, "--model.flow.hidden-dims", 16),
     "ifql": ("--trainer", "ifql", *SMALL, *SMALL_VALUE),
     "qc": ("--trainer", "qc", *SMALL, "--model.flow.hidden-dims", 16),
+    "recap": ("--trainer", "recap", "--trainer.chunk", 3, "--model.hidden-dims", 16, *SMALL_VALUE, *UNIT),
     "gcbc": ("--trainer", "gcbc", "--model.hidden-dims", 16, *GOALS),
     "gciql": ("--trainer", "gciql", *SMALL, *SMALL_VALUE, *GOALS),
     "hiql": ("--trainer", "hiql", "--model.hidden-dims", 16, *SMALL_VALUE, *GOALS, "--trainer.subgoal-steps", 3)
@@ -94,6 +95,7 @@ ONLINE_ALONE["dagger"] = ("--trainer", "dagger", "--model.hidden-dims", 16, "--e
 # A network with losses of its own that are no means over samples.
 EXPERTS = ("--trainer", "bc", "--model.experts", 3, "--model.hidden-dims", 16)
 DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")
+DRAWS_NOISE += ("recap",)
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
 
 

@@ -17,6 +17,9 @@ class Inference:
     most probable codes, or sample."""
     sampling_steps: int | None = None
     """Steps of the sampler; midpoint evaluates the network twice in each."""
+    guidance: float | None = None
+    """Weight of classifier-free guidance, of policies that learned it (recap, and flow as its option says): 1 follows
+    the condition alone, more goes beyond it."""
     task: str | None = None
     """Text of the task, where the data has several; by default what the environment says."""
     delay: int = 0

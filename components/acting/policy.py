@@ -33,7 +33,8 @@ class Policy:
         module: Normalised observations in, normalised action `[B, Da]` or chunk `[B, Ta, Da]` out. It takes the batch,
             or, if the only observation is `observation.state`, that tensor itself. A stochastic module declares
             `noise_shape` and receives `noise` `[B, *noise_shape]` in the batch, drawn per episode; if it samples in
-            steps, it has `samplers` (names), `most_steps`, and the settings `sampler` and `sampling_steps`.
+            steps, it has `samplers` (names), `most_steps`, and the settings `sampler` and `sampling_steps`; one
+            that can be guided has the setting `guidance`, its weight.
         normaliser: Of the data that it was trained on.
         spec: {key: {"shape", "dtype", ...}} of that data.
         settings: Inference settings; where they are None, the module's defaults apply.
@@ -101,6 +102,12 @@ class Policy:
             raise UserError(f"--policy.sampler {wanted.sampler}: this policy knows {', '.join(samplers)}")
         if wanted.sampling_steps is not None and not 1 <= wanted.sampling_steps <= module.most_steps:
             raise UserError(f"--policy.sampling-steps {wanted.sampling_steps} must be 1 to {module.most_steps}")
+        if wanted.guidance is not None:
+            if getattr(module, "guidance", None) is None:
+                learned = "train it by recap, or by flow with --trainer.unconditional 0.1"
+                raise UserError(f"--policy.guidance: this policy has not learned to act without a condition; {learned}")
+            if not 0 <= wanted.guidance < math.inf:
+                raise UserError(f"--policy.guidance {wanted.guidance} must be a number of 0 or more")
         tasks = self.spec.get("task", {}).get("values", ())
         if wanted.task is not None and wanted.task not in tasks:
             if not tasks or self.normaliser.language is None:
@@ -121,6 +128,8 @@ class Policy:
             module.sampler = wanted.sampler
         if wanted.sampling_steps is not None:
             module.sampling_steps = wanted.sampling_steps
+        if wanted.guidance is not None:
+            module.guidance = wanted.guidance
         self.reset()
         return self
 
@@ -146,6 +155,10 @@ class Policy:
             learned = f"this policy has learned to continue up to {most} actions (--trainer.prefix {most})"
             raise UserError(f"{option} {delay}: {learned}; train it with --trainer.prefix {delay}, or 0 for guidance")
 
+    def exploring(self, module: nn.Module) -> "Policy":
+        """The policy that collects with another module, or the same one; it plans as often."""
+        return Policy(module, self.normaliser, self.spec, Inference(action_steps=self.settings.action_steps))
+
     @property
     def most_delay(self) -> int:
         """The largest `delay` that `plan` takes: in real time, of a policy that has learned it, --trainer.prefix."""
@@ -163,6 +176,8 @@ class Policy:
         how["ensemble"] = self.settings.ensemble
         if hasattr(self.module, "samplers"):
             how |= {"sampler": self.module.sampler, "sampling_steps": self.module.sampling_steps}
+        if getattr(self.module, "guidance", None) is not None:
+            how |= {"guidance": self.module.guidance}
         if self.settings.delay or self.method in ("blocking", "real_time"):
             how |= {"delay": self.settings.delay, "method": self.method}
         return how | ({"task": self.settings.task or self.told or self.assumed} if "task" in self.spec else {})

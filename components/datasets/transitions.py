@@ -201,7 +201,7 @@ class Transitions(Table):
         columns |= {f"next.{key}": take(store, source.after(final)) for key, store in data.observations.items()}
         if chunk > 1:
             padded = torch.arange(chunk) > length[:, None]
-            columns["action"] = action[torch.minimum(steps, final[:, None])]
+            columns["action"] = action[torch.minimum(steps[:, :chunk], final[:, None])]
             columns |= {"action_is_pad": padded, "complete": ~padded[:, -1] | terminated[final]}
             tell_cut(columns["complete"], chunk, int((last - source.first[rows]).max()) + 1, data.name)
         if next_action:

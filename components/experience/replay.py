@@ -211,6 +211,7 @@ class ReplayBuffer:
             batch["reward"], length, factor = n_step_return(rewards, ended, self.discount)
             last = window.gather(1, length[:, None]).squeeze(1)
             if self.chunk > 1:
+                steps = steps[: self.chunk]
                 batch["action_is_pad"] = steps > length[:, None]
                 complete = ~batch["action_is_pad"][:, -1] | self.data["terminated"].flatten()[last]
                 batch["complete"] = complete.float()

@@ -19,6 +19,9 @@ the same times: v is replaced by the guided velocity (pseudoinverse guidance, So
 
 Its first d actions are executed from Y meanwhile, so they are returned as they are there. With `prefix` the network
 learns to continue d given actions (arXiv:2512.05964, see `models.real_time`), and guidance is not needed.
+
+With `unconditional`, that share of the samples is trained without the observation, so that the policy can be guided by
+it (--policy.guidance, see `models.guidance`).
 """
 
 import math
@@ -32,7 +35,7 @@ from torch.optim import Optimizer
 from ..contracts import Demonstrations
 from ..errors import UserError
 from ..losses import WithAuxiliary, sinkhorn, zero_padding
-from ..models import real_time
+from ..models import guidance, real_time
 from ..models.checks import check_chunks
 from ..models.encoder import encoder_of
 from ..optimizers import update
@@ -78,6 +81,8 @@ class Flow:
         """Strength of the entropy in the transport, relative to the mean cost."""
         prefix: int = 0
         """Learn to continue up to so many given actions: the largest --policy.delay without guidance; 0 for none."""
+        unconditional: float = 0.0
+        """Share of the samples that learn without the observation, for --policy.guidance; 0 for none."""
 
     def __init__(
         self,
@@ -92,6 +97,10 @@ class Flow:
             raise UserError(f"--trainer.coupling-epsilon {self.config.coupling_epsilon} must be above 0")
         if self.config.objective != "flow" and self.config.prefix:
             raise UserError("--trainer.prefix goes with --trainer.objective flow; a shortcut model is guided instead")
+        if self.config.objective != "flow" and self.config.unconditional:
+            raise UserError("--trainer.unconditional goes with --trainer.objective flow; a shortcut is not guided")
+        if not 0 <= self.config.unconditional < 1:
+            raise UserError(f"--trainer.unconditional {self.config.unconditional} must be a share from 0 to below 1")
         check_chunks(models, loss, "denoises")
         self.models: Any = models
         self.encoder = encoder_of(models)
@@ -104,10 +113,13 @@ class Flow:
 
     @staticmethod
     def model_spec(model: str, spec: dict[str, Any], config: Any) -> dict[str, Any]:
-        """The policy's network is told the step size of a shortcut, and has a mark for given actions to continue."""
+        """The policy's network is told the step size of a shortcut, or that it is told nothing else, and has a mark for
+        given actions to continue.
+        """
         if model != "policy":
             return spec
         spec = real_time.spec_with_mark(spec, config.prefix)
+        spec = guidance.told(spec) if config.unconditional else spec
         return few_step.told(spec) if config.objective == "shortcut" else spec
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -119,6 +131,8 @@ class Flow:
         time = draw_times(self.config.time, action.flatten(1)[:, 0])
         t = time.view(-1, *[1] * (action.ndim - 1))
         own, observed = WithAuxiliary(self.models["policy"]), self.encoder(data)
+        if self.config.unconditional:
+            observed = guidance.hide(observed, (torch.rand_like(time) >= self.config.unconditional).to(time.dtype))
         network, left_out = real_time.trained_on(own, action, self.config.prefix, data.get("action_is_pad"))
         if self.config.objective == "shortcut":
             velocity, target = few_step.shortcut(network, observed, noise, action, time)
@@ -137,7 +151,9 @@ class Flow:
     def policy(self) -> nn.Module:
         """The sampler, which integrates the flow."""
         shortcut, shape = self.config.objective == "shortcut", tuple(self.action["shape"])
-        return FlowSampler(self.encoder, self.models["policy"], shape, self.config.prefix, shortcut)
+        network = self.models["policy"]
+        network = guidance.Guided(network, guidance.hide) if self.config.unconditional else network
+        return FlowSampler(self.encoder, network, shape, self.config.prefix, shortcut)
 
 
 def draw_times(kind: str, like: Tensor) -> Tensor:
@@ -178,17 +194,27 @@ class FlowSampler(nn.Module):
         shortcut: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder, self.network, self.noise_shape, self.most_prefix = encoder, network, shape, most_prefix
+        self.network: Any = network
+        self.encoder, self.noise_shape, self.most_prefix = encoder, shape, most_prefix
         self.shortcut, self.samplers = shortcut, ("euler",) if shortcut else ("euler", "midpoint")
         self.sampler, self.sampling_steps, self.most_steps = "euler", 2 if shortcut else 10, 10_000
         self.usual_steps = 2 if shortcut else self.most_steps  # a larger default is reduced to it
+
+    @property
+    def guidance(self) -> float | None:
+        """The weight of classifier-free guidance, which can be set; None for a network that knows none."""
+        return getattr(self.network, "weight", None)
+
+    @guidance.setter
+    def guidance(self, weight: float) -> None:
+        self.network.weight = weight
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         observed = self.encoder(batch)
         x, step = batch["noise"], 1 / self.sampling_steps  # [B, (Ta,) Da]
         if self.shortcut:
             observed = few_step.tell(observed, torch.full((x.shape[0],), step, device=x.device))
-        condition = self.network.condition(observed)  # type: ignore[operator]
+        condition = self.network.condition(observed)
         for i in range(self.sampling_steps):
             velocity = self.velocity(x, i * step, condition, batch)
             if self.sampler == "midpoint":
@@ -204,9 +230,9 @@ class FlowSampler(nn.Module):
         velocity, product = real_time.vjp(network, x, time, condition)
         error = batch["previous_weight"][..., None] * (batch["previous"] - (x + (1 - t) * velocity))
         gradient = error + (1 - t) * product(error)  # g; dA/dx = 1 + (1 - t) dv/dx
-        return velocity + self.guidance(t) * gradient
+        return velocity + self.strength(t) * gradient
 
-    def guidance(self, t: float) -> float:
+    def strength(self, t: float) -> float:
         """min(beta, (1 - t) / (t r^2)). Deviation: at most the number of steps, since one would overshoot beyond."""
-        strength = (t**2 + (1 - t) ** 2) / (t * (1 - t)) if t else math.inf
-        return min(self.most_guidance, strength, self.sampling_steps)
+        unbounded = (t**2 + (1 - t) ** 2) / (t * (1 - t)) if t else math.inf
+        return min(self.most_guidance, unbounded, self.sampling_steps)
