@@ -67,6 +67,7 @@ from .trainers.bc import BC
 from .trainers.cql import CQL
 from .trainers.diffusion import Diffusion
 from .trainers.dqn import DQN
+from .trainers.dsrl import DSRL
 from .trainers.flow import Flow
 from .trainers.fql import FQL
 from .trainers.gcbc import GCBC
@@ -107,6 +108,7 @@ TRAINER_REGISTRY: dict[str, type] = {
     "dqn": DQN,
     "rlpd": RLPD,
     "residual": Residual,
+    "dsrl": DSRL,
 }
 
 DATASET_BUILDER_REGISTRY: dict[str, type] = {
