@@ -290,8 +290,7 @@ def build_learner(
         for name, parameters in trainable(models, args.freeze).items()
     }
     with one_line(f"trainer {args.trainer!r}"):
-        frozen = base.module if base else None  # what a trainer steers
-        trainer = contracts.construct(cls, models, optimizers, loss, spec, args.trainer_options, device, frozen)
+        trainer = contracts.construct(cls, models, optimizers, loss, spec, args.trainer_options, device, base)
         contracts.check(trainer, protocols.Trainer)
         # Here averages of the weights join, all that the trainer has added moves to the device, and every process takes
         # rank 0's weights and buffers, whatever it had drawn itself.

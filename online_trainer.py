@@ -325,8 +325,7 @@ def build_learner(
         for name, parameters in trainable(models, args.freeze).items()
     }
     with one_line(f"trainer {args.trainer!r}"):
-        frozen = base.module if base else None  # what a trainer steers
-        trainer = contracts.construct(cls, models, optimizers, loss, spec, args.trainer_options, device, frozen)
+        trainer = contracts.construct(cls, models, optimizers, loss, spec, args.trainer_options, device, base)
         contracts.check(trainer, protocols.Trainer)
         # Here averages of the weights join, all that the trainer has added moves to the device, and every process takes
         # rank 0's weights and buffers, whatever it had drawn itself.
@@ -380,7 +379,7 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
     # What is trained, for a schedule of so many updates, and its memory, which says how many are due when.
     fit_batch(args.batch_size, args.batch_size, world * args.grad_accumulation, asked=True)
     updates, more = plan.planned_updates(request, args, num_envs)
-    learner = build_learner(args, accelerator, run, described, max(updates, 1), base)
+    learner = build_learner(args, accelerator, run, described, max(updates, 1), base and base.module)
     update = compiled(learner, run.say) if args.compile else learner.update
     memory = memory_of(args, run, learner, normaliser, spec, old, (num_envs, world))
 
@@ -405,8 +404,8 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
     run.begin(args, {"name": env[0], **asdict(env[1])}, accelerator.mixed_precision, size)
     run.say(*memory.describe(args.steps // num_envs, world), plan.describe_rewards(rewards), *no_effect(args, learner))
     collector.begin(run.step, memory, statistics, explorer)
-    random_until = 0 if args.init_from else memory.learning_starts  # weights from elsewhere explore from the start
-    random_until = contracts.random_steps(explorer.module, random_until)
+    # Weights from elsewhere explore from the start, and an explorer may have a random beginning of its own.
+    random_until = contracts.random_steps(explorer.module, 0 if args.init_from else memory.learning_starts)
 
     # The loop. It learns at its end: what is due before the first step, or after the last one, is done where it always
     # is, and a resumed run does what its predecessor did not come to do.

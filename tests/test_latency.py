@@ -350,11 +350,10 @@ def test_a_residual_policy_cannot_be_late() -> None:
     assert policy.to("cpu") is policy
     args = SimpleNamespace(policy=Inference(delay=2), given=lambda name: False, trainer="residual")
     learner = SimpleNamespace(trainer=object(), models={"policy": Tells(1)}, device="cpu")
+    on_top = SimpleNamespace(module=None, at_once=True)
     for late in (
         lambda: policy.configure(delay=2),
-        lambda: acting_policy(
-            learner, Normaliser(spec_of(1)), spec_of(1), args, base=SimpleNamespace(module=None, at_once=True)
-        ),
+        lambda: acting_policy(learner, Normaliser(spec_of(1)), spec_of(1), args, base=on_top),
     ):
         with pytest.raises(UserError, match="--policy.delay 2: a residual policy corrects the action of each step"):
             late()

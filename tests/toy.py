@@ -90,6 +90,9 @@ ONLINE_ALONE: dict[str, tuple[object, ...]] = {
 ONLINE_ALONE["residual"] = ("--trainer", "residual")  # it needs a run to begin from
 ONLINE_ALONE["rlpd"] = ("--trainer", "rlpd", *SMALL, "--dataset", "toy", "--model.critic.members", 3)
 ONLINE_ALONE["rlpd"] += ("--updates-per-step", 2, "--trainer.policy-every", 2)
+DSRL = ("--trainer", "dsrl", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16, "--env", "savable")
+DSRL += ("--model.noise-critic.hidden-dims", 16)
+ONLINE_ALONE["dsrl"] = DSRL  # and so does this one
 DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
 

@@ -70,6 +70,7 @@ class DSRL:
         **networks("", hidden_dims=(256, 256, 256)),
         **networks("critic", hidden_dims=(256, 256, 256), layer_norm=True),
         **networks("noise_critic", hidden_dims=(256, 256, 256), layer_norm=True),
+        **networks("temperature", initial=0.05),
     }
     promises = Promises(repeats_after=1)
 
@@ -207,6 +208,10 @@ class Executed(nn.Module):
         self.base: Any = base.eval().requires_grad_(False)
         self.noise_shape, self.shape = tuple(action["noise"]), tuple(action["shape"])
         self.width = int(torch.Size(self.noise_shape).numel())
+        planned = self.noise_shape[-2] if len(self.noise_shape) > 1 else 1
+        if len(self.shape) > 1 and self.shape[0] > planned:
+            more = f"is more than the {planned} actions that the frozen policy plans"
+            raise UserError(f"--trainer.chunk {self.shape[0]} {more}")
         limits = action.get("limits")
         self.limits: Any
         self.register_buffer("limits", None if limits is None else torch.tensor(limits), persistent=False)  # [2, Da]
