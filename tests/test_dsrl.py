@@ -148,6 +148,36 @@ def test_each_loss_trains_its_own_network_and_none_the_frozen_policy() -> None:
     assert base.weight.item() == 0.5 and base.weight.grad is None and not base.weight.requires_grad
 
 
+def test_half_a_batch_on_each_of_two_processes_has_the_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their mean: also where a chunk is cut in one half alone."""
+    trainer, data = tiny(), batch()
+    noise = [torch.randn(6, 6, dtype=torch.float64) for _ in range(3)]
+
+    def gradients(rows: slice) -> list[Tensor]:
+        order = iter((noise[0][rows], noise[2][rows]))
+        monkeypatch.setattr(torch, "randn_like", lambda x: next(order))
+        monkeypatch.setattr(torch, "randn", lambda *shape, **how: noise[1][rows])
+        trainer.models.zero_grad(set_to_none=True)
+        trainer.losses({key: value[rows] for key, value in data.items()})[0].backward()
+        return [p.grad.clone() for p in trainer.models.parameters() if p.grad is not None]
+
+    for whole, *halves in zip(*map(gradients, (slice(0, 6), slice(0, 3), slice(3, 6))), strict=True):
+        assert torch.allclose(whole, sum(halves) / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_the_policy_learns_once_the_critics_have() -> None:
+    trainer = tiny(policy_starts=2)
+    weights_of = lambda name: nn.utils.parameters_to_vector(trainer.models[name].parameters()).detach().clone()  # noqa: E731
+    before = {name: weights_of(name) for name in trainer.models}
+    moved = []
+    for _ in range(3):
+        trainer.train_step(batch())
+        moved.append({name for name, weights in before.items() if not torch.equal(weights, weights_of(name))})
+    critics = {"critic", "noise_critic", "target_critic"}
+    assert moved == [critics, critics, critics | {"policy", "temperature"}]
+    assert trainer.state_dict() == {"updates": 3} and trainer.promises.repeats_after is None
+
+
 def test_the_steered_policy_acts_by_the_mean_noise_and_the_explorer_at_first_by_none_of_its_own() -> None:
     trainer, data = tiny(bound=1.3), batch()
     policy, explorer = trainer.policy(), trainer.explorer()
@@ -171,14 +201,11 @@ def test_the_steered_policy_acts_by_the_mean_noise_and_the_explorer_at_first_by_
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
 
-BASE = ("--trainer", "flow", "--model", "vector_field", "--model.hidden-dims", 16, "--dataset.obs-steps", 1)
-BASE += ("--dataset.action-steps", 6, "--trainer.objective", "shortcut")
-
 
 @pytest.fixture
 def base(script: Script) -> Path:
     """A flow that plans six actions in two steps of its sampler."""
-    return script(*BASE, "--steps", 30, folder="base")
+    return script(*toy.FLOW_OF_AN_MLP, "--steps", 30, folder="base")
 
 
 def test_a_steered_run_keeps_the_frozen_policy_and_its_policy_acts_alone(online: Script, base: Path) -> None:
@@ -227,8 +254,14 @@ DIFFUSION = ("--trainer", "diffusion", "--model", "vector_field", "--model.hidde
 DIFFUSION += ("--dataset.obs-steps", 1, "--dataset.action-steps", 4)
 UNFIT: dict[str, tuple[tuple[object, ...], str]] = {
     "plain": (("--trainer", "bc"), "it draws no noise, which could be chosen; steer a policy of --trainer flow or dif"),
-    "late": ((*BASE, "--dataset.state-steps", 3), "it observes 3 steps; train it with --dataset.obs-steps 1"),
-    "relative": ((*BASE, "--dataset.action", "relative"), "its actions are relative to the state, or 6D; train it wi"),
+    "late": (
+        (*toy.FLOW_OF_AN_MLP, "--dataset.state-steps", 3),
+        "it observes 3 steps; train it with --dataset.obs-steps 1",
+    ),
+    "relative": (
+        (*toy.FLOW_OF_AN_MLP, "--dataset.action", "relative"),
+        "its actions are relative to the state, or 6D; train it wi",
+    ),
     "ddpm": ((*DIFFUSION, "--policy.sampler", "ddpm"), "ddpm draws noise in every step; train it with --policy.sa"),
 }
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import toy
+from components import load_policy
 from components.run.checkpoint import newest, read_tree
 from components.run.curves import read_lines
 from components.run.policies import choose
@@ -88,6 +89,15 @@ def test_the_online_script_on_two_processes(pair: Path, online: Callable[..., Pa
     assert manifest["step"] == 120 and manifest["world_size"] == 1 and len(envs) == 4
     assert all(torch.equal(env["rows"][:19], rows) for env, rows in zip(envs, streams, strict=True))
     assert all(env["ended"][18] for env in envs)  # the episodes that were cut
+
+
+def test_two_processes_steer_one_frozen_policy(pair: Path) -> None:
+    run = pair / "dsrl"
+    assert json.loads((run / "status.json").read_text()) == {"state": "finished", "step": 40, "reason": ""}
+    assert read_lines(run / "metrics.jsonl")[-1]["updates"] == 20
+    kept = [(folder / "model.safetensors").read_bytes() for folder in (run / "inherited/base", run / "policy/base")]
+    assert kept == [(pair / "steered" / "policy" / "model.safetensors").read_bytes()] * 2
+    assert load_policy(run).chunk == 4
 
 
 @pytest.mark.parametrize("name", ["ppo_fault", "sac_fault"])

@@ -93,6 +93,8 @@ ONLINE_ALONE["rlpd"] += ("--updates-per-step", 2, "--trainer.policy-every", 2)
 DSRL = ("--trainer", "dsrl", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16, "--env", "savable")
 DSRL += ("--model.noise-critic.hidden-dims", 16)
 ONLINE_ALONE["dsrl"] = DSRL  # and so does this one
+FLOW_OF_AN_MLP = ("--trainer", "flow", "--model", "vector_field", "--model.hidden-dims", 16, "--dataset.obs-steps", 1)
+FLOW_OF_AN_MLP += ("--dataset.action-steps", 6, "--trainer.objective", "shortcut")
 DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
 

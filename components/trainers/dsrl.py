@@ -39,6 +39,7 @@ from ..models.encoder import detached, encoded, encoder_of
 from ..optimizers import update
 from ..value_learning import (
     ONLINE_RL,
+    Counting,
     bootstrapped,
     check_rates,
     check_transitions,
@@ -53,7 +54,7 @@ from ..value_learning import (
 SETTINGS = ("sampler", "sampling_steps", "samplers", "most_steps", "usual_steps")  # of the frozen policy's sampler
 
 
-class DSRL:
+class DSRL(Counting):
     """Soft actor-critic over the noise of a frozen flow or diffusion policy."""
 
     needs = {
@@ -72,7 +73,7 @@ class DSRL:
         **networks("noise_critic", hidden_dims=(256, 256, 256), layer_norm=True),
         **networks("temperature", initial=0.05),
     }
-    promises = Promises(repeats_after=1)
+    spans = {"policy_starts": "updates"}
 
     @dataclass(frozen=True)
     class Config:
@@ -92,6 +93,8 @@ class DSRL:
         """Target H of the entropy of the noise before the factor b_W."""
         backup_entropy: bool = True
         """Add the entropy to the targets."""
+        policy_starts: int = 0
+        """Updates of the critics before the first update of policy and temperature."""
         shift: int = 4
         """Largest random shift of pictures in pixels."""
 
@@ -109,7 +112,9 @@ class DSRL:
         self.optimizers, self.loss = optimizers, loss
         if base is None:
             raise UserError("dsrl steers a frozen policy: --trainer.base RUN")
-        check_rates(self.config, bound=(1e-3, 1e3), target_entropy=(-1e9, 1e9), shift=(0, 1e3))
+        bounds = {"bound": (1e-3, 1e3), "target_entropy": (-1e9, 1e9), "policy_starts": (0, 1e9), "shift": (0, 1e3)}
+        check_rates(self.config, **bounds)
+        self.promises = Promises(None if self.config.policy_starts else 1)  # else its steps do not repeat
         check_transitions(spec, "dsrl")
         self.encoder = encoder_of(models)
         self.executed = Executed(base, spec["action"])
@@ -179,7 +184,9 @@ class DSRL:
 
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
         loss, metrics = self.losses(data)
-        update(self.optimizers, loss)
+        waits = self.updates < self.config.policy_starts
+        update(self.optimizers, loss, *(("critic", "noise_critic", "encoder") if waits else ()))
+        self.updates += 1
         follow(self.models["target_critic"], self.models["critic"], self.config.target_rate)
         return metrics
 
