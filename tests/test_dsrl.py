@@ -292,11 +292,28 @@ def test_what_cannot_be_steered_is_refused_in_one_line(online: Script, script: S
 
 
 @pytest.mark.slow
-def test_compiled_dsrl_trains_the_same_and_its_policy_is_exported(online: Script, base: Path) -> None:
-    options = (*toy.DSRL, "--trainer.base", base, "--optimizer", "sgd", "--optimizer.lr", 0.01, "--steps", 40)
-    eager, compiled = online(*options, folder="eager"), online(*options, "--compile", folder="compiled")
+def test_compiled_losses_are_the_same() -> None:
+    """By what --compile traces and differentiates, without its kernels."""
+    trainer, data, found = tiny(), batch(), []
+    for losses in (trainer.losses, torch.compile(trainer.losses, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(1)
+        trainer.models.zero_grad(set_to_none=True)
+        losses(data)[0].backward()
+        found.append([p.grad.clone() for p in trainer.models.parameters() if p.grad is not None])
     torch._dynamo.reset()
-    assert difference(weights(eager), weights(compiled)) < 1e-5
-    policy = load_policy(eager)
-    assert export.export(policy, eager / "policy" / "policy.pt2") < 1e-5
+    assert found[0] and all(torch.allclose(eager, traced) for eager, traced in zip(*found, strict=True))
+
+
+@pytest.mark.slow
+def test_steering_makes_a_poor_flow_a_good_policy_which_is_exported(online: Script, script: Script) -> None:
+    more = ("--env", "savable", "--eval-episodes", 50)
+    poor = script(*toy.FLOW_OF_AN_MLP, "--model.hidden-dims", 32, 32, "--steps", 60, *more, folder="poor")
+    options = ("--trainer", "dsrl", *more, "--trainer.base", poor, "--trainer.chunk", 1, "--trainer.discount", 0.5)
+    options += ("--steps", 1000, "--learning-starts", 500, "--batch-size", 128, "--eval-every", 1000, "--num-envs", 4)
+    names = ("--model.hidden-dims", "--model.critic.hidden-dims", "--model.noise-critic.hidden-dims")
+    options += (*(word for name in names for word in (name, 64, 64)), "--optimizer.lr", 1e-3)
+    (before, after), begin = read_lines(online(*options) / "eval.jsonl"), read_lines(poor / "eval.jsonl")[-1]
+    assert max(begin["success_rate"], before["success_rate"]) < 0.5 and after["success_rate"] > 0.85
+    policy = load_policy(poor.parent / "run")
+    assert export.export(policy, poor / "policy.pt2") < 1e-5
     assert list(export.description(policy)["inputs"]) == [STATE]  # it needs no noise

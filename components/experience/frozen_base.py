@@ -138,8 +138,10 @@ class Steered(Base):
 
     def __init__(self, folder: Path, origin: str = "") -> None:
         super().__init__(folder, origin)
-        self.module = getattr(self.policy, "module", None)
-        if not isinstance(self.policy, Policy) or not hasattr(self.module, "noise_shape"):
+        if not isinstance(self.policy, Policy):
+            raise self.unfit("it is a residual policy, which has no noise of its own; steer the one that it corrects")
+        self.module = self.policy.module
+        if not hasattr(self.module, "noise_shape"):
             raise self.unfit("it draws no noise, which could be chosen; steer a policy of --trainer flow or diffusion")
         if (sampler := getattr(self.module, "sampler", "")) in getattr(self.module, "random_samplers", ()):
             others = ", ".join(name for name in self.module.samplers if name not in self.module.random_samplers)
