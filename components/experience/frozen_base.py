@@ -211,7 +211,7 @@ def relabelled(data: dict[str, Any], base: Any) -> dict[str, Any]:
     Raises:
         UserError: no episodes, chunks, incomplete episodes, or no action within the scale.
     """
-    if not isinstance(base, Corrected) or not data:
+    if getattr(base, "scale", None) is None or not data:
         return data
     dataset = data["dataset"]
     if not isinstance(dataset, EpisodeDataset) or dataset.action_steps > 1:
