@@ -47,12 +47,12 @@ class Line(nn.Module):
         return batch[STATE][:, None, :2] + self.weight * batch["noise"]
 
 
-def tiny(chunk: int = 2, **options: Any) -> DSRL:
+def tiny(chunk: int = 2, policy_starts: int = 0, **options: Any) -> DSRL:
     """In float64, with targets that differ from what they follow."""
     torch.manual_seed(0)
     action = vector(chunk, 2) if chunk > 1 else vector(2)
     spec = SPEC | {"action": action | {"noise": [3, 2], "limits": LIMITS}}
-    config = DSRL.Config(chunk=chunk, **options)
+    config = DSRL.Config(chunk=chunk, policy_starts=policy_starts, **options)
     critic: Any = QEnsemble(hidden_dims=(7,))
     made = {"policy": TanhGaussian(hidden_dims=(8,)), "critic": critic, "noise_critic": critic}
     made["temperature"] = Temperature(initial=0.2)
@@ -309,7 +309,20 @@ def test_steering_makes_a_poor_flow_a_good_policy_which_is_exported(online: Scri
     more = ("--env", "savable", "--eval-episodes", 50)
     poor = script(*toy.FLOW_OF_AN_MLP, "--model.hidden-dims", 32, 32, "--steps", 60, *more, folder="poor")
     options = ("--trainer", "dsrl", *more, "--trainer.base", poor, "--trainer.chunk", 1, "--trainer.discount", 0.5)
-    options += ("--steps", 1000, "--learning-starts", 500, "--batch-size", 128, "--eval-every", 1000, "--num-envs", 4)
+    options += (
+        "--trainer.policy-starts",
+        0,
+        "--steps",
+        1000,
+        "--learning-starts",
+        500,
+        "--batch-size",
+        128,
+        "--eval-every",
+        1000,
+        "--num-envs",
+        4,
+    )
     names = ("--model.hidden-dims", "--model.critic.hidden-dims", "--model.noise-critic.hidden-dims")
     options += (*(word for name in names for word in (name, 64, 64)), "--optimizer.lr", 1e-3)
     (before, after), begin = read_lines(online(*options) / "eval.jsonl"), read_lines(poor / "eval.jsonl")[-1]
