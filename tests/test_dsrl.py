@@ -179,10 +179,14 @@ def test_the_policy_learns_once_the_critics_have() -> None:
 
 
 def test_the_steered_policy_acts_by_the_mean_noise_and_the_explorer_at_first_by_none_of_its_own() -> None:
+    """The frozen policy sees what is; the other one nothing beyond ten deviations."""
     trainer, data = tiny(bound=1.3), batch()
+    near = {STATE: data[STATE].clone()}
+    data[STATE][0, 0], near[STATE][0, 0] = 1000.0, 10.0
     policy, explorer = trainer.policy(), trainer.explorer()
-    w = 1.3 * trainer.models["policy"](data)
+    w = 1.3 * trainer.models["policy"](near)
     limits = torch.tensor(LIMITS)
+    assert trainer.losses(data)[1]["q_max"] < 100
     plan = lambda w: (data[STATE][:, None, :2] + 0.5 * w.view(6, 3, 2))[:, :2].clamp(limits[0], limits[1])  # noqa: E731
     assert torch.equal(policy(data), plan(w)) and not hasattr(policy, "noise_shape")
     noise = torch.randn(6, *explorer.noise_shape, dtype=torch.float64)
@@ -190,7 +194,7 @@ def test_the_steered_policy_acts_by_the_mean_noise_and_the_explorer_at_first_by_
     contracts.set_env_step(explorer, 19)
     assert torch.equal(explorer({**data, "noise": noise}), plan(noise))
     contracts.set_env_step(explorer, 20)
-    assert torch.equal(explorer({**data, "noise": noise}), plan(1.3 * trainer.models["policy"].draw(data, noise)))
+    assert torch.equal(explorer({**data, "noise": noise}), plan(1.3 * trainer.models["policy"].draw(near, noise)))
     names = set(policy.state_dict())
     assert names and all(name.startswith("policy.") for name in names)
     policy.load_state_dict(policy.state_dict())

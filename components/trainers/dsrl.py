@@ -39,6 +39,7 @@ from torch.optim import Optimizer
 
 from ..contracts import Place, Promises, Window
 from ..data.augmentation import random_shift
+from ..data.normalisation import LIMIT
 from ..errors import UserError
 from ..models.encoder import detached, encoded, encoder_of
 from ..optimizers import update
@@ -181,7 +182,7 @@ class DSRL(Counting):
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of all losses, which train different networks, and the metrics."""
-        seen = encoded(self.encoder, random_shift(data, self.config.shift))  # the frozen policy sees with its own eyes
+        seen = encoded(self.encoder, clipped(random_shift(data, self.config.shift)))  # the frozen policy sees `data`
         critic_loss, metrics = self.critic_loss(data, seen)
         distill_loss, more = self.distill_loss(data, detached(seen))
         actor_losses, most = self.actor_losses(detached(seen))
@@ -255,7 +256,7 @@ class Steered(nn.Module):
 
     def noise(self, batch: dict[str, Any]) -> Tensor:
         """The noise `[B, W]`."""
-        return self.bound * self.policy(self.encoder(batch))
+        return self.bound * self.policy(self.encoder(clipped(batch)))
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         return self.executed(batch, self.noise(batch))
@@ -287,7 +288,17 @@ class Exploring(Steered):
     def noise(self, batch: dict[str, Any]) -> Tensor:
         if self.env_step < self.random_until:
             return batch["noise"]
-        return self.bound * self.policy.draw(self.encoder(batch), batch["noise"])
+        return self.bound * self.policy.draw(self.encoder(clipped(batch)), batch["noise"])
+
+
+def clipped(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch whose observations are at most `LIMIT` deviations away, as those of running statistics are.
+
+    The frozen policy's statistics are of demonstrations, in which much hardly moves: the turning of a ball that rolls
+    away in basketball-v3 is 1000 deviations.
+    """
+    seen = {k: v for k, v in batch.items() if "observation." in k and v.is_floating_point()}
+    return batch | {key: value.clamp(-LIMIT, LIMIT) for key, value in seen.items()}
 
 
 def random_samplers(module: nn.Module) -> tuple[str, ...]:
