@@ -76,7 +76,7 @@ class DSRL(Counting):
         **networks("", hidden_dims=(256, 256, 256)),
         **networks("critic", hidden_dims=(256, 256, 256), layer_norm=True),
         **networks("noise_critic", hidden_dims=(256, 256, 256), layer_norm=True),
-        **networks("temperature", initial=0.01),
+        **networks("temperature", initial=0.05),
     }
     spans = {"policy_starts": "updates"}
 
