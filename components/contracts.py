@@ -1,4 +1,4 @@
-"""The optional members of a trainer, which are read only here, and the checks of components against protocols.
+"""The optional members of trainers and models, which are read only here, and the checks of components by protocols.
 
 A trainer requests data by a static `data(config)` that returns one of `Window`, `Goals`, `Rollouts` and
 `Demonstrations`; its `promises` state what may speed it up. The functions below read these and all other optional
@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import UserError, nearest
@@ -130,6 +130,11 @@ def defaults_of(cls: type) -> dict[str, Any]:
 def debug_options_of(component: type) -> dict[str, Any]:
     """Options of any component under `--debug`: `debug_options`."""
     return dict(getattr(component, "debug_options", {}))
+
+
+def idle_options_of(options: Any) -> dict[str, str]:
+    """Option of any component, such as "code-width", that has no effect -> without which one: `idle_options()`."""
+    return options.idle_options() if hasattr(options, "idle_options") else {}
 
 
 def former_names_of(component: type) -> dict[str, str]:
@@ -310,6 +315,37 @@ def fit_loss(loss: Any, spec: dict[str, Any], cls: type, config: Any, device: to
 def passed_to(trainer: Any) -> list[str]:
     """The keywords that the loop passes to `train_step`: those of LOOP_PASSES that it names."""
     return accepted(trainer.train_step, LOOP_PASSES)
+
+
+# ---- the optional members of a model -------------------------------------------------------------------------------
+
+
+def auxiliary_weights_of(model: Any) -> dict[str, float]:
+    """The losses of its own that a model has, by name, and their weights: `auxiliary_weights`; {} without any."""
+    return getattr(model, "auxiliary_weights", {})
+
+
+def with_auxiliary(model: Any, *arguments: Any, **known: Any) -> tuple[Any, dict[str, Tensor]]:
+    """What a model returns in training, and its own losses, unweighted: `auxiliary(...)`, or its forward pass and {}.
+
+    Args:
+        known: What the loss is about, `target` and `is_pad`, where that is known before; for `auxiliary` alone.
+
+    Raises:
+        UserError: the model has weights, and no such method; a loss that is no scalar, or has no weight.
+    """
+    if not (weights := auxiliary_weights_of(model)):
+        return model(*arguments), {}
+    if not callable(getattr(model, "auxiliary", None)):
+        raise UserError(
+            f"{type(model).__name__} has auxiliary_weights, but no auxiliary(...) that returns these losses"
+        )
+    output, losses = model.auxiliary(*arguments, **known)
+    for name, value in losses.items():
+        if name not in weights or value.ndim:
+            expected = f"a scalar tensor for each of {', '.join(weights)}"
+            raise UserError(f"{type(model).__name__}.auxiliary: expected {expected}; found {name} {list(value.shape)}")
+    return output, losses
 
 
 # ---- options of any component --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .contracts import auxiliary_weights_of, with_auxiliary
 from .data.actions import SHOWN, learnt_names
 from .errors import UserError
 
@@ -204,3 +205,27 @@ def zero_padding(prediction: Any, target: Tensor, is_pad: Tensor) -> tuple[Any, 
     if isinstance(prediction, Tensor):
         return torch.where(keep, prediction, 0), torch.where(keep, target, 0)
     return prediction._replace(keep=keep), target
+
+
+class WithAuxiliary:
+    """A network in one computation of a loss, which is called in its place and keeps the losses of its own.
+
+    These are the auxiliary losses of the last call: of a mixture of experts, or of a codebook.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.own = network, dict[str, Tensor]()
+        self.condition: Any = getattr(network, "condition", None)  # of a denoiser
+
+    def __call__(self, *arguments: Any, **known: Any) -> Any:
+        """What the network returns; `known` as of `with_auxiliary`."""
+        output, self.own = with_auxiliary(self.network, *arguments, **known)
+        return output
+
+    def added(self, loss: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss plus the network's own by their weights, and the metrics: the sum, and each of them unweighted."""
+        weights = auxiliary_weights_of(self.network)
+        for name, value in self.own.items():
+            if weights[name]:
+                loss = loss + weights[name] * value
+        return loss, {name: value.detach() for name, value in {"loss": loss, **self.own}.items()}

@@ -1,7 +1,8 @@
 """Make tests/results/few_step.json: success and milliseconds of a flow and of a shortcut model by calls of the network.
 
 python tests/few_step_results.py --runs runs/few --jobs 2
-python tests/few_step_results.py --toy                     # the rows of two modes alone, in two minutes
+python tests/few_step_results.py --toy                     # the rows of two modes alone, in five minutes
+python tests/few_step_results.py --toy --only bc           # those of bc: a mean, experts, a mixture, a codebook
 
 Trains each run unless it is finished, and evaluates each at every number of calls unless its eval.jsonl has that, so it
 can go on over days. Every row has the same 50 episodes.
@@ -24,15 +25,24 @@ from torch import nn
 sys.path[:0] = [str(Path(__file__).parent)]
 
 import making  # noqa: E402
-from components import MODEL_BUILDER_REGISTRY, load_policy  # noqa: E402
+from components import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, load_policy  # noqa: E402
 from components.run import provenance  # noqa: E402
 from components.run.curves import read_lines  # noqa: E402
+from components.trainers.bc import BC  # noqa: E402
 from components.trainers.flow import Flow  # noqa: E402
 from making import ROOT  # noqa: E402
 
 TASK = "peg-insert-side-v3"
 CALLS = {"flow": (10, 2, 1), "shortcut": (2, 1)}
 SPEC = {"observation.state": {"shape": (1,), "dtype": "float32"}, "action": {"shape": (2,), "dtype": "float32"}}
+# Of two modes alone: loss and network of bc. The mean is neither mode, and no mixture of experts changes that.
+CLONES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bc": ("mse", {}),
+    "bc-experts": ("mse", {"experts": 4}),
+    "bc-mixture": ("nll", {"head": "mixture"}),
+    "bc-codebook": ("l1", {"head": "codebook"}),
+    "bc-codebook-drawn": ("l1", {"head": "codebook"}),
+}
 TOY_STEPS, SPREAD, NEAR, DRAWN = 5000, 0.05, 0.2, 4000
 
 
@@ -50,6 +60,8 @@ class Args:
     """Seeds of each objective."""
     toy: bool = False
     """Make the rows of two modes instead."""
+    only: str = ""
+    """Part of the names of these rows."""
 
 
 def line_of(objective: str, seed: int) -> list[str]:
@@ -108,15 +120,27 @@ def modes(state: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
     return torch.cat([side, side * state], 1)
 
 
+def toy_trainer(objective: str) -> tuple[Any, torch.optim.Optimizer]:
+    """A trainer of two modes, and its optimizer: of an objective of `flow`, or of a way of `bc` to decode an action."""
+    if objective in CLONES:
+        loss, options = CLONES[objective]
+        network = MODEL_BUILDER_REGISTRY["mlp"](hidden_dims=(64, 64, 64), **options).build(SPEC)
+        optimizer = torch.optim.Adam(network.parameters())
+        made = LOSS_BUILDER_REGISTRY[loss]().build()
+        return BC(nn.ModuleDict({"policy": network}), {"policy": optimizer}, made), optimizer
+    config = Flow.Config(objective=objective)  # type: ignore[arg-type]
+    factory = MODEL_BUILDER_REGISTRY["vector_field"](hidden_dims=(64, 64, 64), init="torch")
+    network = factory.build(Flow.model_spec("policy", SPEC, config))
+    optimizer = torch.optim.Adam(network.parameters())
+    return Flow(nn.ModuleDict({"policy": network}), {"policy": optimizer}, nn.MSELoss(), SPEC, config), optimizer
+
+
 def toy_rows(objective: str, seed: int) -> list[dict[str, Any]]:
     """The share of actions that are within NEAR of a mode, for each number of calls; data deviates by SPREAD."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    config, began = Flow.Config(objective=objective), time.process_time()  # type: ignore[arg-type]
-    factory = MODEL_BUILDER_REGISTRY["vector_field"](hidden_dims=(64, 64, 64), init="torch")
-    network = factory.build(Flow.model_spec("policy", SPEC, config))
-    optimizer = torch.optim.Adam(network.parameters())
-    trainer = Flow(nn.ModuleDict({"policy": network}), {"policy": optimizer}, nn.MSELoss(), SPEC, config)
+    began = time.process_time()
+    trainer, optimizer = toy_trainer(objective)
     for step in range(TOY_STEPS):
         optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / TOY_STEPS)
         state, side = torch.rand(256, 1) * 2 - 1, torch.randint(2, (256, 1)) * 2.0 - 1
@@ -124,8 +148,10 @@ def toy_rows(objective: str, seed: int) -> list[dict[str, Any]]:
         trainer.train_step({"observation.state": state, "action": action})
     seconds, policy = time.process_time() - began, trainer.policy()
     batch = {"observation.state": torch.rand(DRAWN, 1) * 2 - 1, "noise": torch.randn(DRAWN, 2)}
+    if objective.endswith("drawn"):
+        policy.sampler = "sample"
     made = []
-    for calls in CALLS[objective]:
+    for calls in CALLS.get(objective, (1,)):
         policy.sampling_steps = calls  # type: ignore[assignment]
         with torch.no_grad():
             action = policy(batch)
@@ -140,7 +166,8 @@ def toy_rows(objective: str, seed: int) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    for objective, seed in [(one, seed) for one in CALLS for seed in range(args.seeds)] if args.toy else ():
+    ways = [way for way in (*CALLS, *CLONES) if args.only in way] if args.toy else []
+    for objective, seed in [(one, seed) for one in ways for seed in range(args.seeds)]:
         for row in toy_rows(objective, seed):
             making.keep(args.out, row)
             print(f"{row['run']}: {row['value']:.3f}", flush=True)

@@ -2,6 +2,7 @@
 
 python tests/imitation_results.py --runs runs/imitation --jobs 2
 python tests/imitation_results.py --runs runs/imitation --pusht pusht_planner.npz    # with the runs on Push-T
+python tests/imitation_results.py --only codebook --pusht pusht_planner.npz          # some of them: chunk, experts, ...
 """
 
 import itertools
@@ -27,6 +28,9 @@ SEEDS = {"push-v3": 3, "pick-place-v3": 3, "peg-insert-side-v3": 3}
 PUSHT = ["--steps", "6000", "--batch-size", "128", "--dataset.obs-steps", "2"]
 REPLANS = ["--policy.action-steps", "2"]  # of the chunks of diffusion and flow; bc is best with single actions
 ONCE = ("--eval-every", "0")  # evaluated at the end
+# Ways to decode an action, of chunks; suite -> options of bc.
+DECODERS = {"chunk": [], "codebook": ["--model.head", "codebook"], "experts": ["--model.experts", "4"]}
+CHUNKS = ["--loss", "l1", "--dataset.action-steps", "8", "--policy.action-steps", "2"]
 IMAGES = ("--dataset.cameras", "behindGripper", "--batch-size", "64")
 
 
@@ -60,6 +64,13 @@ def wanted(args: Args) -> making.Runs:
             line = ["--trainer", trainer, "--dataset", "pusht", "--dataset.path", args.pusht, "--seed", str(seed)]
             own = REPLANS if trainer != "bc" else ("--loss", "l1")
             runs[f"pusht-{trainer}-{seed}"] = ("pusht", [*line, *PUSHT, *own])
+    for seed, (decoder, own) in itertools.product(range(3), DECODERS.items()):
+        line = ["--trainer", "bc", "--seed", str(seed), *CHUNKS, *own]
+        task = ["--dataset.task", "peg-insert-side-v3"]
+        runs[f"peg-insert-side-v3-{decoder}-{seed}"] = (f"metaworld-{decoder}", [*line, *task])
+        if args.pusht:
+            data = ["--dataset", "pusht", "--dataset.path", args.pusht, *PUSHT]
+            runs[f"pusht-{decoder}-{seed}"] = (f"pusht-{decoder}", [*line, *data])
     return {name: (suite, [*line, *ONCE]) for name, (suite, line) in runs.items() if args.only in name}
 
 

@@ -121,6 +121,7 @@ if __name__ == "__main__":
         setattr(torch, name, draw)
     if RANK == 0:
         (FOLDER / "world.json").write_text(json.dumps(parallel.world_size()))
+    run("experts", *toy.EXPERTS, *toy.SGD)
     run("clipped", "--trainer", "bc", "--loss", "l1", *toy.SGD, "--grad-clip", 0.3)
     run("accumulated", "--trainer", "bc", *toy.SGD, "--grad-accumulation", 2)
     run("actor_critic", "--trainer", "actor_critic")

@@ -77,6 +77,8 @@ bf16: --trainer bc --mixed-precision bf16 --optimizer.schedule onecycle
 dropout: --trainer bc --model.dropout 0.2 --model.layer-norm --dataset.validation 0.2 --normalise observation=min_max
 schedulefree: --trainer bc --model resmlp --optimizer schedulefree --loss huber
 mixture-head: --trainer bc --model.head mixture --loss nll --dataset.action-steps 4 --policy.action-steps 3
+codebook: --trainer bc --model.head codebook --model.codes 4 --loss l1 --dataset.action-steps 4 --policy.sampler sample
+experts: --trainer bc --model.experts 3 --model.hidden-dims 16
 gru: --trainer bc --model gru --model.head gaussian --loss nll --dataset.obs-steps 3
 transformer: --trainer bc {TRANSFORMER} --loss sinkhorn --policy.ensemble 0.1
 act-clipped: --trainer act {ACT} --model.dropout 0 --grad-clip 0.1 --policy.ensemble 0.01

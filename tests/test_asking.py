@@ -94,19 +94,24 @@ def test_help_is_wrapped_anew(
     ],
 )
 def test_help_shows_what_tyro_takes(script: Any, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page is made from the dataclasses, so it is compared with the options that tyro finds there."""
-    kept: dict[str, Any] = {}
+    """The page is made from the dataclasses, so it is compared with the options that tyro finds there.
+
+    Of these, tyro is shown those that the words name: each of them must be known when it is named alone.
+    """
+    kept: list[Any] = []
     real = command_line._tyro
-    monkeypatch.setattr(command_line, "_tyro", lambda *a, **k: kept.update(k) or real(*a, **k))
+    monkeypatch.setattr(command_line, "_tyro", lambda values, argv: kept.append(values) or real(values, argv))
     args = arguments.parse(script.Args, list(words), REGISTRIES)
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
         texts: list[str] = []
         patch.setattr(sys.stdout, "write", texts.append)
-        tyro.cli(script.Args, args=["--help"], default=kept["default"])
+        tyro.cli(script.Args, args=["--help"], default=kept[-1])
     theirs = set(re.findall(r"--[a-z][\w.-]*", re.sub(r"(?m)^ {5,}.*$", "", "".join(texts)))) - {"--help"}
     theirs = {flag.rstrip(".") for flag in theirs}
     ours = {flag for _, options in options_in(type(args), args) for one in options for flag in one.flags}
     assert ours == theirs
+    for flag in ours:
+        assert command_line._asked(args, [f"--{flag[2:].replace('-', '_')}=1"]).__annotations__, flag
 
 
 @pytest.mark.parametrize(

@@ -229,10 +229,14 @@ def test_onnx_acts_alike_and_names_its_inputs(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "network", "settings"),
-    [("act", "act", {}), ("diffusion", "unet1d", {"sampler": "ddpm", "sampling_steps": 1})],
+    [
+        ("act", ("act", SMALL["act"] | {"experts": 3}), {}),
+        ("diffusion", "unet1d", {"sampler": "ddpm", "sampling_steps": 1}),
+        ("bc", ("mlp", {"hidden_dims": [8], "head": "codebook", "codes": 4}), {"sampler": "sample"}),
+    ],
 )  # of bc and flow, the tests before and after
 def test_every_imitation_trainer_has_an_onnx_form(
-    tmp_path: Path, trainer: str, network: str, settings: dict[str, Any]
+    tmp_path: Path, trainer: str, network: Any, settings: dict[str, Any]
 ) -> None:
     check_onnx(untrained(trainer, data(1, 4), policy=network).configure(**settings), tmp_path)
 

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.launched
     ("name", "options"),
     [
         *((name, (*options, *toy.SGD, "--optimizer.lr", 0.01)) for name, options in toy.TRAINERS.items()),
+        ("experts", (*toy.EXPERTS, *toy.SGD)),
         ("clipped", ("--trainer", "bc", "--loss", "l1", *toy.SGD, "--grad-clip", 0.3)),
         ("accumulated", ("--trainer", "bc", *toy.SGD)),
         ("actor_critic", ("--trainer", "actor_critic")),

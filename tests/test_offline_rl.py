@@ -1,5 +1,6 @@
 """Offline RL: what is learned, what data is refused, what is said; the equations are in test_offline_rl_maths.py."""
 
+import functools
 import json
 import re
 import time
@@ -130,21 +131,29 @@ def test_behaviour_cloning_goes_the_wrong_way() -> None:
     assert (actions(trained("bc", {}, 300, chain())[1]) < 0).all()
 
 
+UPDATES = dict.fromkeys(METHODS, 400) | {"fql": 800}
+
+
+@functools.cache
+def learnt(name: str, mistaken: bool = False) -> tuple[Any, Any]:
+    """A method's trainer and policy, for every test that looks at them."""
+    return trained(name, METHODS[name], UPDATES[name], chain(mistaken))
+
+
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_finds_the_best_way_in_bad_data(name: str) -> None:
-    assert (actions(trained(name, METHODS[name], 400, chain())[1]) > 0).all()
+    assert (actions(learnt(name)[1]) > 0).all()
 
 
 BEST = -torch.tensor([(1 - DISCOUNT**steps) / (1 - DISCOUNT) for steps in range(STATES, 0, -1)])
 
 
-@pytest.mark.parametrize(("name", "updates"), [("td3_bc", 400), ("awac", 400), ("rebrac", 400), ("fql", 800)])
-@pytest.mark.parametrize("mistaken", [False, True])
-def test_values_approach_the_analytic_ones_unless_truncation_is_mistaken(
-    name: str, updates: int, mistaken: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "mistaken"), [("td3_bc", True), ("td3_bc", False), ("awac", False), ("rebrac", False), ("fql", False)]
+)
+def test_values_approach_the_analytic_ones_unless_truncation_is_mistaken(name: str, mistaken: bool) -> None:
     """Of the methods whose Q-function is that of the policy they learn, which is the best one here."""
-    trainer, _ = trained(name, METHODS[name], updates, chain(mistaken))
+    trainer, _ = learnt(name, mistaken)
     right = torch.full((STATES, 1), 0.5)
     values = trainer.models["critic"](torch.eye(STATES + 1)[:STATES], right).mean(0).detach()
     error = float((values - BEST).abs().max())

@@ -11,12 +11,14 @@ import torch
 
 import toy
 from components import TRAINER_REGISTRY, UserError
+from components.models.mlp import MLP
 from components.optimizers import Adam, kept_length
 from components.run.overlooked import check_launch, no_effect
 from components.trainers.dqn import DQN
 from components.trainers.residual import Residual
 
 Script = Callable[..., Path]
+MODELS = {"policy": ("mlp", MLP(head="gaussian"))}
 
 
 def notes(trainer: type = toy.Minimal, planned: int = 100, online: bool = False, **options: Any) -> list[str]:
@@ -77,6 +79,8 @@ def notes(trainer: type = toy.Minimal, planned: int = 100, online: bool = False,
         ({"given": ["track-project"]}, "--track-project has no effect without --track wandb"),
         ({"given": ["save-what"], "online": True}, "--save-what has no effect without --save-dataset"),
         ({"optimizer": Adam(lr_scale=("encoder=2",))}, "--optimizer.lr-scale encoder has no effect"),
+        ({"models": MODELS, "given": ["model.codes"]}, "--model.codes has no effect without --model.head codebook"),
+        ({"models": MODELS, "given": ["model.top-k"]}, "--model.top-k has no effect without --model.experts 2 or more"),
         ({"workers": 3}, "--workers 3 has no effect: this data is in memory"),
         ({"freeze": ("encoder",)}, "--freeze encoder: it stays at random weights; load others with --load encoder=RUN"),
         ({"dataset": "toy", "dataset_ratio": 0.0, "online": True}, "--dataset.ratio 0: the dataset has no part in any"),
@@ -93,6 +97,7 @@ def test_what_has_its_effect_is_not_mentioned(monkeypatch: pytest.MonkeyPatch) -
     assert notes() == notes(online=True) == notes(planned=3000) == []
     assert notes(optimizer=Adam(schedule="cosine", warmup_steps=10)) == []
     assert notes(freeze=("policy",), load=("policy=runs/x",)) == notes(freeze=("policy",), init_from="runs/x") == []
+    assert notes(models=MODELS, given=["model.min-std", "model.hidden-dims"]) == []
     assert notes(workers=3, resume="runs/x") == []  # it was said when the run began
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as each launch sets it
     assert notes() == []

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import toy
-from components import TRAINER_REGISTRY, UserError, export, load_policy
+from components import MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError, export, load_policy
 from components.acting.inference import Inference
 from components.acting.observed import vectors
 from components.acting.policy import Policy
@@ -252,12 +252,15 @@ def test_no_policy_is_said(tmp_path: Path) -> None:
         load_policy(tmp_path)
 
 
-def test_a_policy_of_a_plugin_says_what_to_import(script: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_policy_of_a_plugin_says_what_to_import(script: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     run = script("--plugins", "toy", "--trainer", "minimal", "--model", "plain", "--steps", 2)
-    load = f"load_policy({str(run)!r})"
-    code = f"from components import load_policy\ntry:\n    {load}\nexcept Exception as error:\n    print(error)"
-    done = command("python", "-c", f"{code}\nimport toy\n{load}", cwd=ROOT)
-    assert "'plain' is not registered; import toy before load_policy" in done.stdout and done.returncode == 0
+    with monkeypatch.context() as without:
+        without.delitem(MODEL_BUILDER_REGISTRY, "plain")
+        without.delitem(sys.modules, "toy")
+        with pytest.raises(UserError, match="'plain' is not registered; import toy before load_policy"):
+            load_policy(run)
+        assert "toy" not in sys.modules
+    load_policy(run)
 
 
 def test_a_trainers_own_policy_is_saved_and_loaded(
@@ -457,7 +460,8 @@ assert not any(name.startswith(("components", "accelerate", "safetensors")) for 
 MIXTURE = ("--trainer", "bc", "--model.head", "mixture", "--loss", "nll", "--dataset.action-steps", 4)
 DENOISER = ("--model.channels", 16, "--policy.sampling-steps", 2)
 EXPORTED: dict[str, tuple[object, ...]] = {
-    "bc": (*toy.TRAINERS["bc"],),
+    "bc": (*toy.EXPERTS,),
+    "codebook": (*toy.TRAINERS["bc"], "--policy.sampler", "sample"),
     "mixture": MIXTURE,
     "pictures": toy.PICTURES,  # cut to their centre, and with two tasks
     "act": toy.TRAINERS["act"],

@@ -70,11 +70,11 @@ def test_lerobot_files_through_the_launcher(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("names", [("bc", "sac-two"), ("bc-two", "residual")])
 def test_kill_9_at_random_moments_loses_nothing(names: tuple[str, ...]) -> None:
-    options = ("--configurations", *names, "--kills", 10, "--seed", 1)
+    options = ("--configurations", *names, "--kills", 7, "--seed", 1)
     done = command(sys.executable, ROOT / "tests" / "killer.py", *options, cwd=ROOT, timeout=400)
     assert done.returncode == 0 and " 0 lost, 0 different" in done.stdout, done.stdout + done.stderr
     kills, inside = re.search(r"2 configurations: (\d+) kills, (\d+) inside a save", done.stdout).groups()
-    assert int(kills) >= 20 and int(inside) >= 5
+    assert int(kills) >= 14 and int(inside) >= 3
 
 
 SAC = (ROOT / "online_trainer.py", "--trainer", "sac", "--run-dir", "run")
@@ -95,14 +95,18 @@ def check_pendulum(run: Path, steps: int, processes: int) -> None:
 
 
 def test_sac_solves_pendulum_and_its_episodes_are_cloned(tmp_path: Path) -> None:
-    """The circle: what the policy does in the end is a dataset that the other script learns from."""
-    done = command(*LAUNCH, *SAC, "--steps", 6000, "--save-dataset", "data", cwd=tmp_path, timeout=400)
+    """The circle: what the policy does in the end is a dataset that the other script learns from.
+
+    Its batches are smaller, which takes half as long; the default ones are those of the two processes below.
+    """
+    options = ("--steps", 6000, "--batch-size", 128, "--save-dataset", "data")
+    done = command(*LAUNCH, *SAC, *options, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
     check_pendulum(tmp_path / "run", 6000, 1)
     last = read_lines(tmp_path / "run" / "eval.jsonl")[-1]
     assert last["return_mean"] > -200 and last["episodes"] == 20
     options = ("--trainer", "bc", "--dataset", "minari", "--dataset.path", "data")
-    options += ("--run-dir", "clone", "--steps", 1500)
+    options += ("--run-dir", "clone", "--steps", 1500, "--eval-every", 0)
     done = command(*LAUNCH, ROOT / "offline_trainer.py", *options, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
     assert read_lines(tmp_path / "clone" / "eval.jsonl")[-1]["return_mean"] > -200
@@ -141,7 +145,10 @@ def test_sac_on_two_processes_learns_as_fast(tmp_path: Path) -> None:
 
 
 DIT = ("--trainer", "flow", "--model", "dit", "--model.width", 16, "--model.layers", 1, "--dataset.action-steps", 8)
-OF_FLOW = {"flow": DIT, "shortcut": (*DIT, "--trainer.objective", "shortcut")}  # the U-Net, longer, with diffusion
+OF_FLOW = {
+    "flow": (*DIT, "--model.experts", 3),
+    "shortcut": (*DIT, "--trainer.objective", "shortcut"),
+}  # the U-Net, longer, with diffusion
 
 
 @pytest.mark.parametrize("name", [*toy.TRAINERS, "shortcut"])

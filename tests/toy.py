@@ -60,7 +60,7 @@ PICTURES = ("--trainer", "bc", "--model", "cnn", "--dataset", "lerobot", "--data
 PICTURES += ("--dataset.cameras", "corner2", "--augment.crop", 56, 60, "--augment.shift", 2, "--augment.hue", 0.1)
 # A small run of every trainer of the registry; what draws noise may say so.
 TRAINERS: dict[str, tuple[object, ...]] = {
-    "bc": ("--trainer", "bc"),
+    "bc": ("--trainer", "bc", "--dataset.action-steps", 4, "--model.head", "codebook", "--model.codes", 4),
     "act": ("--trainer", "act", "--model.width", 16, "--model.layers", 1, "--model.dropout", 0)
     + ("--dataset.action-steps", 4, "--trainer.kl-weight", 0.1),
     "diffusion": ("--trainer", "diffusion", "--model.channels", 16, "--dataset.action-steps", 8),
@@ -95,6 +95,8 @@ DSRL += ("--model.noise-critic.hidden-dims", 16, "--trainer.policy-starts", 10)
 ONLINE_ALONE["dsrl"] = DSRL  # and so does this one
 FLOW_OF_AN_MLP = ("--trainer", "flow", "--model", "vector_field", "--model.hidden-dims", 16, "--dataset.obs-steps", 1)
 FLOW_OF_AN_MLP += ("--dataset.action-steps", 6, "--trainer.objective", "shortcut")
+# A network with losses of its own that are no means over samples.
+EXPERTS = ("--trainer", "bc", "--model.experts", 3, "--model.hidden-dims", 16)
 DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")
 EXPERT = torch.randn(STATE, ACTION, generator=torch.Generator().manual_seed(7)) / 3
 

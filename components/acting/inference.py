@@ -13,7 +13,8 @@ class Inference:
     ensemble: float | None = None
     """Temporal ensembling: average all chunks with weights exp(-m i), i = 0 the oldest; m, or None for off."""
     sampler: str | None = None
-    """Sampler of chunks from noise: ddim or ddpm (diffusion), euler or midpoint (flow)."""
+    """Sampler of chunks from noise: ddim or ddpm (diffusion), euler or midpoint (flow); of a codebook, mode, the
+    most probable codes, or sample."""
     sampling_steps: int | None = None
     """Steps of the sampler; midpoint evaluates the network twice in each."""
     task: str | None = None

@@ -9,9 +9,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..contracts import auxiliary_weights_of
 from ..data.features import vector_observations
 from ..errors import UserError
 from .attention import Attention, Dropout, sinusoid
+from .experts import ExpertsOptions, Heard, heard, means
 from .mlp import flat_sizes
 from .sequence import check_attention
 
@@ -32,8 +34,11 @@ SIZES = {"small": Sizes(128, 512, 4, 2, 2, 1), "paper": Sizes(512, 3200, 8, 4, 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class ACTransformer:
-    """Transformer encoder and decoder with a latent variable for the style of a demonstration."""
+class ACTransformer(ExpertsOptions):
+    """Transformer encoder and decoder with a latent variable for the style of a demonstration.
+
+    Experts are in the feed-forward network of the decoder.
+    """
 
     size: Literal["small", "paper"] = "small"
     """Width 128, feed-forward 512, 2 layers; or the published 512, 3200, 4."""
@@ -57,9 +62,13 @@ class ACTransformer:
         check_attention(sizes.width, sizes.heads, layers, self.dropout)
         if self.latent < 1:
             raise UserError(f"--model.latent {self.latent} must be 1 or more")
+        self.check_experts()
         _, _, shape = flat_sizes(spec, "act")
         observed = {key: tuple(spec[key]["shape"]) for key in vector_observations(spec)}
-        return ACTNetwork(observed, shape, sizes, self.latent, self.dropout)
+        network = ACTNetwork(observed, shape, sizes, self.latent, self.dropout)
+        for layer in network.decoder if self.experts > 1 else ():
+            layer.feed_forward = self.make_experts(sizes.width, sizes.feed_forward, sizes.width)
+        return network
 
 
 class ACTNetwork(nn.Module):
@@ -115,7 +124,19 @@ class ACTNetwork(nn.Module):
         mean, log_variance = self.vae_out(x[:, 0]).chunk(2, dim=1)
         return mean, log_variance
 
-    def forward(self, observation: dict[str, Tensor], latent: Tensor | None = None) -> Tensor:
+    @property
+    def auxiliary_weights(self) -> dict[str, float]:
+        """Weights of the experts' own losses."""
+        return auxiliary_weights_of(self.decoder[0].feed_forward)
+
+    def auxiliary(self, observation: dict[str, Tensor], latent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The chunk, and the experts' own losses, means over the decoder's layers."""
+        losses: Heard = []
+        return self(observation, latent, losses), means(losses)
+
+    def forward(
+        self, observation: dict[str, Tensor], latent: Tensor | None = None, losses: Heard | None = None
+    ) -> Tensor:
         """Chunk `[B, Ta, Da]` for z `[B, Z]`, or for the prior's mean 0, which inference uses."""
         tokens = [layer(observation[k].flatten(1)) for k, layer in zip(self.keys, self.embed, strict=True)]
         latent = tokens[0].new_zeros(tokens[0].shape[0], self.latent) if latent is None else latent
@@ -124,7 +145,7 @@ class ACTNetwork(nn.Module):
             memory = layer(memory, self.position)
         x = torch.zeros_like(self.queries).expand(memory.shape[0], -1, -1)  # [B, Ta, W]
         for layer in self.decoder:
-            x = layer(x, self.queries, memory, self.position)
+            x = layer(x, self.queries, memory, self.position, losses)
         return self.out(self.decoder_norm(x)).reshape(x.shape[0], *self.action_shape)
 
 
@@ -160,12 +181,14 @@ class DecoderLayer(nn.Module):
     def __init__(self, sizes: Sizes, dropout: float) -> None:
         super().__init__()
         self.attention, self.cross = (Attention(sizes.width, sizes.heads, dropout) for _ in range(2))
-        self.feed_forward = FeedForward(sizes, dropout)
+        self.feed_forward: nn.Module = FeedForward(sizes, dropout)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(sizes.width) for _ in range(3))
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, losses: Heard | None = None
+    ) -> Tensor:
         placed = x + position
         x = self.norm1(x + self.dropout(self.attention(placed, placed, x)))
         x = self.norm2(x + self.dropout(self.cross(x + position, memory + memory_position, memory)))
-        return self.norm3(x + self.dropout(self.feed_forward(x)))
+        return self.norm3(x + self.dropout(heard(self.feed_forward, x, losses)))

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ..contracts import auxiliary_weights_of
 from ..errors import UserError
 
 
@@ -19,6 +20,8 @@ def check_regression(models: nn.ModuleDict, loss: nn.Module) -> None:
     check_kind(network, "")
     has_density = any(getattr(module, "gives_distribution", False) for module in network.modules())
     wants_density = getattr(loss, "takes_distribution", False)
+    if wants_density and not has_density and auxiliary_weights_of(network):
+        raise UserError("a network with experts or a codebook has losses of its own; choose --loss l1, mse or huber")
     if wants_density and not has_density:
         raise UserError("the loss 'nll' needs a distribution: add --model.head gaussian or --model.head mixture")
     if has_density and not wants_density:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..contracts import auxiliary_weights_of
 from .attention import Attention, sinusoid
+from .experts import ExpertsOptions, Heard, heard, means
 from .mlp import concatenated, flat_sizes
 from .sequence import check_attention
 from .unet1d import TIME_SCALE
@@ -21,8 +23,8 @@ SIZES = {"small": (128, 3, 4), "paper": (256, 8, 4)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiT:
-    """Diffusion transformer over the steps of a chunk."""
+class DiT(ExpertsOptions):
+    """Diffusion transformer over the steps of a chunk; with experts, in the feed-forward network of every block."""
 
     size: Literal["small", "paper"] = "small"
     """Width 128 and 3 blocks, or the published 256 and 8."""
@@ -42,8 +44,14 @@ class DiT:
         width, layers, _ = SIZES[self.size]
         width, layers = self.width or width, self.layers or layers
         check_attention(width, self.heads, layers, self.dropout)
+        self.check_experts()
         keys, observed, shape = flat_sizes(spec, "dit")
-        return DiffusionTransformer(keys, observed, shape, width, layers, self.heads, self.dropout, self.time_features)
+        network = DiffusionTransformer(
+            keys, observed, shape, width, layers, self.heads, self.dropout, self.time_features
+        )
+        for block in network.blocks if self.experts > 1 else ():
+            block.feed_forward = self.make_experts(width, 4 * width, width)
+        return network
 
 
 class DiffusionTransformer(nn.Module):
@@ -76,12 +84,22 @@ class DiffusionTransformer(nn.Module):
         """The observation's part of the condition `[B, W]`, computed once for each chunk."""
         return self.observation_net(concatenated(observation, self.keys))
 
-    def forward(self, noisy: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+    @property
+    def auxiliary_weights(self) -> dict[str, float]:
+        """Weights of the experts' own losses."""
+        return auxiliary_weights_of(self.blocks[0].feed_forward)
+
+    def auxiliary(self, noisy: Tensor, time: Tensor, condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The prediction, and the experts' own losses, means over the blocks."""
+        losses: Heard = []
+        return self(noisy, time, condition, losses), means(losses)
+
+    def forward(self, noisy: Tensor, time: Tensor, condition: Tensor, losses: Heard | None = None) -> Tensor:
         """Noisy chunk `[B, Ta, Da]` or action `[B, Da]` at times `[B]`, or `[1]` for all, in [0, 1]."""
         c = functional.silu(self.time_net(sinusoid(TIME_SCALE * time, self.time_features)) + condition)
         x = self.embed(noisy if noisy.ndim == 3 else noisy[:, None]) + self.position  # [B, Ta, W]
         for block in self.blocks:
-            x = block(x, c)
+            x = block(x, c, losses)
         scale, shift = self.modulate(c)[:, None].chunk(2, dim=2)
         return self.out(self.norm(x) * (1 + scale) + shift).reshape(noisy.shape)
 
@@ -93,14 +111,15 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
         self.attention = Attention(width, heads, dropout)
-        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        layers = [nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width)]
+        self.feed_forward: nn.Module = nn.Sequential(*layers)
         self.modulate = zero_linear(width, 6 * width)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, losses: Heard | None = None) -> Tensor:
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulate(c)[:, None].chunk(6, dim=2)  # [B, 1, W] each
         y = self.norm1(x) * (1 + scale1) + shift1
         x = x + gate1 * self.attention(y, y, y)
-        return x + gate2 * self.feed_forward(self.norm2(x) * (1 + scale2) + shift2)
+        return x + gate2 * heard(self.feed_forward, self.norm2(x) * (1 + scale2) + shift2, losses)
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -1,14 +1,17 @@
-"""Output heads of regression networks: an action, or a mixture of Gaussians over actions or whole chunks."""
+"""Output heads of regression networks: an action, a mixture of Gaussians over actions or chunks, or a codebook."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..contracts import auxiliary_weights_of, with_auxiliary
 from ..errors import UserError
+from .codebook import CodebookOptions
+from .experts import ExpertsOptions
 
 
 class Mixture(NamedTuple):
@@ -42,22 +45,39 @@ class Mixture(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadOptions:
+class HeadOptions(ExpertsOptions, CodebookOptions):
     """Options of every network that maps observations to actions."""
 
-    head: Literal["deterministic", "gaussian", "mixture"] = "deterministic"
-    """Output: an action (losses mse, l1, huber, ...), or a distribution over actions (loss nll)."""
+    head: Literal["deterministic", "gaussian", "mixture", "codebook"] = "deterministic"
+    """Output: an action (losses mse, l1, huber, ...), a distribution over actions (loss nll), or codes of a codebook
+    that is learnt with them, and an offset (losses mse, l1, huber, ... of the action)."""
     components: int = 5
     """Number of Gaussians of the mixture."""
     min_std: float = 1e-2
     """Smallest standard deviation of a Gaussian, in normalised units."""
 
+    def idle_options(self) -> dict[str, str]:
+        """Options that have no effect beside the others -> without which one."""
+        belongs = {"components": "mixture"} | {field.name: "codebook" for field in fields(CodebookOptions)}
+        if self.head not in ("gaussian", "mixture"):
+            belongs["min_std"] = "mixture"
+        idle = {name: f"head {head}" for name, head in belongs.items() if head != self.head}
+        idle |= ExpertsOptions.idle_options(self)
+        return {name.replace("_", "-"): without for name, without in idle.items()}
+
     def make_head(self, features: int, shape: tuple[int, ...]) -> nn.Module:
         """`[B, features]` -> an action of `shape`, or a `Mixture` over such actions. Raises UserError: bad options."""
+        self.check_experts()
+        if self.experts > 1 and self.head != "deterministic":
+            raise UserError(f"--model.experts {self.experts} goes with --model.head deterministic, not {self.head}")
         if self.components < 1 or not self.min_std > 0:
             raise UserError(
                 f"--model.components {self.components} must be 1 or more, --model.min-std {self.min_std} above 0"
             )
+        if self.head == "codebook":
+            return self.make_codebook(features, shape)
+        if self.experts > 1:
+            return ExpertsHead(self.make_experts(features, features, math.prod(shape)), shape)
         if self.head == "deterministic":
             return nn.Sequential(nn.Linear(features, math.prod(shape)), nn.Unflatten(1, shape))
         return MixtureHead(features, shape, self.components if self.head == "mixture" else 1, self.min_std)
@@ -77,3 +97,36 @@ class MixtureHead(nn.Module):
         logits, rest = self.net(features).split([self.components, self.net.out_features - self.components], dim=1)
         mean, std = rest.unflatten(1, (2, self.components, *self.shape)).unbind(1)
         return Mixture(logits, mean, functional.softplus(std) + self.min_std)
+
+
+class ExpertsHead(nn.Module):
+    """`[B, features]` -> an action of `shape`, decoded by a mixture of experts."""
+
+    def __init__(self, experts: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.experts, self.shape, self.auxiliary_weights = experts, shape, auxiliary_weights_of(experts)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.experts(features).unflatten(1, self.shape)
+
+    def auxiliary(self, features: Tensor, **known: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The action, and the losses of the router."""
+        output, losses = with_auxiliary(self.experts, features)
+        return output.unflatten(1, self.shape), losses
+
+
+class Headed(nn.Module):
+    """A network that ends in a head: `features(observation)` `[B, F]`, and from them what the head makes.
+
+    It has the head's losses of its own.
+    """
+
+    @property
+    def auxiliary_weights(self) -> dict[str, float]:
+        """Weights of the head's own losses."""
+        return auxiliary_weights_of(self.head)
+
+    def auxiliary(self, observation: dict[str, Tensor] | Tensor, **known: Any) -> tuple[Any, dict[str, Tensor]]:
+        """What the head makes in training, and its own losses."""
+        features: Any = self.features
+        return with_auxiliary(self.head, features(observation), **known)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..data.features import vector_observations, width
 from ..data.pictures import pictures_of
 from ..errors import UserError
-from .heads import HeadOptions, Mixture
+from .heads import Headed, HeadOptions, Mixture
 
 Init = Literal["torch", "glorot", "orthogonal"]
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh, "elu": nn.ELU}
@@ -128,12 +128,21 @@ def concatenated(observation: dict[str, Tensor] | Tensor, keys: list[str], prefi
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-class FlatPolicy(nn.Module):
+class FlatPolicy(Headed):
     """Observations, a batch or a single tensor, -> actions `[B, Da]` or chunks `[B, Ta, Da]`, or a `Mixture`."""
 
     def __init__(self, net: nn.Sequential, keys: list[str]) -> None:
         super().__init__()
         self.net, self.keys = net, keys
+
+    @property
+    def head(self) -> nn.Module:
+        """The last layer."""
+        return self.net[-1]
+
+    def features(self, observation: dict[str, Tensor] | Tensor) -> Tensor:
+        """The head's input `[B, F]`."""
+        return self.net[:-1](concatenated(observation, self.keys))
 
     def forward(self, observation: dict[str, Tensor] | Tensor) -> Tensor | Mixture:
         return self.net(concatenated(observation, self.keys))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..data.features import vector_observations, width
 from ..errors import UserError
 from .attention import Attention, Dropout
-from .heads import HeadOptions, Mixture
+from .heads import Headed, HeadOptions, Mixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +33,20 @@ class GRU(HeadOptions):
         return GRUPolicy(net, self.make_head(self.hidden, shape), keys)
 
 
-class GRUPolicy(nn.Module):
+class GRUPolicy(Headed):
     """Observations `[B, To, D]` -> action of the last step."""
 
     def __init__(self, net: nn.GRU, head: nn.Module, keys: list[str]) -> None:
         super().__init__()
         self.net, self.head, self.keys = net, head, keys
 
-    def forward(self, observation: dict[str, Tensor] | Tensor) -> Tensor | Mixture:
+    def features(self, observation: dict[str, Tensor] | Tensor) -> Tensor:
+        """The head's input `[B, H]`."""
         states, _ = self.net(sequence(observation, self.keys))  # [B, To, H]
-        return self.head(states[:, -1])
+        return states[:, -1]
+
+    def forward(self, observation: dict[str, Tensor] | Tensor) -> Tensor | Mixture:
+        return self.head(self.features(observation))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +95,7 @@ class Block(nn.Module):
         return x + self.dropout(self.feed_forward(x))
 
 
-class TransformerPolicy(nn.Module):
+class TransformerPolicy(Headed):
     """Observations `[B, To, D]` -> action of the last step."""
 
     def __init__(
@@ -102,9 +106,13 @@ class TransformerPolicy(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(history, width))
         self.head, self.keys = head, keys
 
-    def forward(self, observation: dict[str, Tensor] | Tensor) -> Tensor | Mixture:
+    def features(self, observation: dict[str, Tensor] | Tensor) -> Tensor:
+        """The head's input `[B, W]`."""
         x = self.blocks(self.embed(sequence(observation, self.keys)) + self.position)  # [B, To, W]
-        return self.head(self.norm(x[:, -1]))
+        return self.norm(x[:, -1])
+
+    def forward(self, observation: dict[str, Tensor] | Tensor) -> Tensor | Mixture:
+        return self.head(self.features(observation))
 
 
 def sequence_sizes(spec: dict[str, Any]) -> tuple[list[str], int, tuple[int, ...]]:

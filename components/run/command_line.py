@@ -8,12 +8,13 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import make_dataclass
+from dataclasses import fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from ..errors import UserError, crashes_pass, nearest, where
-from .help import Option, Registries, page
+from ..records import hints_of
+from .help import Option, Registries, name_of, page
 from .unknown import about_unknown
 
 T = TypeVar("T")
@@ -246,7 +247,7 @@ def named(name: str) -> Any:
 
 def parse_names(options: type[T], argv: Sequence[str]) -> T:
     """First pass: read only the fields of `options`, and ignore the rest of the command line, `--help` included."""
-    return _tyro(options, [word for word in argv if not asks_for_help([word])], add_help=False)[0]
+    return _tyro(options(), [word for word in argv if not asks_for_help([word])])[0]
 
 
 def parse(
@@ -268,14 +269,13 @@ def parse(
         usage: The words after the program's name, where they are not what `options` says.
         more: Further options that `--help` is to show.
     """
-    extra = {} if default is None else {"default": default}
     values: Any = options() if default is None else default
     registries = registries or {}
     if asks_for_help(argv):
         if not quiet:
             print(page(values, registries, sections or {}, usage, more), end="")
         raise SystemExit(0)
-    parsed, unknown = _tyro(options, argv, add_help=False, **extra)
+    parsed, unknown = _tyro(values, argv)
     unknown_options = [word for word in unknown if word.startswith("--")] or unknown
     if unknown_options:
         raise UserError(about_unknown(unknown_options[0].partition("=")[0], values, registries))
@@ -287,14 +287,23 @@ def asks_for_help(argv: Sequence[str]) -> bool:
     return any(word in ("-h", "--help") for word in argv)
 
 
-def _tyro(options: type[T], argv: Sequence[str], **extra: Any) -> tuple[T, list[str]]:
-    """The options that tyro parses, and the unknown words. Raises UserError with tyro's error as one line."""
+def _tyro(values: Any, argv: Sequence[str]) -> tuple[Any, list[str]]:
+    """`values` with the options that tyro parses, and the unknown words.
+
+    tyro looks at each field, its type and its text, whether it is set or not, so it is given those that may be.
+
+    Raises:
+        UserError: tyro's error as one line.
+    """
     import tyro
 
-    out = io.StringIO()
+    asked, out = _asked(values, argv), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            return tyro.cli(options, args=list(argv), return_unknown_args=True, **extra)
+            default = asked(**{name: getattr(values, name) for name in asked.__annotations__})
+            found, unknown = tyro.cli(
+                asked, args=list(argv), return_unknown_args=True, default=default, add_help=False, description=""
+            )
     except SystemExit as stop:
         if not stop.code:  # tyro has printed a shell's completion
             print(out.getvalue(), end="")
@@ -302,3 +311,21 @@ def _tyro(options: type[T], argv: Sequence[str], **extra: Any) -> tuple[T, list[
         text = re.sub(r"[\s╭╮╰╯│─]+|-{3,}", " ", out.getvalue())
         text = re.sub(r" +", " ", re.split(r"Argument helptext|For full helptext", text)[0]).strip()
         raise UserError(re.sub(r"^(Value error|Invalid choice|Missing argument) ", "", text)) from None
+    return replace(values, **vars(found)), unknown
+
+
+def _asked(values: Any, argv: Sequence[str]) -> type:
+    """A dataclass of the fields of `values` that a command line may set: its options, their groups, and plain words."""
+    import tyro
+
+    shell = any(word.startswith("--tyro-") for word in argv[:1])  # its completion needs all of them
+    kind: Any = type(values)
+    hints, asked = hints_of(kind), []
+    for field in fields(values):
+        hint = hints.get(field.name, field.type)
+        beside = getattr(hint, "__metadata__", ())
+        name = name_of(field.name, beside)
+        plain = tyro.conf.Positional in beside
+        if shell or plain or given(argv, name) or any(w.replace("_", "-").startswith(f"--{name}.") for w in argv):
+            asked.append((field.name, hint))
+    return make_dataclass("Asked", asked, repr=False, eq=False, namespace={"__doc__": " "})

@@ -52,8 +52,8 @@ def options_in(kind: type, values: Any = None, prefix: str = "") -> Iterator[tup
     hints, texts, own, inner = hints_of(kind), texts_of(kind), [], []
     for field in fields(kind):
         beside = getattr(hints.get(field.name), "__metadata__", ())
-        said = next((entry for entry in beside if hasattr(entry, "help_behavior_hint")), None)
-        name = f"{prefix}{(getattr(said, 'name', None) or field.name).replace('_', '-')}"
+        said = _said(beside)
+        name = f"{prefix}{name_of(field.name, beside)}"
         value = getattr(values, field.name, MISSING) if values is not None else field.default
         if getattr(said, "name", None) == "":
             name = prefix.removesuffix(".")
@@ -65,6 +65,16 @@ def options_in(kind: type, values: Any = None, prefix: str = "") -> Iterator[tup
         yield prefix, own
     for one in inner:
         yield from options_in(*one)
+
+
+def _said(beside: Sequence[Any]) -> Any:
+    """What `tyro.conf.arg` says beside a field's type; None for nothing."""
+    return next((entry for entry in beside if hasattr(entry, "help_behavior_hint")), None)
+
+
+def name_of(field: str, beside: Sequence[Any]) -> str:
+    """The name of a field's option, from what stands beside the field's type."""
+    return (getattr(_said(beside), "name", None) or field).replace("_", "-")
 
 
 def _option(field: str, name: str, hint: Any, beside: Sequence[Any], said: Any, value: Any, texts: Any) -> Option:

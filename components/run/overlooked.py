@@ -96,6 +96,10 @@ def _ignored(args: Any, learner: Any, batches: Any) -> list[str]:
         needs |= dict.fromkeys(("save-format", "save-what", "save-episodes"), args.save_dataset)
     wanted = {option: "--track wandb" if option.startswith("track") else "--save-dataset" for option in needs}
     lines += [f"--{o} has no effect without {wanted[o]}" for o, on in needs.items() if args.given(o) and not on]
+    for name, (_, options) in args.models.items():
+        prefix = "--model" if name == next(iter(args.models)) else f"--model.{name}"
+        idle = {f"{prefix}.{o}": f"{prefix}.{without}" for o, without in contracts.idle_options_of(options).items()}
+        lines += [f"{o} has no effect without {idle[o]}" for o in idle if args.given(o.removeprefix("--"))]
     if batches is not None and args.workers and batches.resident:
         lines.append(f"--workers {args.workers} has no effect: this data is in memory")
     scaled = [entry.partition("=")[0] for entry in getattr(args.optimizer_options, "lr_scale", ())]

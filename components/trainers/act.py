@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ..contracts import Demonstrations
 from ..errors import UserError
-from ..losses import zero_padding
+from ..losses import WithAuxiliary, zero_padding
 from ..models.checks import check_chunks
 from ..models.encoder import EncodedPolicy, encoder_of
 from ..optimizers import update
@@ -74,14 +74,14 @@ class ACT:
         observation = self.encoder(data)
         mean, log_variance = self.models["policy"].latent_of(observation, action, is_pad)  # [B, Z] each
         z = mean + (log_variance / 2).exp() * torch.randn_like(mean)
-        prediction = self.models["policy"](observation, z)  # [B, Ta, Da]
+        network = WithAuxiliary(self.models["policy"])
+        prediction = network(observation, z)  # [B, Ta, Da]
         target = action
         if is_pad is not None:
             prediction, target = zero_padding(prediction, target, is_pad)
         reconstruction, kl = self.loss(prediction, target), kl_divergence(mean, log_variance).mean()
-        loss = reconstruction + self.config.kl_weight * kl
-        metrics = {"loss": loss, "reconstruction": reconstruction, "kl": kl}
-        return loss, {name: value.detach() for name, value in metrics.items()}
+        loss, metrics = network.added(reconstruction + self.config.kl_weight * kl)
+        return loss, metrics | {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
         loss, metrics = self.losses(data)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..contracts import Demonstrations
-from ..losses import zero_padding
+from ..losses import WithAuxiliary, zero_padding
 from ..models.checks import check_regression
-from ..models.encoder import EncodedPolicy, encoder_of
+from ..models.codebook import acting, learn_with
+from ..models.encoder import encoder_of
 from ..optimizers import update
 
 
@@ -38,6 +39,8 @@ class BC:
         check_regression(models, loss)
         self.models, self.optimizers, self.loss = models, optimizers, loss
         self.encoder = encoder_of(models)
+        if "policy" in models:
+            learn_with(models["policy"], optimizers.get("policy"))
 
     @staticmethod
     def data(config: Any) -> Demonstrations:
@@ -46,14 +49,14 @@ class BC:
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one batch, and the metrics."""
-        prediction, target = self.models["policy"](self.encoder(data)), data["action"]  # [B, (Ta,) Da]
+        network, target, is_pad = WithAuxiliary(self.models["policy"]), data["action"], data.get("action_is_pad")
+        prediction = network(self.encoder(data), target=target, is_pad=is_pad)  # [B, (Ta,) Da]
         if isinstance(prediction, Tensor):
             found, expected = tuple(prediction.shape), tuple(target.shape)
             assert found == expected, f"policy returns {found}, data has {expected}"
-        if "action_is_pad" in data:
-            prediction, target = zero_padding(prediction, target, data["action_is_pad"])
-        loss = self.loss(prediction, target)
-        return loss, {"loss": loss.detach()}
+        if is_pad is not None:
+            prediction, target = zero_padding(prediction, target, is_pad)
+        return network.added(self.loss(prediction, target))
 
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
         loss, metrics = self.losses(data)
@@ -61,5 +64,5 @@ class BC:
         return metrics
 
     def policy(self) -> nn.Module:
-        """The policy."""
-        return EncodedPolicy(self.encoder, self.models["policy"])
+        """The policy; with a codebook, one that may draw its codes."""
+        return acting(self.encoder, self.models["policy"])

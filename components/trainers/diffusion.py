@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 
 from ..contracts import Demonstrations
 from ..errors import UserError
-from ..losses import zero_padding
+from ..losses import WithAuxiliary, zero_padding
 from ..models import real_time
 from ..models.checks import check_chunks
 from ..models.encoder import encoder_of
@@ -121,14 +121,13 @@ class Diffusion:
         noisy = alpha_bar.sqrt() * action + (1 - alpha_bar).sqrt() * noise
         targets = {"epsilon": noise, "sample": action}
         targets["v"] = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * action
-        network = self.models["policy"]
-        condition = network.condition(self.encoder(data))
-        network, left_out = real_time.trained_on(network, action, self.config.prefix, data.get("action_is_pad"))
+        own = WithAuxiliary(self.models["policy"])
+        condition = own.condition(self.encoder(data))
+        network, left_out = real_time.trained_on(own, action, self.config.prefix, data.get("action_is_pad"))
         prediction, target = network(noisy, step / len(self.alpha_bar), condition), targets[self.config.prediction]
         if left_out is not None:
             prediction, target = zero_padding(prediction, target, left_out)
-        loss = self.loss(prediction, target)
-        return loss, {"loss": loss.detach()}
+        return own.added(self.loss(prediction, target))
 
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
         loss, metrics = self.losses(data)

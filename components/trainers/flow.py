@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from ..contracts import Demonstrations
 from ..errors import UserError
-from ..losses import sinkhorn, zero_padding
+from ..losses import WithAuxiliary, sinkhorn, zero_padding
 from ..models import real_time
 from ..models.checks import check_chunks
 from ..models.encoder import encoder_of
@@ -118,8 +118,8 @@ class Flow:
             noise = couple(noise, action, self.config.coupling_epsilon)
         time = draw_times(self.config.time, action.flatten(1)[:, 0])
         t = time.view(-1, *[1] * (action.ndim - 1))
-        network, observed = self.models["policy"], self.encoder(data)
-        network, left_out = real_time.trained_on(network, action, self.config.prefix, data.get("action_is_pad"))
+        own, observed = WithAuxiliary(self.models["policy"]), self.encoder(data)
+        network, left_out = real_time.trained_on(own, action, self.config.prefix, data.get("action_is_pad"))
         if self.config.objective == "shortcut":
             velocity, target = few_step.shortcut(network, observed, noise, action, time)
         else:
@@ -127,8 +127,7 @@ class Flow:
             velocity, target = network((1 - t) * noise + t * action, time, condition), action - noise
         if left_out is not None:
             velocity, target = zero_padding(velocity, target, left_out)
-        loss = self.loss(velocity, target)
-        return loss, {"loss": loss.detach()}
+        return own.added(self.loss(velocity, target))
 
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
         loss, metrics = self.losses(data)

@@ -24,7 +24,7 @@ def transitions() -> dict[str, torch.Tensor]:
 
 def chunks() -> dict[str, torch.Tensor]:
     """A batch of demonstrated chunks of four actions."""
-    state = torch.randn(128, 5)
+    state = torch.randn(32, 5)
     return {STATE: state, "action": (state @ EXPERT / 4)[:, None].repeat(1, 4, 1).clamp(-1, 1)}
 
 
