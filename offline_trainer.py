@@ -269,7 +269,9 @@ def build_dataset(args: Args, accelerator: Accelerator, run: Run) -> dict[str, A
     return run.inherited.same_data(parallel.in_turns(accelerator.is_local_main_process, make))
 
 
-def build_learner(args: Args, accelerator: Accelerator, run: Run, spec: dict[str, Any], updates: int) -> Learner:
+def build_learner(
+    args: Args, accelerator: Accelerator, run: Run, spec: dict[str, Any], updates: int, base: Any = None
+) -> Learner:
     """Models, loss, one optimizer for each model that is trained, and the trainer; the same on all processes."""
     cls, device = REGISTRIES["trainer"][args.trainer], accelerator.device
     build_model = lambda name, spec: build("model", *args.models[name], spec)  # noqa: E731
@@ -288,7 +290,7 @@ def build_learner(args: Args, accelerator: Accelerator, run: Run, spec: dict[str
         for name, parameters in trainable(models, args.freeze).items()
     }
     with one_line(f"trainer {args.trainer!r}"):
-        trainer = contracts.construct(cls, models, optimizers, loss, spec, args.trainer_options, device)
+        trainer = contracts.construct(cls, models, optimizers, loss, spec, args.trainer_options, device, base)
         contracts.check(trainer, protocols.Trainer)
         # Here averages of the weights join, all that the trainer has added moves to the device, and every process takes
         # rank 0's weights and buffers, whatever it had drawn itself.

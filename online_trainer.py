@@ -5,6 +5,7 @@ python online_trainer.py --trainer ppo --env.id CartPole-v1 --steps 50000 # on p
 python online_trainer.py --trainer rlpd --dataset metaworld --dataset.task push-v3     # beside demonstrations
 python online_trainer.py --trainer iql --init-from runs/a --dataset d4rl --dataset.path old.hdf5    # on from offline
 python online_trainer.py --trainer residual --trainer.base runs/b --env metaworld      # on top of a frozen policy
+python online_trainer.py --trainer dsrl --trainer.base runs/c --env metaworld          # by the noise of a frozen flow
 accelerate launch --num_processes 8 online_trainer.py --trainer sac       # eight GPUs of one machine
 ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 online_trainer.py --trainer sac
 python online_trainer.py --trainer sac --env.id HalfCheetah-v5 --help     # the options of what is chosen
@@ -303,7 +304,9 @@ def build_dataset(args: Args, accelerator: Accelerator, run: Run) -> dict[str, A
     return run.inherited.same_data(parallel.in_turns(accelerator.is_local_main_process, make))
 
 
-def build_learner(args: Args, accelerator: Accelerator, run: Run, spec: dict[str, Any], updates: int) -> Learner:
+def build_learner(
+    args: Args, accelerator: Accelerator, run: Run, spec: dict[str, Any], updates: int, base: Any = None
+) -> Learner:
     """Models, loss, one optimizer for each model that is trained, and the trainer; the same on all processes."""
     cls, device = REGISTRIES["trainer"][args.trainer], accelerator.device
     build_model = lambda name, spec: build("model", *args.models[name], spec)  # noqa: E731
@@ -322,7 +325,7 @@ def build_learner(args: Args, accelerator: Accelerator, run: Run, spec: dict[str
         for name, parameters in trainable(models, args.freeze).items()
     }
     with one_line(f"trainer {args.trainer!r}"):
-        trainer = contracts.construct(cls, models, optimizers, loss, spec, args.trainer_options, device)
+        trainer = contracts.construct(cls, models, optimizers, loss, spec, args.trainer_options, device, base)
         contracts.check(trainer, protocols.Trainer)
         # Here averages of the weights join, all that the trainer has added moves to the device, and every process takes
         # rank 0's weights and buffers, whatever it had drawn itself.
@@ -354,7 +357,7 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
         raise UserError(f"dataset {args.dataset!r} knows no environment to learn in; name one with --env")
 
     # Environments: each process steps its part of them together. A trainer may correct the actions of a frozen policy,
-    # which is a part of the environments then, so that all else need not know of it.
+    # which is a part of the environments then, so that all else need not know of it; or steer one by its noise.
     num_envs, note = fit_envs(args, world)
     seed = derive_seed(args.seed, rank) % 2**31
     with one_line(f"env {env[0]!r}"):
@@ -364,9 +367,9 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
         environments = run.closing(Environments(make_all, num_envs // world, seed, args.env_timeout))
         spec = describe_env(environments)
 
-    # Normalisation: as in the run that this one begins from, or by what the environments have returned so far.
+    # Normalisation: as in the run that this one begins from or steers, or by what the environments returned so far.
     scaling = (args.normalise_observations, args.normalise_rewards, window.discount)
-    modes = run.inherited.normalisation(args.init_from, spec)  # whose statistics join `spec`
+    modes = run.inherited.normalisation(args.init_from, spec, base)  # whose statistics join `spec`
     statistics = RunningStatistics(spec, *scaling, environments.num_envs)
     normaliser = statistics.normaliser_of(spec, modes).to(device)
     described = normaliser.with_ranges(windowed(spec, window))  # what the models are built for
@@ -376,7 +379,7 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
     # What is trained, for a schedule of so many updates, and its memory, which says how many are due when.
     fit_batch(args.batch_size, args.batch_size, world * args.grad_accumulation, asked=True)
     updates, more = plan.planned_updates(request, args, num_envs)
-    learner = build_learner(args, accelerator, run, described, max(updates, 1))
+    learner = build_learner(args, accelerator, run, described, max(updates, 1), base and base.module)
     update = compiled(learner, run.say) if args.compile else learner.update
     memory = memory_of(args, run, learner, normaliser, spec, old, (num_envs, world))
 
@@ -402,7 +405,8 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
     run.begin(args, {"name": env[0], **asdict(env[1])}, accelerator.mixed_precision, size)
     run.say(*memory.describe(args.steps // num_envs, world), plan.describe_rewards(rewards), *no_effect(args, learner))
     collector.begin(run.step, memory, statistics, explorer)
-    random_until = 0 if args.init_from else memory.learning_starts  # weights from elsewhere explore from the start
+    # Weights from elsewhere explore from the start, and an explorer may have a random beginning of its own.
+    random_until = contracts.random_steps(explorer.module, 0 if args.init_from else memory.learning_starts)
 
     # The loop. It learns at its end: what is due before the first step, or after the last one, is done where it always
     # is, and a resumed run does what its predecessor did not come to do.

@@ -39,7 +39,8 @@ objects that are named here:
       (static)                          model is built for
     base(config) (static)               `experience/frozen_base.py`: (run         none
                                         folder, scale) of a frozen policy that
-                                        the trainer's actions correct
+                                        the trainer's actions correct or, with
+                                        None for the scale, that it steers
 
     losses(data) -> (loss, metrics)     the held-out loss, and --compile          no held-out loss
     estimate(rollout) -> rollout        `Rollout`, once for each; required        none
@@ -58,7 +59,9 @@ objects that are named here:
                                         observations to action or chunk
     explorer() -> nn.Module             the online script, to collect; its        the policy
                                         `env_step`, if any, is set to the
-                                        environment steps so far
+                                        environment steps so far, and
+                                        `random_until` to the first that it
+                                        need not draw at random
 
     state_dict(), load_state_dict(s)    checkpoints: tensors and JSON values      nothing; tensors with
                                                                                   state live in `models`
@@ -76,8 +79,8 @@ from torch.utils.data import Dataset
 class Trainer(Protocol):
     """One algorithm. It calls `loss.backward()`, `optimizer.step()`, `optimizer.zero_grad()`; the script does the rest.
 
-    The constructor may also name any of `device`, `norm_stats`, `spec` and `config`. Every tensor with state lives in
-    `models`: the trainer adds target networks there.
+    The constructor may also name any of `device`, `norm_stats`, `spec`, `config` and `base`, a frozen policy's module.
+    Every tensor with state lives in `models`: the trainer adds target networks there.
     """
 
     def __init__(self, models: nn.ModuleDict, optimizers: dict[str, Optimizer], loss: nn.Module) -> None: ...
@@ -112,10 +115,10 @@ class SpecifiesModels(Protocol):
 
 @runtime_checkable
 class CorrectsPolicy(Protocol):
-    """A trainer whose actions correct those of a frozen policy."""
+    """A trainer whose actions correct those of a frozen policy, or that steers one."""
 
     @staticmethod
-    def base(config: Any) -> tuple[str, float]: ...
+    def base(config: Any) -> tuple[str, float | None]: ...
 
 
 @runtime_checkable

@@ -69,6 +69,7 @@ from .trainers.cql import CQL
 from .trainers.dagger import DAgger
 from .trainers.diffusion import Diffusion
 from .trainers.dqn import DQN
+from .trainers.dsrl import DSRL
 from .trainers.flow import Flow
 from .trainers.fql import FQL
 from .trainers.gcbc import GCBC
@@ -112,6 +113,7 @@ TRAINER_REGISTRY: dict[str, type] = {
     "rlpd": RLPD,
     "residual": Residual,
     "dagger": DAgger,
+    "dsrl": DSRL,
 }
 
 DATASET_BUILDER_REGISTRY: dict[str, type] = {

@@ -210,8 +210,12 @@ def model_spec_of(cls: type, config: Any) -> Callable[[str, dict[str, Any]], dic
     return (lambda model, spec: method(model, spec, config)) if method else (lambda model, spec: spec)
 
 
-def frozen_policy_of(cls: type, config: Any) -> tuple[str, float] | None:
-    """(run folder, scale) of the frozen policy that the trainer's actions correct: `base(config)`, or None."""
+def frozen_policy_of(cls: type, config: Any) -> tuple[str, float | None] | None:
+    """(run folder, scale) of the frozen policy that the trainer learns on top of: `base(config)`, or None.
+
+    Its actions are corrections up to that scale. With None for the scale it steers: its constructor gets the frozen
+    policy's module as `base`, and the action in `spec` has the shape of its `noise` and normalised `limits`.
+    """
     return cls.base(config) if hasattr(cls, "base") else None
 
 
@@ -271,6 +275,17 @@ def exploring_module(trainer: Any, default: nn.Module) -> Any:
     return trainer.explorer() if callable(getattr(type(trainer), "explorer", None)) else default
 
 
+def random_steps(explorer: Any, steps: int) -> int:
+    """Environment steps whose actions are drawn uniformly: `steps`, or 0 for an explorer that is random by itself.
+
+    Such a one has `random_until`, which is set to `steps`.
+    """
+    if not hasattr(explorer, "random_until"):
+        return steps
+    explorer.random_until = steps
+    return 0
+
+
 def set_env_step(explorer: Any, step: int) -> None:
     """Report the environment steps so far to an explorer that has `env_step`."""
     if hasattr(explorer, "env_step"):
@@ -296,15 +311,19 @@ def construct(
     spec: dict[str, Any],
     config: Any,
     device: torch.device,
+    base: nn.Module | None = None,
 ) -> Any:
-    """The trainer, with those of `device`, `norm_stats`, `spec` and `config` that its constructor names.
+    """The trainer, with those of `device`, `norm_stats`, `spec`, `config` and `base` that its constructor names.
+
+    Args:
+        base: Module of the frozen policy that it steers.
 
     Raises:
         UserError: a constructor that cannot be called with these arguments.
     """
     fit_loss(loss, spec, cls, config, device)
     norm_stats = {key: feature["stats"] for key, feature in spec.items() if "stats" in feature}
-    available = {"device": device, "norm_stats": norm_stats, "spec": spec, "config": config}
+    available = {"device": device, "norm_stats": norm_stats, "spec": spec, "config": config, "base": base}
     keywords = {name: available[name] for name in accepted(cls, available)}
     if problem := unbindable(cls, "__init__", (), ("models", "optimizers", "loss", *keywords)):
         raise UserError(problem)

@@ -75,6 +75,8 @@ class Feature(Told):
     stored_shape: NotRequired[list[Size]]
     range: NotRequired[Numbers]
     bounds: NotRequired[dict[str, Numbers]]
+    noise: NotRequired[list[Size]]  # shape of what a frozen policy makes it of
+    limits: NotRequired[Numbers]
 
 
 class Component(TypedDict):
@@ -105,6 +107,12 @@ class ResidualRecord(TypedDict):
     scale: float
     low: list[float]
     high: list[float]
+    sha256: str
+
+
+class SteeredRecord(TypedDict):
+    """`steered.json`."""
+
     sha256: str
 
 

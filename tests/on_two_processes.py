@@ -137,6 +137,9 @@ if __name__ == "__main__":
     statistics = ("--normalise-observations", "--normalise-rewards")
     run("ppo_fault", *toy.ONLINE_ALONE["ppo"], *fault, "--eval-episodes", 2, "--save-every", 40, script=online_trainer)
     run("sac_fault", *toy.SAC, *fault, *statistics, "--learning-starts", 20, script=online_trainer)
+    run("steered", *toy.FLOW_OF_AN_MLP, "--steps", 5)
+    steers = (*toy.DSRL, "--trainer.base", FOLDER / "steered", "--steps", 40, "--learning-starts", 20)
+    run("dsrl", *steers, "--eval-episodes", 2, script=online_trainer)
     torch.randn = toy.sliced_randn(RANK, 2)
     run("ppo", *toy.WHOLE_ROLLOUTS, script=online_trainer)
     torch.randn = own_randn

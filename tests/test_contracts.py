@@ -40,6 +40,7 @@ def tiny_spec(trainer: str) -> dict[str, dict[str, Any]]:
     spec = {STATE: vector(5), f"next.{STATE}": vector(5), "action": vector(*(4,) * chunk, 2)}
     if trainer in ("gcbc", "gciql", "hiql"):
         spec |= {GOAL: vector(5), f"next.{GOAL}": vector(5)}
+    spec["action"] |= {"noise": [2]} if trainer == "dsrl" else {}
     if discrete:
         spec["action"] = {"shape": (), "dtype": "int64", "classes": 3}
     scalars = {"reward": "float32", "terminated": "bool", "complete": "float32", "return_to_go": "float32"}
@@ -61,7 +62,7 @@ def tiny_trainer(name: str) -> Any:
     trainable = {model: list(module.parameters()) for model, module in models.items()}
     optimizers = {model: torch.optim.SGD(p, lr=0.1) for model, p in trainable.items() if p}
     loss = REGISTRIES["loss"][defaults["loss"]]().build()
-    return contracts.construct(cls, models, optimizers, loss, spec, config, torch.device("cpu"))
+    return contracts.construct(cls, models, optimizers, loss, spec, config, torch.device("cpu"), nn.Identity())
 
 
 @pytest.mark.parametrize(("option", "name"), BUILT_IN)

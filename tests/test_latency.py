@@ -23,7 +23,7 @@ from components.acting.learned import acting_policy
 from components.acting.policy import Policy
 from components.data.normalisation import Normaliser
 from components.envs import metaworld, pusht
-from components.experience.frozen_base import Base
+from components.experience.frozen_base import Corrected
 from components.run.curves import read_lines
 from conftest import check_alone
 from latency_results import points_of
@@ -340,7 +340,7 @@ def test_delay_is_an_option_of_trainings_and_of_what_is_saved(
     assert caplog.messages == [
         f"{run}: act() simulates the delay of 3 steps with which it was evaluated; delay=0 leaves it out"
     ]
-    assert "delay" not in Base(run, 0.1).new().inference, "what is corrected is never late"
+    assert "delay" not in Corrected(run, 0.1).new().inference, "what is corrected is never late"
     with pytest.raises(UserError, match="--policy.delay -3 must be a whole number"):
         script("--trainer", "bc", "--steps", 2, "--policy.delay", -3, folder="other")
 
@@ -350,9 +350,10 @@ def test_a_residual_policy_cannot_be_late() -> None:
     assert policy.to("cpu") is policy
     args = SimpleNamespace(policy=Inference(delay=2), given=lambda name: False, trainer="residual")
     learner = SimpleNamespace(trainer=object(), models={"policy": Tells(1)}, device="cpu")
+    on_top = SimpleNamespace(module=None, at_once=True)
     for late in (
         lambda: policy.configure(delay=2),
-        lambda: acting_policy(learner, Normaliser(spec_of(1)), spec_of(1), args, base=object()),
+        lambda: acting_policy(learner, Normaliser(spec_of(1)), spec_of(1), args, base=on_top),
     ):
         with pytest.raises(UserError, match="--policy.delay 2: a residual policy corrects the action of each step"):
             late()

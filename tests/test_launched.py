@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import toy
+from components import load_policy
 from components.run.checkpoint import newest, read_tree
 from components.run.curves import read_lines
 from components.run.policies import choose
@@ -106,6 +107,15 @@ def test_the_budget_of_labels_is_of_all_processes(pair: Path, online: Callable[.
     online("--resume", run, "--steps", 100)
     line = read_lines(run / "metrics.jsonl")[-1]
     assert (line["step"], line["updates"], line["train/expert_labels"]) == (100, 80, 45)
+
+
+def test_two_processes_steer_one_frozen_policy(pair: Path) -> None:
+    run = pair / "dsrl"
+    assert json.loads((run / "status.json").read_text()) == {"state": "finished", "step": 40, "reason": ""}
+    assert read_lines(run / "metrics.jsonl")[-1]["updates"] == 20
+    kept = [(folder / "model.safetensors").read_bytes() for folder in (run / "inherited/base", run / "policy/base")]
+    assert kept == [(pair / "steered" / "policy" / "model.safetensors").read_bytes()] * 2
+    assert load_policy(run).chunk == 4
 
 
 @pytest.mark.parametrize("name", ["ppo_fault", "sac_fault"])

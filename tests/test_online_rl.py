@@ -83,7 +83,7 @@ def test_every_trainer_resumes_exactly(online: Script, name: str) -> None:
 
 
 def test_there_is_a_small_run_of_every_trainer_that_learns_online() -> None:
-    assert set(LEARNERS) >= set(toy.ONLINE_ALONE) - {"residual"}
+    assert set(LEARNERS) >= set(toy.ONLINE_ALONE) - {"residual", "dsrl"}
 
 
 def test_ppo_learns_the_toy(online: Script) -> None:

@@ -92,6 +92,11 @@ ONLINE_ALONE["residual"] = ("--trainer", "residual")  # it needs a run to begin 
 ONLINE_ALONE["rlpd"] = ("--trainer", "rlpd", *SMALL, "--dataset", "toy", "--model.critic.members", 3)
 ONLINE_ALONE["rlpd"] += ("--updates-per-step", 2, "--trainer.policy-every", 2)
 ONLINE_ALONE["dagger"] = ("--trainer", "dagger", "--model.hidden-dims", 16, "--env", "savable", "--trainer.labels", 45)
+DSRL = ("--trainer", "dsrl", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16, "--env", "savable")
+DSRL += ("--model.noise-critic.hidden-dims", 16, "--trainer.policy-starts", 10)
+ONLINE_ALONE["dsrl"] = DSRL  # and so does this one
+FLOW_OF_AN_MLP = ("--trainer", "flow", "--model", "vector_field", "--model.hidden-dims", 16, "--dataset.obs-steps", 1)
+FLOW_OF_AN_MLP += ("--dataset.action-steps", 6, "--trainer.objective", "shortcut")
 # A network with losses of its own that are no means over samples.
 EXPERTS = ("--trainer", "bc", "--model.experts", 3, "--model.hidden-dims", 16)
 DRAWS_NOISE = ("act", "diffusion", "flow", "sac", "td3", "td3_bc", "awac", "cql", "rebrac", "fql", "ifql", "qc")

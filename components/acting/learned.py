@@ -38,7 +38,7 @@ def acting_policy(
         args: With `policy`, the inference settings, and `given`, which returns whether the command line sets an option:
             a default out of range is reduced.
         needed: Refuse a trainer without a policy.
-        base: The frozen policy that it corrects, or None.
+        base: The frozen policy under it, or None.
 
     Raises:
         UserError: it fails on an observation, its actions have another shape than the data's, invalid settings, or an
@@ -63,7 +63,9 @@ def acting_policy(
     if settings.sampling_steps is not None and not given("policy.sampling-steps"):
         most = getattr(module, "usual_steps", getattr(module, "most_steps", settings.sampling_steps))
         settings = replace(settings, sampling_steps=min(settings.sampling_steps, most))
-    if base and settings.delay:
+    if base and base.module and getattr(args, "normalise_observations", False):
+        raise UserError("--normalise-observations: the frozen policy needs its own normalisation; leave it out")
+    if base and base.at_once and settings.delay:
         raise UserError(f"--policy.delay {settings.delay}: {AT_ONCE}")
     policy = Policy(module, normaliser, spec, settings)
     policy.base = base

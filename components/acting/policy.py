@@ -48,7 +48,7 @@ class Policy:
     ) -> None:
         self.module, self.normaliser, self.spec = module, normaliser, spec
         self.form = ActionForm.of(spec)  # how actions are learnt
-        self.base: Any = None  # the frozen `Base` of a residual policy
+        self.base: Any = None  # the frozen `Base` under it
         self.hold: Hold = motionless  # of the robot; an evaluation takes the environment's
         # History and chunk steps are the leading axis of an item; every chunk has a bool mask.
         self.chunked = "action_is_pad" in spec

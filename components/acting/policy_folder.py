@@ -28,12 +28,13 @@ from ..data.features import build_models
 from ..data.normalisation import Normaliser
 from ..data.tensor_files import save_tensors
 from ..errors import UserError, one_line
-from ..records import PolicyRecord, ResidualRecord, check_folder, leaves, misfit, read_record
+from ..records import PolicyRecord, ResidualRecord, SteeredRecord, check_folder, leaves, misfit, read_record
 from .correction import CorrectedPolicy, Middle, fingerprint
 from .inference import Inference
 from .policy import Policy
 
 FORMAT = 1
+CORRECTED, STEERED = "residual.json", "steered.json"  # records of a policy on top of a frozen one, beside its own
 OPERATIONS = 300  # of torch, for each stored tensor, that building a module may take
 ELEMENTS = 1 << 28  # of tensors that a module may have beyond those that are stored, such as a trainer's critics
 REMEDY = "copy the policy's folder again"
@@ -61,7 +62,7 @@ def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def write_policy(folder: Path, policy: Policy, args: Any, step: int, weights: dict[str, torch.Tensor]) -> None:
-    """Write `model.safetensors` and `policy.json` into a folder, and of a residual policy, `residual.json`.
+    """Write `model.safetensors` and `policy.json` into a folder, and the record of a policy on top of a frozen one.
 
     Args:
         args: Names and options of the components from which the policy's module is built again, and the plugins that
@@ -89,7 +90,7 @@ def write_policy(folder: Path, policy: Policy, args: Any, step: int, weights: di
     save_tensors(weights, folder / "model.safetensors")
     (folder / "policy.json").write_text(json.dumps(description, indent=1) + "\n")
     if policy.base is not None:
-        (folder / "residual.json").write_text(json.dumps(policy.base.record(), indent=1) + "\n")
+        (folder / policy.base.record_name).write_text(json.dumps(policy.base.record(), indent=1) + "\n")
 
 
 def load_folder(folder: str | Path, **settings: Any) -> Any:
@@ -103,9 +104,10 @@ def load_folder(folder: str | Path, **settings: Any) -> Any:
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{path.parent}: damaged or incomplete policy ({type(error).__name__}: {error})") from error
     spec, modes = description["spec"], description["normalisation"]
+    steered = steered_by(path.parent)
     with one_line(f"{path}: no policy can be built from it"):
         with weights_follow(), Bounded(weights):
-            module = _build_module(description, spec, path)
+            module = _build_module(description, spec, path, steered)
         check_weights(module, weights, path)
         module.load_state_dict(weights)
         complete = {key: modes.get(key, "none") for key in spec}
@@ -215,8 +217,12 @@ def normalisation_of(folder: str | Path, spec: dict[str, Any]) -> dict[str, str]
     return {key: modes.get(key, "none") for key in spec if not key.startswith("next.")}
 
 
-def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path) -> nn.Module:
-    """Build the policy's module as the script did: one model, or the trainer's `policy()`."""
+def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path, steered: Any = None) -> nn.Module:
+    """Build the policy's module as the script did: one model, or the trainer's `policy()`.
+
+    Args:
+        steered: Module of the frozen policy that it steers, or None.
+    """
     from .. import LOSS_BUILDER_REGISTRY, MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY
 
     def component(registry: dict[str, type], entry: dict[str, Any]) -> tuple[type, Any]:
@@ -243,7 +249,7 @@ def _build_module(description: dict[str, Any], spec: dict[str, Any], path: Path)
     if not description["own_policy"]:
         return models["policy"]
     loss = instantiate(*component(LOSS_BUILDER_REGISTRY, description["loss"])).build()
-    return construct(cls, models, idle_optimizers(models), loss, spec, config, torch.device("cpu")).policy()
+    return construct(cls, models, idle_optimizers(models), loss, spec, config, torch.device("cpu"), steered).policy()
 
 
 def idle_optimizers(models: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
@@ -254,22 +260,42 @@ def idle_optimizers(models: nn.ModuleDict) -> dict[str, torch.optim.Optimizer]:
 
 def with_base(folder: Path, correction: Policy) -> Any:
     """The policy of a folder, with the frozen policy that it corrects, if any. Raises UserError: a damaged folder."""
-    path = folder / "residual.json"
+    path = folder / CORRECTED
     if not path.exists():
         return correction
     how = read_record(path, ResidualRecord, REMEDY)
-    base = load_folder(base_folder(folder), delay=0)  # since a correction belongs to the action of its own step
+    base = load_base(folder, how["sha256"], "corrected")
     width = robot_width(base.spec["action"])
     if not len(how["low"]) == len(how["high"]) == width:
         raise UserError(f"{path}: damaged: low and high must have {width} numbers, as the actions of its base")
-    if fingerprint(base_folder(folder)) != how["sha256"]:
-        raise UserError(f"{base_folder(folder)}: not the weights of the policy that was corrected")
     low, high = (np.array(how[name], dtype=np.float32) for name in ("low", "high"))
     return CorrectedPolicy(base, correction, Middle(low, high, how["scale"]))
 
 
+def steered_by(folder: Path) -> nn.Module | None:
+    """The module of the frozen policy that a folder's policy steers, if any. Raises UserError: a damaged folder."""
+    if not (folder / STEERED).exists():
+        return None
+    how = read_record(folder / STEERED, SteeredRecord, REMEDY)
+    base = load_base(folder, how["sha256"], "steered")
+    if not hasattr(base, "module"):
+        raise UserError(f"{base_folder(folder)}: damaged: it has no noise; {REMEDY}")
+    return base.module
+
+
+def load_base(folder: Path, sha256: str, done: str) -> Any:
+    """The frozen policy under that of a folder, without delay, as what is on top belongs to its own step.
+
+    Raises UserError: other weights than when the run learnt.
+    """
+    base = load_folder(base_folder(folder), delay=0)
+    if fingerprint(base_folder(folder)) != sha256:
+        raise UserError(f"{base_folder(folder)}: not the weights of the policy that was {done}")
+    return base
+
+
 def base_folder(folder: Path) -> Path:
-    """Folder of the frozen policy that a residual one corrects: in it or, for a checkpoint, where its run keeps it.
+    """Folder of the frozen policy under that of a folder: in it or, for a checkpoint, where its run keeps it.
 
     Raises:
         UserError: it is not there, or leads out of the run.
@@ -281,14 +307,15 @@ def base_folder(folder: Path) -> Path:
             if leaves(base, [real, run]):
                 raise UserError(f"{base} is a link out of {run}; it is not followed, copy the folder instead")
             return base
-    raise UserError(f"{folder}: the frozen policy that it corrects is not there; copy the whole run's folder again")
+    verb = "steers" if (folder / STEERED).exists() else "corrects"
+    raise UserError(f"{folder}: the frozen policy that it {verb} is not there; copy the whole run's folder again")
 
 
 def copy_policy(folder: Path, to: Path) -> None:
-    """Copy a policy and the one that it corrects, if any, to a new folder, readable by whom the umask lets."""
+    """Copy a policy and the frozen one under it, if any, to a new folder, readable by whom the umask lets."""
     to.mkdir(parents=True)
-    for name in ("policy.json", "model.safetensors", "residual.json"):
+    for name in ("policy.json", "model.safetensors", CORRECTED, STEERED):
         if (folder / name).exists():
             shutil.copyfile(folder / name, to / name)
-    if (folder / "residual.json").exists():
+    if (folder / CORRECTED).exists() or (folder / STEERED).exists():
         copy_policy(base_folder(folder), to / "base")

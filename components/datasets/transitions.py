@@ -39,15 +39,16 @@ def prepared(data: dict[str, Any], trainer: type, name: str, config: Any, alone:
 
     Raises:
         UserError: pictures that are none; data that does not fit, as of `transitions` and `goal_transitions`; a trainer
-            that needs an environment, for rollouts, an expert, or a policy that it corrects.
+            that needs an environment, for rollouts, an expert, or a policy under it.
     """
     request = request_of(trainer, config)
     if isinstance(request, Rollouts):
         raise UserError(f"{name} learns from rollouts of its own policy; run it by online_trainer.py")
     if alone and isinstance(request, Corrections):
         raise UserError(f"{name} learns from an expert while its policy acts; run it by online_trainer.py")
-    if alone and frozen_policy_of(trainer, config):
-        raise UserError(f"{name} corrects a frozen policy while that acts; run it by online_trainer.py")
+    if alone and (base := frozen_policy_of(trainer, config)):
+        verb = "steers" if base[1] is None else "corrects"
+        raise UserError(f"{name} {verb} a frozen policy while that acts; run it by online_trainer.py")
     data = as_kept(data)
     data["recordings"] = recordings(data.get("validation"))
     if not alone and facts_of(data["dataset"]).get("action", {}).get("form"):

@@ -1,9 +1,12 @@
-"""A frozen policy and a residual policy, whose sum, within the bounds, is executed.
+"""A frozen policy from a run folder, and what a trainer learns on top of it: corrections, or its noise.
 
-For the trainer of the residual policy, the frozen one is a part of the environment. The residual policy observes the
-frozen policy's action in [-1, 1] (`observation.base_action`). Its actions, also in [-1, 1], are corrections of at most
-`scale` times half the range of the actions (Johannink et al., 2019; Silver et al., 2018). So the frozen policy may have
-chunks, a history and noise.
+Corrected: for the trainer, the frozen policy is a part of the environment. The residual policy observes the frozen
+policy's action in [-1, 1] (`observation.base_action`). Its actions, also in [-1, 1], are corrections of at most `scale`
+times half the range of the actions (Johannink et al., 2019; Silver et al., 2018); the sum, within the bounds, is
+executed. So the frozen policy may have chunks, a history and noise.
+
+Steered: for the trainer, the frozen policy is a module, which maps normalised observations and noise to a normalised
+chunk. The run normalises as the frozen policy does.
 """
 
 from collections.abc import Callable
@@ -17,7 +20,7 @@ import torch
 from .. import parallel
 from ..acting.correction import BASE_ACTION, CorrectedPolicy, Middle, fingerprint
 from ..acting.policy import Policy
-from ..acting.policy_folder import copy_policy, describe, load_folder
+from ..acting.policy_folder import CORRECTED, STEERED, copy_policy, describe, load_folder
 from ..contracts import frozen_policy_of
 from ..data.actions import robot_width
 from ..datasets.episodes import EpisodeDataset, take
@@ -28,48 +31,51 @@ from ..run.policies import copy_chosen
 
 
 class Base:
-    """A frozen policy from a run folder, and the scale of its corrections.
+    """A frozen policy from a run folder, on top of which a trainer learns.
 
     Args:
         folder: Run folder, or its policy folder.
-        scale: Largest correction, as a fraction of half the range of an action.
         origin: Run folder that the policy was copied from.
 
     Raises:
-        UserError: no policy there, a policy of discrete actions, or a scale out of range.
+        UserError: no policy there, or a policy of discrete actions.
     """
 
-    def __init__(self, folder: Path, scale: float, origin: str = "") -> None:
-        self.origin = origin
-        self.folder, self.scale = describe(folder)[0].parent, scale
-        if "classes" in self.new().spec["action"]:
-            raise UserError(f"--trainer.base {folder}: its actions are discrete, and cannot be corrected")
-        if not 0 < scale <= 2:
-            raise UserError(f"--trainer.scale {scale} must be above 0 and at most 2, the whole range")
+    done = ""  # what is done to it
+    record_name = ""  # of the file that is saved with the policy on top
+    at_once = False  # whether the policy on top acts at each step, so that it cannot be late
+    module: Any = None  # what the trainer gets
+
+    def __init__(self, folder: Path, origin: str = "") -> None:
+        self.origin, self.folder = origin, describe(folder)[0].parent
+        self.policy = self.new()
+        if "classes" in self.policy.spec["action"]:
+            raise self.unfit(f"its actions are discrete, and cannot be {self.done}")
         self.sha256 = fingerprint(self.folder)
 
-    def new(self) -> Policy:
+    def unfit(self, problem: str) -> UserError:
+        """The error of a policy that does not do."""
+        return UserError(f"--trainer.base {self.origin or self.folder}: {problem}")
+
+    def new(self) -> Any:
         """A new instance of the policy, with separate episodes, that acts without delay."""
         return load_folder(self.folder, delay=0)
 
     def under(self, make: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
-        """(num_envs, seed) -> vector environment that contains this policy."""
+        """(num_envs, seed) -> vector environment in which the policy on top acts."""
+        return make
 
-        def made(num_envs: int, seed: int) -> OnTop:
-            envs = OnTop(make(num_envs, seed), self.new(), self.scale)
-            self.sum = envs.sum
-            return envs
+    def whole(self, top: Policy) -> Any:
+        """The policy on top together with this one."""
+        return top
 
-        return made
-
-    def corrected(self, correction: Policy) -> "CorrectedPolicy":
-        """This policy together with the one that corrects it."""
-        return CorrectedPolicy(self.new(), correction, self.sum)
+    def fit(self, spec: dict[str, Any]) -> dict[str, str] | None:
+        """Modes of the normalisation that it needs, whose statistics join `spec` of the transitions; None for none."""
+        return None
 
     def record(self) -> dict[str, Any]:
-        """Scale, bounds and hash, which are saved with the policy that corrects this one."""
-        bounds = {"low": self.sum.low.tolist(), "high": self.sum.high.tolist()}
-        return {"scale": self.scale, **bounds, "sha256": self.sha256}
+        """What is saved with the policy on top: the hash, ..."""
+        return {"sha256": self.sha256}
 
     def save(self, folder: Path) -> None:
         """Copy the policy to `folder/base`.
@@ -82,8 +88,94 @@ class Base:
         copy_policy(self.folder, folder / "base")
 
 
+class Corrected(Base):
+    """A frozen policy whose actions are corrected.
+
+    Args:
+        scale: Largest correction, as a fraction of half the range of an action.
+
+    Raises:
+        UserError: as `Base`, or a scale out of range.
+    """
+
+    done, record_name, at_once = "corrected", CORRECTED, True
+
+    def __init__(self, folder: Path, scale: float, origin: str = "") -> None:
+        super().__init__(folder, origin)
+        self.scale = scale
+        if not 0 < scale <= 2:
+            raise UserError(f"--trainer.scale {scale} must be above 0 and at most 2, the whole range")
+
+    def under(self, make: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
+        """(num_envs, seed) -> vector environment that contains this policy."""
+
+        def made(num_envs: int, seed: int) -> OnTop:
+            envs = OnTop(make(num_envs, seed), self.new(), self.scale)
+            self.sum = envs.sum
+            return envs
+
+        return made
+
+    def whole(self, top: Policy) -> CorrectedPolicy:
+        """This policy together with the one that corrects it."""
+        return CorrectedPolicy(self.new(), top, self.sum)
+
+    def record(self) -> dict[str, Any]:
+        """Scale, bounds and hash."""
+        bounds = {"low": self.sum.low.tolist(), "high": self.sum.high.tolist()}
+        return {"scale": self.scale, **bounds, **super().record()}
+
+
+class Steered(Base):
+    """A frozen policy whose noise is chosen.
+
+    Raises:
+        UserError: as `Base`; a policy without noise, or with noise in each step of its sampler; a history, a task or
+            actions in another form than they are executed in.
+    """
+
+    done, record_name = "steered", STEERED
+
+    def __init__(self, folder: Path, origin: str = "") -> None:
+        super().__init__(folder, origin)
+        if not isinstance(self.policy, Policy):
+            raise self.unfit("it is a residual policy, which has no noise of its own; steer the one that it corrects")
+        self.module = self.policy.module
+        if not hasattr(self.module, "noise_shape"):
+            raise self.unfit("it draws no noise, which could be chosen; steer a policy of --trainer flow or diffusion")
+        if (sampler := getattr(self.module, "sampler", "")) in getattr(self.module, "random_samplers", ()):
+            others = ", ".join(name for name in self.module.samplers if name not in self.module.random_samplers)
+            raise self.unfit(f"{sampler} draws noise in every step; train it with --policy.sampler {others}")
+        if self.policy.seen_steps > 1:
+            raise self.unfit(f"it observes {self.policy.seen_steps} steps; train it with --dataset.obs-steps 1")
+        if "task" in self.policy.spec:
+            raise self.unfit("it is told a task, and environments tell none; steer a policy of one task")
+        if self.policy.form.changes:
+            raise self.unfit("its actions are relative to the state, or 6D; train it without --dataset.action")
+
+    def fit(self, spec: dict[str, Any]) -> dict[str, str]:
+        """The modes of its normalisation. Its statistics, the shape of its noise and the limits of actions join `spec`.
+
+        Raises:
+            UserError: observations or actions of other shapes than the environment's.
+        """
+        own, normaliser = self.policy.spec, self.policy.normaliser
+        for key in (*self.policy.observation_keys, "action"):
+            here = tuple(spec.get(key, {}).get("shape", ()))
+            there = self.policy.action_shape if key == "action" else tuple(own[key]["shape"])
+            if here != there:
+                raise self.unfit(f"its {key!r} has shape {there}, the environment's {here or None}")
+        action = spec["action"]
+        limits = torch.tensor([action["stats"]["min"], action["stats"]["max"]], dtype=torch.float32)
+        action |= {"noise": list(self.module.noise_shape), "limits": normaliser({"action": limits})["action"].tolist()}
+        for key in (*self.policy.observation_keys, "action"):
+            if "stats" in own[key]:
+                spec[key]["stats"] = own[key]["stats"]
+        return {key: normaliser.modes.get(key, "none") for key in spec if not key.startswith("next.")}
+
+
 def base_of(trainer: type, config: Any, run: Any) -> Base | None:
-    """The frozen policy that a trainer corrects, by its static `base(config) -> (run folder, scale)`; None without.
+    """The frozen policy under a trainer, by its static `base(config) -> (run folder, scale or None)`; None without.
 
     It is copied into the run folder, so that the run can be moved, and resumed without the other run.
 
@@ -93,16 +185,21 @@ def base_of(trainer: type, config: Any, run: Any) -> Base | None:
     if (asked := frozen_policy_of(trainer, config)) is None:
         return None
     folder, scale = asked
+    verb = "steer" if scale is None else "correct"
 
     def copy(to: Path) -> None:
         if not folder:
-            raise UserError("--trainer.base is needed: the run folder of the policy to correct")
+            raise UserError(f"--trainer.base is needed: the run folder of the policy to {verb}")
         copy_chosen(folder, to)
 
-    return parallel.in_turns(run.first, lambda: Base(run.inherited.copied("base", copy), scale, folder))
+    def made() -> Base:
+        kept = run.inherited.copied("base", copy)
+        return Steered(kept, folder) if scale is None else Corrected(kept, scale, folder)
+
+    return parallel.in_turns(run.first, made)
 
 
-def relabelled(data: dict[str, Any], base: Base | None) -> dict[str, Any]:
+def relabelled(data: dict[str, Any], base: Any) -> dict[str, Any]:
     """Demonstrations as transitions of `OnTop`: observations with the frozen policy's action, corrections as actions.
 
     A step whose demonstrated action is beyond the largest correction is left out, and the episode is cut there. With
@@ -114,7 +211,7 @@ def relabelled(data: dict[str, Any], base: Base | None) -> dict[str, Any]:
     Raises:
         UserError: no episodes, chunks, incomplete episodes, or no action within the scale.
     """
-    if base is None or not data:
+    if getattr(base, "scale", None) is None or not data:
         return data
     dataset = data["dataset"]
     if not isinstance(dataset, EpisodeDataset) or dataset.action_steps > 1:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import parallel
+from .. import contracts, parallel
 from ..contracts import Corrections, Rollouts, request_of, window_of
 from ..data.batches import to_device
 from ..data.features import INTERVENTION, check_dataset, describe, read
@@ -37,18 +37,19 @@ def memory_of(
     part, of_rank = args.batch_size // (world * args.grad_accumulation), num_envs // world
     rate, window = num_envs * args.updates_per_step, window_of(cls, config)
     ready: Callable[[Any], Any] = lambda batch: normaliser(to_device(batch, learner.device))  # noqa: E731
-    random = not args.init_from
     if isinstance(request, Rollouts):
         store: Any = Rollout(learner.trainer, normaliser, learner.device, of_rank, part, request)
         ready = lambda batch: batch  # noqa: E731  (it was normalised as a whole)
     elif isinstance(request, Corrections):
         store = labelled = Labelled(spec, args.buffer_size, num_envs, of_rank, window, rate)
-        random = False  # the expert acts first
         if old is not None:
             store = Taught(labelled, old, args.dataset_ratio, part, request.aggregated)
     else:
         store = ReplayBuffer(spec, args.buffer_size, num_envs, of_rank, window, rate)
         store = store if old is None else Mixed(store, old, args.dataset_ratio, part)
+    explorer = contracts.exploring_module(learner.trainer, nn.Identity())
+    acts_first = isinstance(request, Corrections) or hasattr(explorer, "random_until")  # an expert, or a frozen policy
+    random = not (args.init_from or acts_first)
     return Memory(store, ready, part, starts_learning(args)[0], run, args.save_buffer, random)
 
 

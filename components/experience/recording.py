@@ -79,7 +79,7 @@ def save_dataset(
     else:
         how = (args.save_episodes, args.eval_envs, args.eval_seed, args.env_timeout)
         with run.progress.phase("recording", args.save_episodes, "episodes") as seen:
-            episodes = play(policy.base.corrected(policy) if policy.base else policy, make, *how, run.tick, seen)
+            episodes = play(policy.base.whole(policy) if policy.base else policy, make, *how, run.tick, seen)
     origin, fps = f"{args.trainer}, {args.save_what}, step {run.step}", environments.metadata.get("render_fps", 30)
     with run.progress.phase("writing the dataset"):
         said = write(episodes, args.save_dataset, args.save_format, env, origin, fps)

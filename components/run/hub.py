@@ -32,8 +32,8 @@ from .reading import read_args
 
 ADDRESS = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@(.+))?")  # a `Path` has one slash less
 NAME = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-RECORDS, WEIGHTS = ("policy.json", "residual.json"), "model.safetensors"
-FOLDERS = ("", "base/", "base/base/")  # of the policies that residual ones correct
+RECORDS, WEIGHTS = ("policy.json", "residual.json", "steered.json"), "model.safetensors"
+FOLDERS = ("", "base/", "base/base/")  # of the frozen policies underneath
 FILES = [folder + name for folder in FOLDERS for name in (*RECORDS, WEIGHTS)]
 PROGRAMS = ("policy*.pt2", "policy*.onnx")
 CALLS = {

@@ -2,8 +2,8 @@
 
     inherited/record.json    fingerprint of its data, normalisation, shift and scale of its rewards
     inherited/weights/       initial weights that come from other runs or files, until the first checkpoint holds them
-    inherited/base/          a frozen policy that is corrected; expert/ one that labels; policy-<hash>/ one that made
-                             the data
+    inherited/base/          a frozen policy that is corrected or steered; expert/ one that labels; policy-<hash>/ one
+                             that made the data
 
 A new run fills the folder before it begins. A resumed run reads it and nothing else; a run of an older version, which
 has none, reads the others once more and keeps what it found.
@@ -122,19 +122,22 @@ class Inheritance:
         applied = described(lambda: _applied(kept, spec), self.folder)
         return Normaliser(spec, applied)
 
-    def normalisation(self, before: str, spec: dict[str, Any]) -> dict[str, str]:
+    def normalisation(self, before: str, spec: dict[str, Any], base: Any = None) -> dict[str, str]:
         """Modes by which the run that this one begins from normalises, and into `spec` its statistics; {} for no run.
 
         Args:
             before: Folder of that run; "" for none.
             spec: Of the environments' transitions.
+            base: Frozen policy, whose modes come first if it has to have them.
 
         Raises:
             UserError: no policy there, or keys of other shapes.
         """
-        kept = self.keep("normalisation", lambda: _normalisation(_modes(before, spec), spec))
+        fitted = base.fit(spec) if base else None
+        found = lambda: _modes(before, spec) if fitted is None else fitted  # noqa: E731
+        kept = self.keep("normalisation", lambda: _normalisation(found(), spec))
         modes = described(lambda: _applied(kept, spec), self.folder)
-        return modes if before else {}
+        return modes if before or fitted is not None else {}
 
     # ---- weights and folders ----
 

@@ -91,6 +91,7 @@ def choose(folder: str | Path, which: str | int = "last") -> Chosen:
 
 def copy_chosen(folder: str | Path, to: Path) -> None:
     """Copy the policy that `load_policy` loads to a new folder. Raises UserError: there is none."""
+    folder = hub.downloaded(folder) if hub.is_address(folder) else folder
 
     def copy() -> None:
         shutil.rmtree(to, ignore_errors=True)

@@ -162,6 +162,7 @@ class DiffusionSampler(nn.Module):
     """Observations and noise -> chunk, by DDIM or DDPM over evenly spaced steps."""
 
     samplers = ("ddim", "ddpm")
+    random_samplers = ("ddpm",)  # which draw noise in every step
     real_time = True
     most_guidance = 5.0  # beta, that of Black et al.
 
