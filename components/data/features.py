@@ -13,6 +13,7 @@ from ..errors import UserError, nearest
 from ..records import Told, misfit
 from .pictures import IMAGES, is_picture, pictures_of
 
+BASE_ACTION = "observation.base_action"  # the frozen policy's action in [-1, 1], which the residual policy observes
 NO_CHOICE = "produces vectors, and the actions are discrete; use --trainer ppo or dqn"
 ROWS_PER_READ = 4096
 MAX_SLOW_ROWS = 10_000  # items that are checked for NaN one at a time; more would delay the start
