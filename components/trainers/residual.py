@@ -52,14 +52,15 @@ class Residual(TD3):
     name = "residual"
     needs = TD3.needs | {"encoder": "cnn"}
     defaults: dict[str, Any] = ONLINE_RL | {
-        "steps": 100_000,
-        "optimizer.lr-scale": ("policy=0.03",),
-        "online.learning-starts": 4000,
-        "online.updates-per-step": 2,
+        "steps": 30_000,
+        "batch-size": 128,
+        "optimizer.lr-scale": ("policy=0.1",),
+        "online.learning-starts": 3000,
+        "online.updates-per-step": 4,
         "online.normalise-observations": True,
         "dataset.validation": 0.0,
         "ema-decay": 0.999,
-        "eval-every": 10_000,
+        "eval-every": 5000,
         **networks("", final_scale=0.01),
         **networks("critic", members=5, layer_norm=True),
     }
@@ -74,19 +75,17 @@ class Residual(TD3):
         """Run folder of the policy that is corrected."""
         scale: float = 0.5
         """Largest correction, as a fraction of half the range of an action."""
-        penalty: float = 0.05
+        penalty: float = 0.02
         """Weight w of the squared correction."""
-        n_step: int = 5
+        n_step: int = 3
         """Rewards that are summed before bootstrapping."""
-        target_rate: float = 0.01
-        """Fraction of the networks mixed into their targets after each update (tau)."""
         subset: int = 2
         """Number of critics in Z, whose minimum is the target."""
         policy_noise: float = 0.1
         """Deviation of eps, the noise on the target policy's actions."""
         noise_clip: float = 0.3
         """Largest size c of that noise."""
-        policy_starts: int = 5000
+        policy_starts: int = 15_000
         """Updates of the critics before the first update of the policy."""
         exploration_noise: float = 0.2
         """Deviation of the noise on executed actions while data is collected, as a fraction of half their range."""
@@ -161,7 +160,8 @@ class Residual(TD3):
 
     def explorer(self) -> nn.Module:
         """The collecting policy: the policy with noise."""
-        explorer = GaussianNoise(self.models["policy"], self.config.exploration_noise / self.config.scale, self.encoder)
+        deviation = self.config.exploration_noise / self.config.scale
+        explorer: Any = GaussianNoise(self.models["policy"], deviation, self.encoder)
         explorer.random_until = 0  # no random actions first: what the frozen policy does, with noise, is worth more
         return explorer
 
