@@ -401,8 +401,7 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
     run.begin(args, {"name": env[0], **asdict(env[1])}, accelerator.mixed_precision, size)
     run.say(*memory.describe(args.steps // num_envs, world), plan.describe_rewards(rewards), *no_effect(args, learner))
     collector.begin(run.step, memory, statistics, explorer)
-    # Weights from elsewhere explore from the start, and an explorer may have a random beginning of its own.
-    random_until = contracts.random_steps(explorer.module, 0 if args.init_from else memory.learning_starts)
+    random_until = 0 if args.init_from else memory.learning_starts  # weights from elsewhere explore from the start
 
     # The loop. It learns at its end: what is due before the first step, or after the last one, is done where it always
     # is, and a resumed run does what its predecessor did not come to do.

@@ -235,17 +235,6 @@ def exploring_module(trainer: Any, default: nn.Module) -> Any:
     return trainer.explorer() if callable(getattr(type(trainer), "explorer", None)) else default
 
 
-def random_steps(explorer: Any, steps: int) -> int:
-    """Environment steps whose actions are drawn uniformly: `steps`, or 0 for an explorer that is random by itself.
-
-    Such a one has `random_until`, which is set to `steps`.
-    """
-    if not hasattr(explorer, "random_until"):
-        return steps
-    explorer.random_until = steps
-    return 0
-
-
 def set_env_step(explorer: Any, step: int) -> None:
     """Report the environment steps so far to an explorer that has `env_step`."""
     if hasattr(explorer, "env_step"):

@@ -102,13 +102,13 @@ class Explorer(nn.Module):
 class GaussianNoise(nn.Module):
     """The policy's action `[B, Da]` plus the noise in the batch, scaled to this deviation, clipped to [-1, 1]."""
 
-    def __init__(self, policy: nn.Module, deviation: float, encoder: nn.Module | None = None) -> None:
+    def __init__(self, policy: nn.Module, deviation: float) -> None:
         super().__init__()
         self.policy: Any = policy
-        self.encoder, self.noise_shape, self.deviation = encoder or nn.Identity(), (self.policy.noise_width,), deviation
+        self.noise_shape, self.deviation = (self.policy.noise_width,), deviation
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        return (self.policy(self.encoder(batch)) + self.deviation * batch["noise"]).clamp(-1, 1)
+        return (self.policy(batch) + self.deviation * batch["noise"]).clamp(-1, 1)
 
 
 def successors(data: dict[str, Any]) -> dict[str, Any]:

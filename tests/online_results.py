@@ -43,7 +43,7 @@ OFFLINE = {
 # batch all the same, a policy that succeeded in 90 of 100 fell to 74. RLPD is smaller than its authors': half the
 # critics, half the batch and a fifth of the updates.
 ONLINE = {
-    "residual": ("bc", f"{HARD} {DEMOS}"),
+    "residual": ("bc", f"{HARD} {DEMOS} --steps 60000"),
     "iql-online": (
         "iql",
         f"{PEG} {ATTEMPTS} --steps 15000 --learning-starts 5000 --optimizer.lr 1e-4 --ema-decay 0.999",

@@ -53,7 +53,7 @@ def notes(trainer: type = toy.Minimal, planned: int = 100, online: bool = False,
             {"trainer": DQN, "online": True},
             "--trainer.exploration-steps 250000 is longer than the run of 100 environment",
         ),
-        ({"trainer": Residual, "online": True}, "--trainer.policy-starts 15000 is longer than the run of 100 updates"),
+        ({"trainer": Residual, "online": True}, "--trainer.policy-starts 5000 is longer than the run of 100 updates"),
         (
             {"optimizer": Adam(schedule="cosine", schedule_steps=20)},
             "--optimizer.schedule-steps 20 is shorter than the",

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import contracts, parallel
+from .. import parallel
 from ..contracts import Rollouts, request_of, window_of
 from ..data.batches import to_device
 from ..data.features import check_dataset, describe, read
@@ -42,9 +42,7 @@ def memory_of(
         rate, window = num_envs * args.updates_per_step, window_of(cls, config)
         store = ReplayBuffer(spec, args.buffer_size, num_envs, of_rank, window, rate)
         store = store if old is None else Mixed(store, old, args.dataset_ratio, part)
-    explorer = contracts.exploring_module(learner.trainer, nn.Identity())
-    random = not args.init_from and not hasattr(explorer, "random_until")
-    return Memory(store, ready, part, starts_learning(args)[0], run, args.save_buffer, random)
+    return Memory(store, ready, part, starts_learning(args)[0], run, args.save_buffer, not args.init_from)
 
 
 class Memory:

@@ -1,22 +1,26 @@
-"""A residual policy on top of a frozen imitation policy (Ankile et al., 2025, "ResFit", arXiv:2509.19301).
+"""A residual policy on top of a frozen imitation policy (Johannink et al., 2019; Silver et al., 2018).
 
 The frozen policy pi_0, from a run folder, is a part of the environment here (`experience/frozen_base.py`): the state s
-contains its action a_0, and the sum u of both, within the bounds, is executed. Policy and critics learn by TD3
-(`td3.py`). Primes mark targets and successors, Z is a random pair of the critics, drawn at each update:
+contains its action a_0. The residual policy pi(. | s) draws a, and the sum u of both is executed. Policy and critics
+learn by soft actor-critic (`sac.py`) with LayerNorm in the critics and several updates of them per update of the policy
+(as in Yuan et al., 2024, "Policy Decorator", arXiv:2412.13630, and Ball et al., 2023). As there and in ResFit (Ankile
+et al., 2025, arXiv:2509.19301), the critics evaluate u, so that whole demonstrations serve them, whatever their size:
 
-    u(s) = clip(a_0 + scale pi(s), -1, 1)
-    y    = r + gamma (1 - terminated) min_{i in Z} Q'_i(s', clip(u'(s') + clip(eps, -c, c), -1, 1))
+    u    = clip(a_0 + scale a, -1, 1)
+    y    = r + gamma (1 - terminated) min_{i in Z} Q'_i(s', u')                       Z: a random pair of the critics
     J_Q  = sum_i E 1/2 (Q_i(s, u) - y)^2
-    J_pi = -E mean_i Q_i(s, u(s)) / E |mean_i Q_i| + w E pi(s)^2
+    J_pi = E (alpha log pi(a|s) - min_i Q_i(s, u)) / mean |min_i Q_i| + w mean a^2
 
-The critics do not observe a_0, so that what demonstrations tell about an action holds whatever the frozen policy does.
-A policy that follows critics faster than they learn loses what it began with. So the frozen policy collects the first
-transitions, with noise, the critics learn alone for a while, and the policy learns at a small part of their rate. Its
-last layer is initialised with small weights: it starts as the frozen policy. The evaluated policy has averaged weights
-(`--ema-decay`). The run copies the frozen weights, and compares them at its end.
+A small correction changes the values by less than the critics' errors. Three measures keep the policy from exploiting
+these errors: its last layer is initialised with small weights, so that it starts as the frozen policy; the critics are
+trained for a while before it; it maximises the minimum of many critics, and the weight w of the correction's penalty
+falls during training, so that the policy leaves the critics' data gradually. With a discount of 0.95 instead of 0.98,
+staying near the goal of the tables' task is worth almost as much as reaching it. The evaluated policy has averaged
+weights (`--ema-decay`). The run copies the frozen weights, and compares them at its end.
 
-Deviations: values are divided by their mean size, against which the authors' penalty is weighted (0 by default there);
-clipping u keeps the gradient, without which a policy at the bound could not leave it.
+Deviations from Policy Decorator: the critics also observe a_0; the falling weight w replaces a schedule that executes
+corrections with a growing probability. From ResFit: soft actor-critic instead of TD3, the minimum of all critics for
+the policy instead of their mean.
 """
 
 from dataclasses import dataclass, replace
@@ -29,68 +33,54 @@ from torch.optim import Optimizer
 from ..contracts import Place
 from ..data.augmentation import random_shift
 from ..data.features import BASE_ACTION
-from ..models.encoder import EncodedPolicy, detached, encoded, encoder_of
-from ..optimizers import update
+from ..models.encoder import detached, encoded
 from ..parallel import global_mean
-from ..value_learning import (
-    ONLINE_RL,
-    GaussianNoise,
-    bootstrapped,
-    check_rates,
-    data_summary,
-    follow,
-    frozen,
-    networks,
-    summary,
-)
-from .td3 import TD3
+from ..value_learning import ONLINE_RL, check_rates, frozen, networks
+from .rlpd import RLPD
+from .sac import SAC
 
 
-class Residual(TD3):
-    """A residual policy on top of a frozen one, by TD3 with many critics."""
+class Residual(RLPD):
+    """A residual policy on top of a frozen one, by soft actor-critic."""
 
     name = "residual"
-    needs = TD3.needs | {"encoder": "cnn"}
     defaults: dict[str, Any] = ONLINE_RL | {
-        "steps": 30_000,
-        "batch-size": 128,
-        "optimizer.lr-scale": ("policy=0.1",),
-        "online.learning-starts": 3000,
-        "online.updates-per-step": 4,
+        "steps": 100_000,
+        "online.learning-starts": 2000,
         "online.normalise-observations": True,
-        "dataset.validation": 0.0,
         "ema-decay": 0.999,
-        "eval-every": 5000,
+        "eval-every": 10_000,
         **networks("", final_scale=0.01),
         **networks("critic", members=5, layer_norm=True),
+        **networks("temperature", initial=0.02),
     }
 
-    spans = {"policy_starts": "updates"}
+    spans = RLPD.spans | {"penalty_updates": "updates"}
 
     @dataclass(frozen=True)
-    class Config(TD3.Config):
+    class Config(RLPD.Config):
         """A residual policy on top of a frozen one."""
 
+        penalty: float = 0.1
+        """Initial weight of the squared correction against the values, which are divided by their mean size."""
+        penalty_end: float = 0.04
+        """Final weight; with the default scale, that of TD3+BC for the distance from its data."""
+        penalty_updates: int = 20_000
+        """Updates of the critics over which the weight falls, by a constant factor per update."""
         base: Annotated[str, Place()] = ""
         """Run folder of the policy that is corrected."""
-        scale: float = 0.5
+        scale: float = 0.3
         """Largest correction, as a fraction of half the range of an action."""
-        penalty: float = 0.02
-        """Weight w of the squared correction."""
-        n_step: int = 3
+        discount: float = 0.98
+        """Discount factor gamma per environment step."""
+        n_step: int = 5
         """Rewards that are summed before bootstrapping."""
-        subset: int = 2
-        """Number of critics in Z, whose minimum is the target."""
-        policy_noise: float = 0.1
-        """Deviation of eps, the noise on the target policy's actions."""
-        noise_clip: float = 0.3
-        """Largest size c of that noise."""
-        policy_starts: int = 15_000
-        """Updates of the critics before the first update of the policy."""
-        exploration_noise: float = 0.2
-        """Deviation of the noise on executed actions while data is collected, as a fraction of half their range."""
-        shift: int = 4
-        """Largest random shift of pictures in pixels."""
+        policy_every: int = 2
+        """Updates of the critics per update of policy and temperature."""
+        policy_starts: int = 5000
+        """Updates of the critics before the first update of policy and temperature."""
+        backup_entropy: bool = False
+        """Add the entropy to the targets."""
 
     def __init__(
         self,
@@ -101,69 +91,38 @@ class Residual(TD3):
         config: Any = None,
     ) -> None:
         super().__init__(models, optimizers, loss, spec, config)
-        self.encoder = encoder_of(models)
-        members = getattr(models["critic"], "members", 1)
-        bounds = {"penalty": (0, 1e9), "subset": (1, members), "policy_starts": (0, 1e9), "shift": (0, 1e3)}
-        check_rates(self.config, scale=(1e-9, 2), **bounds)
-        if self.config.policy_starts:
-            self.promises = replace(self.promises, repeats_after=None)  # the first updates differ from the others
-
-    @staticmethod
-    def model_spec(model: str, spec: dict[str, Any], config: Any) -> dict[str, Any]:
-        """The critics are built for observations without the frozen policy's action."""
-        return {key: feature for key, feature in spec.items() if model != "critic" or not key.endswith(BASE_ACTION)}
+        self.promises = replace(self.promises, repeats_after=None)  # the weight of the correction changes in Python
+        device = next((p.device for p in models.parameters()), torch.device("cpu"))
+        self.weight = torch.tensor(self.config.penalty, device=device)
+        bounds = {"penalty": (1e-9, 1e9), "penalty_end": (1e-9, 1e9), "penalty_updates": (1, 1e9)}
+        check_rates(self.config, **bounds)
 
     def executed(self, data: dict[str, Any], correction: Tensor, prefix: str = "") -> Tensor:
-        """u `[B, Da]`, whose gradient is that of the sum."""
+        """u `[B, Da]`, whose gradient is that of the sum: with that of the clipping, none could leave a bound."""
         total = data[prefix + BASE_ACTION] + self.config.scale * correction
         return total + (total.clamp(-1, 1) - total).detach()
 
-    def critic_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_Q."""
-        data, critic = encoded(self.encoder, random_shift(data, self.config.shift)), self.models["critic"]
-        with torch.no_grad():
-            noise = self.config.policy_noise * torch.randn_like(data["action"])
-            noise = noise.clamp(-self.config.noise_clip, self.config.noise_clip)
-            action = self.executed(data, self.models["target_policy"](data, prefix="next."), prefix="next.")  # [B, Da]
-            chosen = torch.rand(critic.members, device=action.device).topk(self.config.subset).indices
-            following = self.models["target_critic"].of(chosen, data, (action + noise).clamp(-1, 1), prefix="next.")
-            y = bootstrapped(data, following.amin(0), self.config.discount)  # [B]
-        q = critic(data, self.executed(data, data["action"]))  # [E, B]
-        loss = 0.5 * len(q) * self.loss(q, y.expand_as(q))
-        return loss, {"critic_loss": loss.detach()} | summary("q", q) | data_summary(data)
-
-    def actor_loss(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """J_pi, without gradient for the critics."""
+    def actor_losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """J_pi + J_alpha."""
         with torch.no_grad():
             data = detached(encoded(self.encoder, random_shift(data, self.config.shift)))
-        correction = self.models["policy"](data)  # [B, Da]
-        q = frozen(self.models["critic"], data, self.executed(data, correction)).mean(0)  # [B]
+        action, log_prob = self.models["policy"].sample(data)  # [B, Da], [B]
+        q = self.together(frozen(self.models["critic"], data, self.executed(data, action)))  # [B]
+        alpha = self.models["temperature"]()
         size = global_mean(q.abs()).clamp(min=1e-8)
-        loss = -(q / size).mean() + self.config.penalty * correction.square().mean()
-        return loss, {"actor_loss": loss.detach(), "correction": correction.detach().abs().mean()}
+        actor_loss = ((alpha.detach() * log_prob - q) / size).mean() + self.weight * action.square().mean()
+        temperature_loss = -alpha * (log_prob.detach().mean() + self.target_entropy)
+        metrics = {"actor_loss": actor_loss, "temperature_loss": temperature_loss, "temperature": alpha}
+        metrics |= {"entropy": -log_prob.mean(), "correction": action.abs().mean()}
+        return actor_loss + temperature_loss, {name: value.detach() for name, value in metrics.items()}
+
+    together = SAC.together
+    data = staticmethod(SAC.data)  # a dataset is optional
 
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
-        loss, metrics = self.critic_loss(data)
-        update(self.optimizers, loss, "critic", "encoder")
-        follow(self.models["target_critic"], self.models["critic"], self.config.target_rate)
-        self.updates += 1
-        if self.updates % self.config.policy_every == 0 and self.updates > self.config.policy_starts:
-            loss, more = self.actor_loss(data)
-            update(self.optimizers, loss, "policy")
-            follow(self.models["target_policy"], self.models["policy"], self.config.target_rate)
-            metrics |= more
-        return metrics
-
-    def policy(self) -> nn.Module:
-        """The evaluated policy."""
-        return EncodedPolicy(self.encoder, self.models["policy"])
-
-    def explorer(self) -> nn.Module:
-        """The collecting policy: the policy with noise."""
-        deviation = self.config.exploration_noise / self.config.scale
-        explorer: Any = GaussianNoise(self.models["policy"], deviation, self.encoder)
-        explorer.random_until = 0  # no random actions first: what the frozen policy does, with noise, is worth more
-        return explorer
+        first, last = self.config.penalty, self.config.penalty_end
+        self.weight.fill_(first * (last / first) ** min(self.updates / self.config.penalty_updates, 1.0))
+        return super().train_step(data)
 
     @staticmethod
     def base(config: Any) -> tuple[str, float]:

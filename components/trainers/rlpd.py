@@ -41,6 +41,8 @@ class RLPD(Counting, SAC):
         **networks("critic", members=10, layer_norm=True),
     }
 
+    spans = {"policy_starts": "updates"}
+
     @dataclass(frozen=True)
     class Config(SAC.Config):
         """Reinforcement learning with prior data; the authors' values."""
@@ -49,6 +51,8 @@ class RLPD(Counting, SAC):
         """Number of critics in Z, whose minimum is the target; 1 or 2 by task in the paper."""
         policy_every: int = 20
         """Updates of the critics per update of policy and temperature; as many as --updates-per-step by default."""
+        policy_starts: int = 0
+        """Updates of the critics before the first update of policy and temperature."""
         backup_entropy: bool = True
         """Add the entropy to the targets; off for sparse rewards in the paper."""
 
@@ -63,7 +67,7 @@ class RLPD(Counting, SAC):
         super().__init__(models, optimizers, loss, spec, config)
         self.promises = Promises(self.config.policy_every, compiles=("critic_loss", "actor_losses"))
         members = getattr(models["critic"], "members", 1)
-        check_rates(self.config, subset=(1, members), policy_every=(1, 1e9))
+        check_rates(self.config, subset=(1, members), policy_every=(1, 1e9), policy_starts=(0, 1e9))
         if self.config.target_entropy is None:
             self.target_entropy = self.target_entropy / 2
         for name in ("policy", "temperature"):
@@ -80,13 +84,18 @@ class RLPD(Counting, SAC):
         with torch.no_grad():
             action, log_prob = self.models["policy"].sample(data, prefix="next.")  # [B, Da], [B]
             chosen = torch.rand(critic.members, device=log_prob.device).topk(self.config.subset).indices
+            action = self.executed(data, action, prefix="next.")
             following = self.models["target_critic"].of(chosen, data, action, prefix="next.").amin(0)  # [B]
             if self.config.backup_entropy:
                 following = following - self.models["temperature"]() * log_prob
             y = bootstrapped(data, following, self.config.discount)
-        q = critic(data, data["action"])  # [E, B]
+        q = critic(data, self.executed(data, data["action"]))  # [E, B]
         loss = 0.5 * len(q) * self.loss(q, y.expand_as(q))
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()} | data_summary(data)
+
+    def executed(self, data: dict[str, Any], action: Tensor, prefix: str = "") -> Tensor:
+        """The action whose value the critics learn."""
+        return action
 
     def actor_losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_pi + J_alpha."""
@@ -109,7 +118,7 @@ class RLPD(Counting, SAC):
         update(self.optimizers, loss, "critic", "encoder")
         follow(self.models["target_critic"], self.models["critic"], self.config.target_rate)
         self.updates += 1
-        if self.updates % self.config.policy_every == 0:
+        if self.updates % self.config.policy_every == 0 and self.updates > self.config.policy_starts:
             loss, more = self.actor_losses(data)
             update(self.optimizers, loss, "policy", "temperature")
             metrics |= more
