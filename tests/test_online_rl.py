@@ -197,6 +197,7 @@ def frozen(script: Script) -> Path:
 
 STATE = "observation.state"
 RESIDUAL = ("--trainer", "residual", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16)
+RESIDUAL += ("--updates-per-step", 1)
 
 
 def test_a_residual_policy_begins_as_the_frozen_one_and_leaves_it_as_it_was(online: Script, frozen: Path) -> None:

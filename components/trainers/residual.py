@@ -11,16 +11,16 @@ et al., 2025, arXiv:2509.19301), the critics evaluate u, so that whole demonstra
     J_Q  = sum_i E 1/2 (Q_i(s, u) - y)^2
     J_pi = E (alpha log pi(a|s) - min_i Q_i(s, u)) / mean |min_i Q_i| + w mean a^2
 
-A small correction changes the values by less than the critics' errors. Three measures keep the policy from exploiting
+A small correction changes the values by less than the critics' errors. Five measures keep the policy from exploiting
 these errors: its last layer is initialised with small weights, so that it starts as the frozen policy; the critics are
-trained for a while before it; it maximises the minimum of many critics, and the weight w of the correction's penalty
-falls during training, so that the policy leaves the critics' data gradually. With a discount of 0.95 instead of 0.98,
-staying near the goal of the tables' task is worth almost as much as reaching it. The evaluated policy has averaged
-weights (`--ema-decay`). The run copies the frozen weights, and compares them at its end.
+trained for a while before it; it maximises the minimum of many critics; the weight w of the correction's penalty falls
+during training, so that the policy leaves the critics' data gradually; and there are several environment steps for each
+update, since critics learn from further episodes what a correction does, and not from further updates on the same. The
+evaluated policy has averaged weights (`--ema-decay`). The run copies the frozen weights, and compares them at its end.
 
 Deviations from Policy Decorator: the critics also observe a_0; the falling weight w replaces a schedule that executes
 corrections with a growing probability. From ResFit: soft actor-critic instead of TD3, the minimum of all critics for
-the policy instead of their mean.
+the policy instead of their mean, and a quarter of an update per environment step where they have four.
 """
 
 from dataclasses import dataclass, replace
@@ -45,11 +45,13 @@ class Residual(RLPD):
 
     name = "residual"
     defaults: dict[str, Any] = ONLINE_RL | {
-        "steps": 100_000,
-        "online.learning-starts": 2000,
+        "steps": 150_000,
+        "online.num-envs": 8,
+        "online.learning-starts": 8000,
+        "online.updates-per-step": 0.25,
         "online.normalise-observations": True,
         "ema-decay": 0.999,
-        "eval-every": 10_000,
+        "eval-every": 25_000,
         **networks("", final_scale=0.01),
         **networks("critic", members=5, layer_norm=True),
         **networks("temperature", initial=0.02),
