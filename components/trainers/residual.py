@@ -45,7 +45,7 @@ class Residual(RLPD):
 
     name = "residual"
     defaults: dict[str, Any] = ONLINE_RL | {
-        "steps": 150_000,
+        "steps": 100_000,
         "online.num-envs": 8,
         "online.learning-starts": 8000,
         "online.updates-per-step": 0.25,
@@ -65,8 +65,8 @@ class Residual(RLPD):
 
         penalty: float = 0.1
         """Initial weight of the squared correction against the values, which are divided by their mean size."""
-        penalty_end: float = 0.04
-        """Final weight; with the default scale, that of TD3+BC for the distance from its data."""
+        penalty_end: float = 0.07
+        """Final weight. Below it, the policy follows its critics' errors on the tables' task."""
         penalty_updates: int = 20_000
         """Updates of the critics over which the weight falls, by a constant factor per update."""
         base: Annotated[str, Place()] = ""
