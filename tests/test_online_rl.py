@@ -18,6 +18,7 @@ import toy
 from components import TRAINER_REGISTRY, UserError, load_policy
 from components.acting.evaluation import Evaluator
 from components.contracts import Window
+from components.data.normalisation import RunningStatistics
 from components.datasets.episodes import build as build_episodes
 from components.datasets.episodes import from_columns
 from components.datasets.transitions import Transitions
@@ -385,6 +386,9 @@ def test_a_base_action_beyond_the_bounds_is_corrected_from_the_bound() -> None:
     assert both.corrected(base, correction) == pytest.approx([0.8, -2.5])
     assert both.correction(base, np.float32([0.8, -2.5])) == pytest.approx(correction)
     assert both.normalised(base).tolist() == [1, -1]
+    # As it is in [-1, 1], and the critics add a correction to it, running statistics leave it as it is.
+    spec = {key: {"shape": (2,), "dtype": "float32"} for key in (STATE, BASE_ACTION)}
+    assert [*RunningStatistics(spec, True, False, 0.99, 1).modes] == [STATE]
 
 
 # ---- environments in processes of their own, and wrapped -----------------------------------------------------------
