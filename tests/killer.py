@@ -73,7 +73,7 @@ td3: {ONLINE} --trainer td3 {CRITIC} --env.mode SameStep
 dqn: {ONLINE} --trainer dqn {ACTOR} --env.discrete --updates-per-step 1 --trainer.exploration-steps 60
 ppo-two: {ONLINE} --batch-size 10 --trainer ppo {ACTOR} --model.value.hidden-dims 16 --trainer.rollout 10
 rlpd: {ONLINE} --trainer rlpd {CRITIC} --dataset toy {UNIT} --model.critic.members 3 --updates-per-step 2
-residual: {ONLINE} --trainer residual {CRITIC} --trainer.base BASE
+residual: {ONLINE} --trainer residual {CRITIC} --trainer.base BASE --updates-per-step 1
 qc: {ONLINE} --trainer qc {CRITIC} --model.flow.hidden-dims 16 --dataset toy {UNIT} --reward-scale 1
 """
 

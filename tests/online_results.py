@@ -43,7 +43,7 @@ OFFLINE = {
 # batch all the same, a policy that succeeded in 90 of 100 fell to 74. RLPD is smaller than its authors': half the
 # critics, half the batch and a fifth of the updates.
 ONLINE = {
-    "residual": ("bc", f"{HARD} {DEMOS} --steps 60000"),
+    "residual": ("bc", f"{HARD} {DEMOS} --num-envs 8 --eval-every 25000"),
     "iql-online": (
         "iql",
         f"{PEG} {ATTEMPTS} --steps 15000 --learning-starts 5000 --optimizer.lr 1e-4 --ema-decay 0.999",
@@ -84,7 +84,8 @@ def road(folder: Path) -> list[Runs]:
             before[f"road-{trainer}-{seed}"] = ("road", [*line, "--eval-every", "0"])
         for name, (begins, options) in of_seed(ONLINE, seed).items():
             line = ["online_trainer.py", "--trainer", name.removesuffix("-online"), *task, *options.split(), *own]
-            line += ["--num-envs", "1", "--eval-every", "5000", "--log-every", "500", "--matmul", "auto", "--compile"]
+            line += [] if "--num-envs" in line else ["--num-envs", "1", "--eval-every", "5000"]
+            line += ["--log-every", "500", "--matmul", "auto", "--compile"]
             line += [BEGIN[begins], str(folder / f"road-{begins}-{seed}")] if begins else []
             after[f"road-{name}-{seed}"] = ("road", line)
     return [before, after]

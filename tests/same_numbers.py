@@ -125,7 +125,7 @@ sac: --trainer sac {CRITIC}
 td3: --trainer td3 {CRITIC}
 dqn: --trainer dqn {ACTOR} {CARTPOLE} --updates-per-step 1 --trainer.exploration-steps 60
 rlpd: --trainer rlpd {CRITIC} --dataset toy {UNIT} --model.critic.members 3 --updates-per-step 2
-residual: --trainer residual {CRITIC} --trainer.base {{mixture-head}}
+residual: --trainer residual {CRITIC} --trainer.base {{mixture-head}} --updates-per-step 1
 iql-online: --trainer iql {VALUES} --init-from {{iql}} {CLONED} --dataset.ratio 0.5
 awac-online: --trainer awac {CRITIC} --init-from {{awac}} {CLONED} --dataset.ratio 0.25
 cql-online: --trainer cql {CRITIC} --init-from {{cql}} {CLONED} --dataset.ratio 0.25
@@ -145,7 +145,7 @@ dqn-pictures: --trainer dqn {ACTOR} --env pictures --env.discrete --model encode
 td3-n-step: --trainer td3 {CRITIC} --trainer.n-step 3 --trainer.exploration-noise 0.3 --dataset toy {UNIT}
 collected: --trainer sac {CRITIC} --save-dataset {{collected}}/data --save-what collected
 residual-data: --trainer residual {CRITIC} --trainer.base {{bc}} --trainer.scale 2 --dataset minari \
-  --dataset.path {{collected}}/data --dataset.validation 0
+  --dataset.path {{collected}}/data --dataset.validation 0 --updates-per-step 1
 """
 # Other ways to run cases from above.
 TWO = ("bc", "accumulation", "act", "diffusion", "td3_bc", "iql", "fql", "hiql", "sac", "rlpd", "ppo")

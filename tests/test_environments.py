@@ -416,7 +416,7 @@ def test_a_base_of_a_residual_policy_acts_in_a_box_of_any_shape() -> None:
     assert observation[BASE_ACTION].tolist() == [[-1, 0]] * 2
     envs.step(np.array([[2 / 9, 1], [0, -1]], np.float32))
     assert [env.executed[0][1].tolist() for env in envs.unwrapped.envs] == [[[pytest.approx(1), 1]], [[0, 1]]]
-    assert envs.sum.correction(np.array([0.0, 1.0]), np.array([9.0, 1.0])).tolist() == [1, 0]
+    assert envs.sum.correction(np.array([0.0, 1.0]), np.array([9.0, 1.0])).tolist() == [2, 0]
 
 
 def test_nested_observations_are_refused_in_an_evaluation() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from components import UserError
+from components.data.features import BASE_ACTION
 from components.datasets.transitions import prepared
 from components.models.actor import Actor
 from components.models.discrete_q import DiscreteQ
@@ -410,13 +411,13 @@ def test_dqn_refuses_numbers_that_make_no_sense(option: str, value: float) -> No
 # ---- RLPD ----------------------------------------------------------------------------------------------------------
 
 
-def rlpd(members: int = 5, kind: Any = RLPD, **options: Any) -> Any:
+def rlpd(members: int = 5, kind: Any = RLPD, spec: dict[str, Any] = SPEC, **options: Any) -> Any:
     factories = {
         "policy": TanhGaussian(hidden_dims=(8, 6)),
         "critic": QEnsemble(members=members, hidden_dims=(7, 5), layer_norm=True),
         "temperature": Temperature(initial=0.3),
     }
-    trainer = trained(kind, factories, options)
+    trainer = trained(kind, factories, options, spec)
     trainer.loss = Recorded()
     return trainer
 
@@ -541,18 +542,51 @@ def test_residual_is_refused_without_an_environment() -> None:
         prepared({}, Residual, "residual", Residual.Config(base="runs/x"))
 
 
+def residual(**options: Any) -> Any:
+    spec = SPEC | {key: SPEC["action"] for key in (BASE_ACTION, f"next.{BASE_ACTION}")}
+    return rlpd(kind=Residual, spec=spec, **options)
+
+
+def on_top(size: int = 16) -> dict[str, Tensor]:
+    """A batch with the frozen policy's actions, some at the bounds; corrections of demonstrations may exceed 1."""
+    base = torch.linspace(-1.4, 1.4, 2 * size).reshape(size, 2).clamp(-1, 1)
+    data = batch(size) | {BASE_ACTION: base, f"next.{BASE_ACTION}": base.flip(0)}
+    data["action"][:2] = torch.tensor([[2.5, -3.0], [1.5, 0.5]])
+    return data
+
+
+def test_the_critics_of_residual_learn_the_value_of_the_sum_that_is_executed(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, data, noise = residual(scale=0.4), on_top(), torch.randn(16, 2)
+    monkeypatch.setattr(torch, "randn_like", lambda x: noise)
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: torch.tensor((0.1, 0.9, 0.3, 0.8, 0.2)))
+    loss, metrics = trainer.critic_loss(data)
+    correction, _ = trainer.models["policy"].sample(data, noise, prefix="next.")
+    following = (data[f"next.{BASE_ACTION}"] + 0.4 * correction).clamp(-1, 1)
+    members = trainer.models["target_critic"](data, following, prefix="next.")
+    y = data["reward"] + data["discount"] * ~data["terminated"] * members[[1, 3]].amin(0)
+    assert torch.allclose(trainer.loss.target, y.detach().expand(5, 16), atol=1e-5)
+    done = (data[BASE_ACTION] + 0.4 * data["action"]).clamp(-1, 1)
+    assert float((data[BASE_ACTION] + 0.4 * data["action"] - done).abs().max()) > 0.1
+    expected = 0.5 * (trainer.models["critic"](data, done) - y).square().mean(1).sum()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5) == float(metrics["critic_loss"])
+
+
 def test_the_actor_of_residual_goes_by_the_least_member_and_is_held_back_less_and_less(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also where the sum is clipped, its gradient is that of the sum."""
     options = {"penalty": 0.8, "penalty_end": 0.05, "penalty_updates": 4, "policy_every": 1, "policy_starts": 0}
-    trainer, data, noise = rlpd(kind=Residual, **options), batch(), torch.randn(16, 2)
+    trainer, data, noise = residual(scale=0.4, **options), on_top(), torch.randn(16, 2)
     for weight in (0.8, 0.4, 0.2, 0.1, 0.05, 0.05):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "randn_like", lambda x: noise)
             trainer.weight.fill_(weight)
             loss, metrics = trainer.actor_losses(data)
         action, log_prob = trainer.models["policy"].sample(data, noise)
-        least, alpha = trainer.models["critic"](data, action).amin(0), trainer.models["temperature"]().detach()
+        done = (data[BASE_ACTION] + 0.4 * action).detach().clamp(-1, 1).requires_grad_()
+        least, alpha = trainer.models["critic"](data, done).amin(0), trainer.models["temperature"]().detach()
+        (slope,) = torch.autograd.grad(least.sum(), done)  # of each row
+        least = least.detach() + (slope * 0.4 * (action - action.detach())).sum(1)
         expected = ((alpha * log_prob - least) / least.abs().mean().detach()).mean() + weight * action.square().mean()
         assert float(metrics["actor_loss"]) == pytest.approx(float(expected.detach()), rel=1e-4)
         check_policy_gradient(trainer, loss, expected)

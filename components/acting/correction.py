@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.features import BASE_ACTION
 from ..errors import UserError
 from .learned import AT_ONCE
 from .policy import Policy
-
-BASE_ACTION = "observation.base_action"  # the frozen policy's action in [-1, 1], which the residual policy observes
 
 
 def fingerprint(folder: Path) -> str:
@@ -34,14 +33,18 @@ class Middle:
         self.divisor = np.where(self.half > 0, self.half, 1)  # of an action that cannot vary
 
     def corrected(self, base: np.ndarray, correction: np.ndarray) -> np.ndarray:
-        """The sum `[..., Da]` of a base action and a scaled correction, clipped to the bounds."""
-        return np.clip(base + self.scale * self.half * correction, self.low, self.high).astype(np.float32)
+        """The sum `[..., Da]` of a base action and a scaled correction, clipped to the bounds.
+
+        The base action is clipped first: a frozen policy that is far from its data asks for much more than the bounds
+        allow, and no correction would have an effect there.
+        """
+        within = np.clip(base, self.low, self.high)
+        return np.clip(within + self.scale * self.half * correction, self.low, self.high).astype(np.float32)
 
     def correction(self, base: np.ndarray, action: np.ndarray) -> np.ndarray:
-        """The correction `[..., Da]` from a base action to `action`, within [-1, 1]; 0 where the bounds suffice."""
-        cut = np.clip((action - base) / (self.scale * self.divisor), -1, 1)
-        bounded = ((action >= self.high) & (base >= self.high)) | ((action <= self.low) & (base <= self.low))
-        return np.where(bounded | (self.half == 0), 0, cut).astype(np.float32)
+        """The correction `[..., Da]` that leads from a base action to `action`, also where it is beyond [-1, 1]."""
+        found = (action - np.clip(base, self.low, self.high)) / (self.scale * self.divisor)
+        return np.where(self.half == 0, 0, found).astype(np.float32)
 
     def normalised(self, base: np.ndarray) -> np.ndarray:
         """A base action `[..., Da]` in [-1, 1], as it is observed."""

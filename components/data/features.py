@@ -13,6 +13,7 @@ from ..errors import UserError, nearest
 from ..records import Told, misfit
 from .pictures import IMAGES, is_picture, pictures_of
 
+BASE_ACTION = "observation.base_action"  # the frozen policy's action in [-1, 1], which the residual policy observes
 # Flags of a step that recordings may have, and that older versions did not read: whether an expert or a person, not the
 # policy, chose the action, and whether the task was done after it.
 INTERVENTION, SUCCESS = RECORDED = ("intervention", "success")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError, nearest
 from ..parallel import world_size
-from .features import check_widths
+from .features import BASE_ACTION, check_widths
 from .pictures import is_picture, pictures_of
 
 # Mode -> the statistics it needs; "auto" takes the first of those in AUTO whose statistics are there.
@@ -272,7 +272,7 @@ class RunningStatistics:
 
     def __init__(self, spec: dict[str, Any], observations: bool, rewards: bool, discount: float, num_envs: int) -> None:
         self.keys = [k for k, f in spec.items() if k.startswith("observation.") and f["dtype"] == "float32"]
-        self.keys = self.keys if observations else []
+        self.keys = [k for k in self.keys if k != BASE_ACTION] if observations else []  # an action has its own bounds
         self.rewards, self.discount = rewards, discount
         self.returns, self.ended = torch.zeros(num_envs), torch.ones(num_envs, dtype=torch.bool)
         self.moments: dict[str, Tensor] = {}  # key -> [3, D] float64: count, mean, sum of squared deviations

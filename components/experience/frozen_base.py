@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from .. import parallel
-from ..acting.correction import BASE_ACTION, CorrectedPolicy, Middle, fingerprint
+from ..acting.correction import CorrectedPolicy, Middle, fingerprint
 from ..acting.policy import Policy
 from ..acting.policy_folder import CORRECTED, STEERED, copy_policy, describe, load_folder
 from ..contracts import frozen_policy_of
 from ..data.actions import robot_width
+from ..data.features import BASE_ACTION
 from ..datasets.episodes import EpisodeDataset, take
 from ..envs.autoreset import Stepper
 from ..envs.vector import action_bounds, executed
@@ -202,14 +203,13 @@ def base_of(trainer: type, config: Any, run: Any) -> Base | None:
 def relabelled(data: dict[str, Any], base: Any) -> dict[str, Any]:
     """Demonstrations as transitions of `OnTop`: observations with the frozen policy's action, corrections as actions.
 
-    A step whose demonstrated action is beyond the largest correction is left out, and the episode is cut there. With
-    the largest correction in its place, the step would have a successor that this correction does not reach.
+    A correction may exceed [-1, 1] here: the trainer learns from the sum, the action that was executed.
 
     Args:
         data: Result of a dataset's factory.
 
     Raises:
-        UserError: no episodes, chunks, incomplete episodes, or no action within the scale.
+        UserError: no episodes, chunks, or incomplete episodes.
     """
     if getattr(base, "scale", None) is None or not data:
         return data
@@ -236,19 +236,10 @@ def relabelled(data: dict[str, Any], base: Any) -> dict[str, Any]:
         raise UserError("a residual policy needs the observations of whole episodes; name a plain dataset")
     shown, planned = episodes.columns["action"].numpy(), acted[episodes.at].numpy()
     correction = base.sum.correction(planned, shown)
-    missed = np.abs(base.sum.corrected(planned, correction) - shown)
-    beyond = torch.from_numpy((missed > 1e-4 * base.sum.divisor).any(1))  # [N]
-    if bool(beyond[dataset.rows].all()):
-        raise UserError(
-            f"no action of {episodes.name} is within --trainer.scale {base.scale} of what the frozen policy does"
-        )
-    cut = beyond.nonzero().squeeze(1)
-    ends = torch.cat([episodes.ends, cut, cut + 1]).unique()
     columns = episodes.columns | {"action": torch.from_numpy(correction)}
     observations = episodes.observations | {BASE_ACTION: torch.from_numpy(base.sum.normalised(acted.numpy()))}
-    whole = replace(episodes, columns=columns, observations=observations, ends=ends[ends > 0], numbers=())
-    rows = dataset.rows[~beyond[dataset.rows]]
-    return data | {"dataset": EpisodeDataset(whole, rows, dataset.obs_steps), "norm_stats": {}}
+    whole = replace(episodes, columns=columns, observations=observations)
+    return data | {"dataset": EpisodeDataset(whole, dataset.rows, dataset.obs_steps), "norm_stats": {}}
 
 
 class OnTop:

@@ -84,13 +84,18 @@ class RLPD(Counting, SAC):
         with torch.no_grad():
             action, log_prob = self.models["policy"].sample(data, prefix="next.")  # [B, Da], [B]
             chosen = torch.rand(critic.members, device=log_prob.device).topk(self.config.subset).indices
+            action = self.executed(data, action, prefix="next.")
             following = self.models["target_critic"].of(chosen, data, action, prefix="next.").amin(0)  # [B]
             if self.config.backup_entropy:
                 following = following - self.models["temperature"]() * log_prob
             y = bootstrapped(data, following, self.config.discount)
-        q = critic(data, data["action"])  # [E, B]
+        q = critic(data, self.executed(data, data["action"]))  # [E, B]
         loss = 0.5 * len(q) * self.loss(q, y.expand_as(q))
         return loss, {"critic_loss": loss.detach(), "q": q.detach().mean()} | data_summary(data)
+
+    def executed(self, data: dict[str, Any], action: Tensor, prefix: str = "") -> Tensor:
+        """The action whose value the critics learn."""
+        return action
 
     def actor_losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """J_pi + J_alpha."""
