@@ -19,8 +19,8 @@ from components import TRAINER_REGISTRY, UserError, load_policy
 from components.acting.evaluation import Evaluator
 from components.contracts import Window
 from components.data.fingerprint import changes, fingerprint
-from components.datasets import convert, inspect
 from components.data.normalisation import RunningStatistics
+from components.datasets import convert, inspect
 from components.datasets.episodes import build as build_episodes
 from components.datasets.episodes import from_columns
 from components.datasets.mixture import MixtureDataset
