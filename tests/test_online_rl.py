@@ -32,7 +32,7 @@ from conftest import build, difference, everything, learned, states, weights
 from test_offline import interrupt_after
 
 Script = Callable[..., Path]
-CONTINUED = ("iql", "awac", "cql", "td3_bc", "rebrac", "fql", "qc")
+CONTINUED = ("iql", "awac", "cql", "td3_bc", "rebrac", "fql", "ifql", "qc")
 # A small run of every trainer for the online script; some have a dataset beside.
 LEARNERS: dict[str, tuple[object, ...]] = {
     "ppo": toy.ONLINE_ALONE["ppo"],

@@ -1,11 +1,17 @@
 """Options that have no effect, or not the one that they promise, each said once in one line with the remedy."""
 
+import json
 import os
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from .. import contracts
 from ..errors import UserError
 from ..optimizers import longest_schedule
+from .checkpoint import run_of
+from .config_file import words_of
+from .reading import flat, read_args
 
 
 def check_launch(grad_accumulation: int) -> None:
@@ -37,7 +43,7 @@ def no_effect(args: Any, learner: Any, batches: Any = None) -> list[str]:
     learner.asked_loss = args.loss if args.given("loss") else ""
     lines = [*getattr(args, "notes", ()), *_spans(spans, args, learner.planned, online=batches is None)]
     if not args.resume:  # which says how it differs
-        lines += [*_schedules(args, learner), *_ignored(args, learner, batches)]
+        lines += [*_schedules(args, learner), *_ignored(args, learner, batches), *_departed(args)]
     return lines
 
 
@@ -112,3 +118,27 @@ def _ignored(args: Any, learner: Any, batches: Any) -> list[str]:
     if size is not None and size < args.batch_size and not on_policy:
         lines.append(f"--buffer-size {size} is less than --batch-size {args.batch_size}: a batch repeats its samples")
     return lines
+
+
+def _departed(args: Any) -> list[str]:
+    """Options that the run whose weights all models start from had been given, and this one, of its trainer, has not.
+
+    A policy that goes on with another `--trainer.method` acts by a network that was never trained; with another
+    `--trainer.alpha` or `--model.activation` it soon gets worse, or at once.
+    """
+    run = run_of(Path(args.init_from))
+    if not args.init_from or not (run / "args.json").exists():
+        return []
+    stored = read_args(run)["args"]
+    if stored["trainer"] != args.trainer:
+        return []
+    before = flat({"trainer": stored.get("trainer_options") or {}, "model": stored.get("model_options") or {}})
+    options = {"trainer": args.trainer_options} | {f"model.{name}": own for name, (_, own) in args.models.items()}
+    there: list[str] = []
+    for owner, own in options.items():
+        for name, value in json.loads(json.dumps(asdict(own))).items():
+            option = f"{owner.replace('model.policy', 'model')}.{name.replace('_', '-')}"
+            known = before.get(f"{owner}.{name}", value)
+            if known != value and not args.given(option) and name not in contracts.places_of(own):
+                there += words_of(option, known, type(known))
+    return [f"{run} was trained with {' '.join(there)}: not given here, where other defaults hold"] if there else []
