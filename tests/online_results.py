@@ -51,30 +51,30 @@ EASY = "--dataset metaworld --dataset.task peg-insert-side-v3 --dataset.demos 20
 # Offline RL gets the noisy attempts of an expert, good and bad: from demonstrations alone its policy loses the noise by
 # which it would explore, and goes no further.
 PEG = "--dataset metaworld --dataset.task peg-insert-side-v3 --dataset.demos 50 --dataset.noise 0.3"
-DEMONSTRATIONS, ATTEMPTS = "20 demonstrations", "50 noisy attempts"
+DEMONSTRATIONS, ATTEMPTS, AND_ENV = "20 demonstrations", "50 noisy attempts", "and an environment"
 FIVE = (*SEEDS, 4, 5)  # of what varies most
 
 OFFLINE = {
     "bc": Way(f"--trainer bc {HARD} --dataset.action-steps 8 --loss l1 --steps 3000", DEMONSTRATIONS, FIVE),
+    "bc-peg": Way(f"--trainer bc {EASY} --dataset.action-steps 8 --loss l1 --steps 3000", DEMONSTRATIONS),
     "iql": Way(f"--trainer iql {PEG} --steps 5000 --optimizer.schedule cosine", ATTEMPTS),
 }
 # IQL learns once it has 25 episodes or more of its own: from fewer, half of a batch all the same, a policy that
 # succeeded in 90 of 100 fell to 74. RLPD is smaller than its authors': half the critics, half the batch and a fifth of
 # the updates.
 LATER = "--steps 15000 --learning-starts 5000 --optimizer.lr 1e-4 --ema-decay 0.999"
+RLPD = (
+    "--trainer rlpd --steps 30000 --updates-per-step 4 --trainer.policy-every 2 --model.critic.members 5"
+    " --batch-size 128 --trainer.n-step 3 --trainer.no-backup-entropy --model.temperature.initial 0.02"
+    " --learning-starts 2000"
+)
+RESIDUAL = "--trainer residual --steps 60000"
 ONLINE = {
-    "residual": Way(
-        f"--trainer residual {HARD} --steps 60000 --trainer.base {{bc}}",
-        f"{DEMONSTRATIONS}, and an environment",
-        FIVE,
-    ),
-    "iql-online": Way(f"--trainer iql {PEG} {LATER} --init-from {{iql}}", f"{ATTEMPTS}, and an environment"),
-    "rlpd": Way(
-        f"--trainer rlpd {EASY} --steps 30000 --updates-per-step 4 --trainer.policy-every 2"
-        " --model.critic.members 5 --batch-size 128 --trainer.n-step 3 --trainer.no-backup-entropy"
-        " --model.temperature.initial 0.02 --learning-starts 2000",
-        f"{DEMONSTRATIONS}, and an environment",
-    ),
+    "residual": Way(f"{RESIDUAL} {HARD} --trainer.base {{bc}}", f"{DEMONSTRATIONS}, {AND_ENV}", FIVE),
+    "residual-peg": Way(f"{RESIDUAL} {EASY} --trainer.base {{bc-peg}}", f"{DEMONSTRATIONS}, {AND_ENV}"),
+    "iql-online": Way(f"--trainer iql {PEG} {LATER} --init-from {{iql}}", f"{ATTEMPTS}, {AND_ENV}"),
+    "rlpd": Way(f"{RLPD} {EASY}", f"{DEMONSTRATIONS}, {AND_ENV}"),
+    "rlpd-basketball": Way(f"{RLPD} {HARD}", f"{DEMONSTRATIONS}, {AND_ENV}"),
 }
 
 
