@@ -13,6 +13,8 @@ from .checkpoint import run_of
 from .config_file import words_of
 from .reading import flat, read_args
 
+REWARDS = ("reward_shift", "reward_scale")  # options of a dataset that change what a critic estimates
+
 
 def check_launch(grad_accumulation: int) -> None:
     """Refuse accumulation that only the launcher knows of: nothing here would obey it.
@@ -121,10 +123,10 @@ def _ignored(args: Any, learner: Any, batches: Any) -> list[str]:
 
 
 def _departed(args: Any) -> list[str]:
-    """Options that the run whose weights all models start from had been given, and this one, of its trainer, has not.
+    """Options that the run whose weights all models start from had been given, and this one of its trainer has not.
 
     A policy that goes on with another `--trainer.method` acts by a network that was never trained; with another
-    `--trainer.alpha` or `--model.activation` it soon gets worse, or at once.
+    `--trainer.alpha`, `--model.activation` or scale of rewards it soon gets worse, or at once.
     """
     run = run_of(Path(args.init_from))
     if not args.init_from or not (run / "args.json").exists():
@@ -132,13 +134,21 @@ def _departed(args: Any) -> list[str]:
     stored = read_args(run)["args"]
     if stored["trainer"] != args.trainer:
         return []
-    before = flat({"trainer": stored.get("trainer_options") or {}, "model": stored.get("model_options") or {}})
-    options = {"trainer": args.trainer_options} | {f"model.{name}": own for name, (_, own) in args.models.items()}
+    before = flat({owner: stored.get(f"{owner}_options") or {} for owner in ("trainer", "model", "dataset")})
+    now = {"trainer": _values(args.trainer_options)}
+    now |= {f"model.{name}": _values(options) for name, (_, options) in args.models.items()}
+    now["dataset"] = {key: value for key, value in _values(args.dataset_options).items() if key in REWARDS}
     there: list[str] = []
-    for owner, own in options.items():
-        for name, value in json.loads(json.dumps(asdict(own))).items():
+    for owner, options in now.items():
+        for name, value in options.items():
             option = f"{owner.replace('model.policy', 'model')}.{name.replace('_', '-')}"
             known = before.get(f"{owner}.{name}", value)
-            if known != value and not args.given(option) and name not in contracts.places_of(own):
+            if known != value and not args.given(option) and not args.given(option.removeprefix("dataset.")):
                 there += words_of(option, known, type(known))
     return [f"{run} was trained with {' '.join(there)}: not given here, where other defaults hold"] if there else []
+
+
+def _values(options: Any) -> dict[str, Any]:
+    """A component's options as `args.json` has them, without those that name files."""
+    values = json.loads(json.dumps(asdict(options), default=str))
+    return {name: value for name, value in values.items() if name not in contracts.places_of(options)}
