@@ -59,6 +59,8 @@ FIVE = (*SEEDS, 4, 5)  # of what varies most
 SMALL = "--model.hidden-dims 256 256 --model.critic.hidden-dims 256 256"
 FLOW = f"{SMALL} --model.flow.hidden-dims 256 256 --trainer.target-rate 0.02"
 FQL = f"--trainer fql {PEG} {FLOW} --trainer.aggregate min --trainer.alpha 100"
+IFQL = f"--trainer ifql {PEG} {SMALL} --model.value.hidden-dims 256 256 --trainer.candidates 16 --trainer.flow-steps 5"
+QC = f"--trainer qc {PEG} {FLOW} --trainer.alpha 100"
 SHORT = "--steps 5000 --optimizer.schedule cosine --normalise observation=mean_std --matmul auto --compile"
 
 OFFLINE = {
@@ -66,6 +68,8 @@ OFFLINE = {
     "bc-peg": Way(f"--trainer bc {EASY} --dataset.action-steps 8 --loss l1 --steps 3000", DEMONSTRATIONS),
     "iql": Way(f"--trainer iql {PEG} --steps 5000 --optimizer.schedule cosine", ATTEMPTS),
     "fql": Way(f"{FQL} {SHORT}", ATTEMPTS),
+    "ifql": Way(f"{IFQL} {SHORT} --optimizer.lr 1e-3", ATTEMPTS),
+    "qc": Way(f"{QC} {SHORT} --optimizer.lr 1e-3", ATTEMPTS),
 }
 # IQL learns once it has 25 episodes or more of its own: from fewer, half of a batch all the same, a policy that
 # succeeded in 90 of 100 fell to 74. RLPD is smaller than its authors': half the critics, half the batch and a fifth of
@@ -83,6 +87,8 @@ ONLINE = {
     "residual-peg": Way(f"{RESIDUAL} {EASY} --trainer.base {{bc-peg}}", f"{DEMONSTRATIONS}, {AND_ENV}"),
     "iql-online": Way(f"--trainer iql {PEG} {LATER} --init-from {{iql}}", f"{ATTEMPTS}, {AND_ENV}"),
     "fql-online": Way(f"{FQL} {FLOWS} --init-from {{fql}}", f"{ATTEMPTS}, {AND_ENV}"),
+    "ifql-online": Way(f"{IFQL} {FLOWS} --init-from {{ifql}}", f"{ATTEMPTS}, {AND_ENV}"),
+    "qc-online": Way(f"{QC} {FLOWS} --init-from {{qc}}", f"{ATTEMPTS}, {AND_ENV}"),
     "rlpd": Way(f"{RLPD} {EASY}", f"{DEMONSTRATIONS}, {AND_ENV}"),
     "rlpd-basketball": Way(f"{RLPD} {HARD}", f"{DEMONSTRATIONS}, {AND_ENV}"),
 }
