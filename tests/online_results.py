@@ -66,7 +66,8 @@ CLONE = "--model.flow.hidden-dims 256 256"
 FQL = f"--trainer fql {FLOW} {CLONE} --trainer.aggregate min --trainer.alpha 20"
 IFQL = f"--trainer ifql {FLOW} --model.value.hidden-dims 256 256 --trainer.candidates 16 --trainer.flow-steps 5"
 QC = f"--trainer qc {FLOW} {CLONE} --trainer.alpha 100"
-SHORT = "--steps 5000 --optimizer.lr 1e-3 --optimizer.schedule cosine --normalise observation=mean_std --matmul auto --compile"
+SHORT = "--steps 5000 --optimizer.lr 1e-3 --optimizer.schedule cosine --normalise observation=mean_std"
+SHORT += " --matmul auto --compile"
 
 OFFLINE = {
     "bc": Way(f"--trainer bc {HARD} --dataset.action-steps 8 --loss l1 --steps 3000", DEMONSTRATIONS, FIVE),
