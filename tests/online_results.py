@@ -58,7 +58,8 @@ FIVE = (*SEEDS, 4, 5)  # of what varies most
 # few updates they need normalised observations: without, none of 100 attempts of `ifql` succeeds, and 1 of `fql`. And
 # critics that have settled when they are handed over: their distance from the fixed point falls as exp(-(1 - discount)
 # target_rate updates), to 0.78 with the papers' 0.99 and 0.005, and here to 0.05. With the former `ifql` fell from 0.63
-# to 0.30 in the first 2500 updates online, at a learning rate of 3e-4 (seed 1).
+# to 0.30 in the first 2500 updates online, at a learning rate of 3e-4; with these from 0.65 to 0.47 after 5000,
+# and back to 0.62 after 7500 (seed 1).
 SETTLED = "--trainer.discount 0.97 --trainer.target-rate 0.02"
 FLOW = f"{PEG} {SETTLED} --model.hidden-dims 256 256 --model.critic.hidden-dims 256 256"
 CLONE = "--model.flow.hidden-dims 256 256"
