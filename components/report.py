@@ -38,6 +38,7 @@ DEPTH = 3  # folders inside each other that are searched for runs
 FURTHER = {"plan_ms": "plan ms", "coverage_final": "final coverage", "coverage_max": "largest coverage"}
 FURTHER |= {"jerk_mean": "jerk", "border_mean": "jump at borders"}
 FURTHER |= {"plan_ratio": "of 10 calls", "train_return": "return while it learns", "before": "before"}
+FURTHER |= {"lowest": "lowest later", "drop": "lowest later - before"}
 
 HEAD = ["run", "trainer", "task", "differs in", "seeds", "metric", "mean [95 %]", "best", "steps", "train s", "state"]
 

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,21 @@ def keep(out: Path, new: dict[str, Any]) -> None:
     out.write_text(json.dumps(list((rows_of(out) | {new["run"]: new}).values()), indent=1) + "\n")
 
 
-def collect(runs: Runs, folder: Path, out: Path, jobs: int, tell: Callable[..., dict[str, Any]] = row) -> None:
-    """Make the runs, so many at a time, and write the file after each; rows of runs that are elsewhere stay."""
-    rows = rows_of(out)
-    runs = {name: run for name, run in runs.items() if (folder / name).exists() or name not in rows}
+def collect(
+    runs: Runs,
+    folder: Path,
+    out: Path,
+    jobs: int,
+    tell: Callable[..., dict[str, Any]] = row,
+    needed: Collection[str] = (),
+) -> None:
+    """Make the runs, so many at a time, and write the file after each; rows of runs that are elsewhere stay.
+
+    Args:
+        needed: Runs whose folder must be here, whether they have a row or not.
+    """
+    known = set(rows_of(out)) - set(needed)
+    runs = {name: run for name, run in runs.items() if (folder / name).exists() or name not in known}
     folder = folder.resolve()
     with ThreadPoolExecutor(jobs) as pool:
         made = pool.map(lambda name: make(folder / name, runs[name][1]), runs)

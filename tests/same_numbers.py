@@ -132,7 +132,9 @@ cql-online: --trainer cql {CRITIC} --init-from {{cql}} {CLONED} --dataset.ratio 
 td3_bc-online: --trainer td3_bc {CRITIC} --init-from {{td3_bc}} --learning-starts 20
 rebrac-online: --trainer rebrac {CRITIC} --init-from {{rebrac}} {CLONED}
 fql-online: --trainer fql {FLOW} --init-from {{fql}} {CLONED}
+ifql-online: --trainer ifql {VALUES} --init-from {{ifql}} {CLONED}
 qc-online: --trainer qc {FLOW} --init-from {{qc}} {CLONED}
+qc-best-online: --trainer qc {FLOW} --init-from {{qc-best}} {CLONED} --trainer.method best_of_n --trainer.chunk 3
 iql-alone: --trainer iql {VALUES}
 normalised: --trainer sac {CRITIC} --normalise-observations --normalise-rewards --trainer.n-step 3 --grad-clip 0.5
 sac-same-step: --trainer sac {CRITIC} --env.mode SameStep --num-envs 3 --updates-per-step 0.5 --buffer-size 60

@@ -37,7 +37,7 @@ from conftest import build, difference, everything, learned, states, weights
 from test_offline import interrupt_after
 
 Script = Callable[..., Path]
-CONTINUED = ("iql", "awac", "cql", "td3_bc", "rebrac", "fql", "qc", "recap")
+CONTINUED = ("iql", "awac", "cql", "td3_bc", "rebrac", "fql", "ifql", "qc", "qc best_of_n", "recap")
 # A small run of every trainer for the online script; some have a dataset beside.
 LEARNERS: dict[str, tuple[object, ...]] = {
     "ppo": toy.ONLINE_ALONE["ppo"],
@@ -46,16 +46,9 @@ LEARNERS: dict[str, tuple[object, ...]] = {
     "dagger": (*toy.ONLINE_ALONE["dagger"], "--trainer.beta", 0.5, "--trainer.share", 0.7, "--trainer.iteration", 10),
     "sac": toy.SAC,
     "td3": ("--trainer", "td3", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16),
-    "qc": (
-        "--trainer",
-        "qc",
-        "--model.hidden-dims",
-        16,
-        "--model.critic.hidden-dims",
-        16,
-        "--model.flow.hidden-dims",
-        16,
-    ),
+    "qc": ("--trainer", "qc", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16)
+    + ("--model.flow.hidden-dims", 16),
+    "ifql": ("--trainer", "ifql", "--model.hidden-dims", 16, "--model.critic.hidden-dims", 16, *toy.SMALL_VALUE),
 }
 DATA = ("--dataset", "toy", *toy.UNIT)
 
@@ -111,14 +104,22 @@ def test_dqn_learns_to_choose(online: Script) -> None:
 @pytest.mark.parametrize("name", CONTINUED)
 def test_an_offline_run_goes_on_online(script: Script, online: Script, name: str) -> None:
     """What is handed over acts as it did, and learns from a mix of old and new data."""
-    more = ("--trainer.calibrated",) if name == "cql" else ()
+    name, *method = name.split()
+    more = (
+        ("--trainer.calibrated",)
+        if name == "cql"
+        else ("--trainer.method", *method, "--freeze", "policy")
+        if method
+        else ()
+    )
     before = script(*toy.TRAINERS[name], *more, "--steps", 30, "--eval-episodes", 4, folder="offline")
     mixed = (*DATA, "--dataset.ratio", 0.25, "--eval-episodes", 4, "--eval-every", 40, "--reward-scale", 1)
     run = online(*small(name), *more, "--init-from", before, *mixed, "--steps", 60, folder="online")
     last, first = read_lines(before / "eval.jsonl")[-1], read_lines(run / "eval.jsonl")[0]
     assert first["step"] == 0 and first["return_mean"] == pytest.approx(last["return_mean"], rel=1e-6)
     lines = read_lines(run / "metrics.jsonl")
-    assert lines[-1]["updates"] == 40 and difference(weights(run), weights(before)) > 0
+    learnt = "flow" if method else "policy"
+    assert lines[-1]["updates"] == 40 and difference(weights(run, learnt), weights(before, learnt)) > 0
     assert load_policy(run).act({"observation.state": np.zeros(5, np.float32)}).shape == (2,)
 
 

@@ -12,9 +12,13 @@ import torch
 import toy
 from components import TRAINER_REGISTRY, UserError
 from components.models.mlp import MLP
+from components.models.q_ensemble import QEnsemble
+from components.models.vector_field import VectorField
 from components.optimizers import Adam, kept_length
+from components.run import overlooked
 from components.run.overlooked import check_launch, no_effect
 from components.trainers.dqn import DQN
+from components.trainers.qc import QC
 from components.trainers.residual import Residual
 
 Script = Callable[..., Path]
@@ -44,6 +48,7 @@ def notes(trainer: type = toy.Minimal, planned: int = 100, online: bool = False,
     if online:
         args |= {"save_dataset": "", "dataset_ratio": 0.5, "buffer_size": 1000}
     batches = None if online else SimpleNamespace(resident=True)
+    args["trainer"] = options.pop("trainer_name", "")
     whole = SimpleNamespace(**args | options, given=lambda name: name in given)
     return no_effect(whole, learner, batches)
 
@@ -103,6 +108,31 @@ def test_what_has_its_effect_is_not_mentioned(monkeypatch: pytest.MonkeyPatch) -
     assert notes() == []
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
     assert notes() == ["--dynamo_backend of the launch has no effect; use --compile"]
+
+
+def test_what_the_run_before_was_given_and_this_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its policy would act by a network that was never trained, and its critic expect another discount."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / "best").mkdir(parents=True)
+    (run / "args.json").touch()
+    was = {"trainer": "qc", "trainer_options": {"method": "best_of_n", "chunk": 5, "discount": 0.9, "gone": 1}}
+    was["model_options"] = {"critic": {"hidden_dims": [8], "layer_norm": False}, "policy": {"activation": "relu"}}
+    monkeypatch.setattr(overlooked, "read_args", lambda folder: {"args": was})
+    options: dict[str, Any] = {"trainer": QC, "init_from": str(run / "checkpoints" / "best")}
+    models = {
+        "critic": ("q_ensemble", QEnsemble(hidden_dims=(8,), layer_norm=True)),
+        "policy": ("vector_field", VectorField()),
+    }
+    was["dataset_options"] = {"reward_scale": 2.0, "reward_shift": 0.0, "episodes": 3}
+    name = {"trainer_name": "qc", "models": models, "dataset_options": toy.ToyData()}
+    said = f"{run} was trained with --trainer.method best_of_n --trainer.discount 0.9"
+    said += " --model.critic.no-layer-norm --model.activation relu --dataset.reward-scale 2.0"
+    said += ": not given here, where other defaults hold"
+    assert notes(**options, **name) == [said]
+    given = ["trainer.method", "trainer.discount", "model.critic.layer-norm", "model.activation", "reward-scale"]
+    assert notes(**options, **name, given=given) == []
+    assert notes(**options, **name | {"trainer_name": "fql"}) == []
+    assert notes(**options | {"init_from": ""}, **name) == []
 
 
 def test_accumulation_that_only_the_launcher_knows_is_refused(monkeypatch: pytest.MonkeyPatch, script: Script) -> None:

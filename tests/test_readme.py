@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -14,10 +15,12 @@ from pathlib import Path
 import pytest
 
 import offline_trainer
+import online_results
 import online_trainer
 from components import DATASET_BUILDER_REGISTRY, REGISTRIES, TRAINER_REGISTRY
 from components.report import results_table
 from conftest import ROOT, in_this_process
+from online_results import Way, handed_over, methods_table
 
 README = (ROOT / "README.md").read_text()
 DATASETS = (ROOT / "components" / "datasets" / "README.md").read_text()
@@ -94,6 +97,51 @@ def test_every_trainer_and_dataset_has_a_line() -> None:
 def test_tables_are_made_of_the_rows(name: str) -> None:
     results = ROOT / "tests" / "results"
     assert results_table(results / f"{name}.json").strip() in (results / "README.md").read_text()
+
+
+def test_the_table_of_methods_is_made_of_the_rows() -> None:
+    results = ROOT / "tests" / "results"
+    assert methods_table(results / "online.json", each=True) in (results / "README.md").read_text()
+    assert ("what you have" in README) == (methods_table(results / "online.json") in README)
+
+
+def test_a_method_has_a_line_with_what_it_began_from_and_its_drop(tmp_path: Path) -> None:
+    common = {"suite": "road", "metric": "success_rate", "episodes": 100, "task": "peg-insert-side-v3", "steps": 15000}
+    first = common | {"run": "road-iql-online-1", "value": 0.8, "before": 0.4, "lowest": 0.3, "drop": -0.1}
+    second = common | {"run": "road-iql-online-2", "value": 0.9, "before": 0.7, "lowest": 0.7, "drop": 0.0}
+    (tmp_path / "rows.json").write_text(json.dumps([first, second, common | {"run": "road-elsewhere-1"}]))
+    (line,) = methods_table(tmp_path / "rows.json", each=True).splitlines()[2:]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:5] == ["50 noisy attempts, and an environment", "`iql`, continued online", "15 000", "0.55"]
+    assert cells[5:] == ["0.85 [0.21, 1.00]", "-0.10", "0.40 -> 0.80, 0.70 -> 0.90"]
+
+
+def test_a_drop_is_the_lowest_later_evaluation_less_the_start() -> None:
+    assert handed_over([(0, 0.7), (2500, 0.62), (5000, 0.9)]) == {"before": 0.7, "lowest": 0.62, "drop": -0.08}
+    assert handed_over([(0, 0.7), (2500, 0.2), (2500, 0.8)]) == {"before": 0.7, "lowest": 0.8, "drop": 0.1}
+    assert handed_over([(2500, 0.2), (5000, 0.9)]) == handed_over([(0, 0.7)]) == {}
+
+
+def test_a_road_is_made_in_the_order_of_what_begins_from_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    further = {"second": Way("--trainer bc --init-from {first}", ""), "third": Way("--load policy={second}", "")}
+    monkeypatch.setattr(online_results, "OFFLINE", {"first": Way("--trainer bc", "", (1, 2)), **further})
+    monkeypatch.setattr(
+        online_results, "ONLINE", {"on": Way("--trainer x --init-from {third} --frozen {first}", "", (2,))}
+    )
+    stages = online_results.road(Path("runs"), ways=["on", "second"], seeds=[2])
+    assert [list(stage) for stage in stages] == [["road-first-2"], ["road-second-2"], ["road-third-2"], ["road-on-2"]]
+    assert "policy=runs/road-second-2" in stages[2]["road-third-2"][1]
+    assert stages[3]["road-on-2"][1][:6] == shlex.split(
+        "online_trainer.py --trainer x --init-from runs/road-third-2 --frozen"
+    )
+    # Whatever has a row is made again only where another needs its folder.
+    assert online_results.missing(stages, {"road-first-2", "road-second-2", "road-on-2"}) == {
+        "road-second-2",
+        "road-first-2",
+    }
+    assert online_results.missing(stages, {name for stage in stages for name in stage}) == set()
+    with pytest.raises(SystemExit, match="--ways nothing: choose among first, second, third, on"):
+        online_results.road(Path("runs"), ways=["nothing"])
 
 
 # ---- examples ------------------------------------------------------------------------------------------------------

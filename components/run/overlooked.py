@@ -1,11 +1,19 @@
 """Options that have no effect, or not the one that they promise, each said once in one line with the remedy."""
 
+import json
 import os
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from .. import contracts
 from ..errors import UserError
 from ..optimizers import longest_schedule
+from .checkpoint import run_of
+from .config_file import words_of
+from .reading import flat, read_args
+
+REWARDS = ("reward_shift", "reward_scale")  # options of a dataset that change what a critic estimates
 
 
 def check_launch(grad_accumulation: int) -> None:
@@ -37,7 +45,7 @@ def no_effect(args: Any, learner: Any, batches: Any = None) -> list[str]:
     learner.asked_loss = args.loss if args.given("loss") else ""
     lines = [*getattr(args, "notes", ()), *_spans(spans, args, learner.planned, online=batches is None)]
     if not args.resume:  # which says how it differs
-        lines += [*_schedules(args, learner), *_ignored(args, learner, batches)]
+        lines += [*_schedules(args, learner), *_ignored(args, learner, batches), *_departed(args)]
     return lines
 
 
@@ -116,3 +124,35 @@ def _ignored(args: Any, learner: Any, batches: Any) -> list[str]:
     if size is not None and size < args.batch_size and not on_policy:
         lines.append(f"--buffer-size {size} is less than --batch-size {args.batch_size}: a batch repeats its samples")
     return lines
+
+
+def _departed(args: Any) -> list[str]:
+    """Options that the run whose weights all models start from had been given, and this one of its trainer has not.
+
+    A policy that goes on with another `--trainer.method` acts by a network that was never trained; with another
+    `--trainer.alpha`, `--model.activation` or scale of rewards it soon gets worse, or at once.
+    """
+    run = run_of(Path(args.init_from))
+    if not args.init_from or not (run / "args.json").exists():
+        return []
+    stored = read_args(run)["args"]
+    if stored["trainer"] != args.trainer:
+        return []
+    before = flat({owner: stored.get(f"{owner}_options") or {} for owner in ("trainer", "model", "dataset")})
+    now = {"trainer": _values(args.trainer_options)}
+    now |= {f"model.{name}": _values(options) for name, (_, options) in args.models.items()}
+    now["dataset"] = {key: value for key, value in _values(args.dataset_options).items() if key in REWARDS}
+    there: list[str] = []
+    for owner, options in now.items():
+        for name, value in options.items():
+            option = f"{owner.replace('model.policy', 'model')}.{name.replace('_', '-')}"
+            known = before.get(f"{owner}.{name}", value)
+            if known != value and not args.given(option) and not args.given(option.removeprefix("dataset.")):
+                there += words_of(option, known, type(known))
+    return [f"{run} was trained with {' '.join(there)}: not given here, where other defaults hold"] if there else []
+
+
+def _values(options: Any) -> dict[str, Any]:
+    """A component's options as `args.json` has them, without those that name files."""
+    values = json.loads(json.dumps(asdict(options), default=str))
+    return {name: value for name, value in values.items() if name not in contracts.places_of(options)}

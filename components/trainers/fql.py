@@ -13,6 +13,10 @@ N(0, 1), x_t = (1 - t) z + t a with t ~ U(0, 1):
 
 With --trainer.aggregate min, the mean over the critics in y is the minimum. All losses use the weights from before the
 step, so that one backward pass serves them. Squared errors are means over action dimensions, as in the authors' code.
+Online, pi itself collects, and the losses are the same.
+
+Deviation: --dataset.ratio fixes the share of the offline data online, which the authors' buffer has by its size, or by
+halves; the targets begin as copies of the critics.
 """
 
 import copy

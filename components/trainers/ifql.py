@@ -9,7 +9,8 @@ z + t a with z ~ N(0, 1):
     J_flow = E |v(x_t, t, s) - (a - z)|^2
     pi(s)  = argmax over N actions a_k of the flow of min_i Q_i(s, a_k)
 
-All losses use the weights from before the step, so that one backward pass serves them.
+All losses use the weights from before the step, so that one backward pass serves them. Online, pi itself collects: its
+noise is the exploration. The offline data keeps the share of --dataset.ratio (see `fql.py`).
 """
 
 import copy

@@ -16,6 +16,9 @@ When an episode ends inside a chunk, a terminated step ends the sum, without boo
 the data cuts the chunk, the critic does not learn from it, as in the authors' code; nor does the flow from padding.
 Deviation: the authors' code leaves out a chunk with a terminated step if the data ends there, and otherwise (OGBench)
 also sums the rewards that were recorded after the success.
+
+Online, the policy itself collects, a chunk to its end or the episode's; the critic learns from chunks that
+begin anywhere, as offline. The offline data keeps the share of --dataset.ratio (see `fql.py`).
 """
 
 import copy
