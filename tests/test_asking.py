@@ -111,7 +111,14 @@ def test_help_shows_what_tyro_takes(script: Any, words: tuple[str, ...], monkeyp
     ours = {flag for _, options in options_in(type(args), args) for one in options for flag in one.flags}
     assert ours == theirs
     for flag in ours:
-        assert command_line._asked(args, [f"--{flag[2:].replace('-', '_')}=1"]).__annotations__, flag
+        assert fields(command_line._asked(args, [f"--{flag[2:].replace('-', '_')}=1"])), flag
+
+
+def test_completion_of_a_shell_has_all_options_and_their_texts(capsys: pytest.CaptureFixture[str]) -> None:
+    script = shown(offline_trainer.main, "--tyro-print-completion", "bash")(capsys)
+    for word in ("--trainer", "--batch-size", "--dataset.task", "--model.hidden-dims"):
+        assert word in script, word
+    assert "Samples per update" in script
 
 
 @pytest.mark.parametrize(

@@ -120,18 +120,21 @@ def test_what_the_run_before_was_given_and_this_one_is_not(tmp_path: Path, monke
     monkeypatch.setattr(overlooked, "read_args", lambda folder: {"args": was})
     options: dict[str, Any] = {"trainer": QC, "init_from": str(run / "checkpoints" / "best")}
     models = {
-        "critic": ("q_ensemble", QEnsemble(hidden_dims=(8,), layer_norm=True)),
         "policy": ("vector_field", VectorField()),
+        "critic": ("q_ensemble", QEnsemble(hidden_dims=(8,), layer_norm=True)),
     }
     was["dataset_options"] = {"reward_scale": 2.0, "reward_shift": 0.0, "episodes": 3}
     name = {"trainer_name": "qc", "models": models, "dataset_options": toy.ToyData()}
     said = f"{run} was trained with --trainer.method best_of_n --trainer.discount 0.9"
-    said += " --model.critic.no-layer-norm --model.activation relu --dataset.reward-scale 2.0"
+    said += " --model.activation relu --model.critic.no-layer-norm --dataset.reward-scale 2.0"
     said += ": not given here, where other defaults hold"
     assert notes(**options, **name) == [said]
     given = ["trainer.method", "trainer.discount", "model.critic.layer-norm", "model.activation", "reward-scale"]
     assert notes(**options, **name, given=given) == []
     assert notes(**options, **name | {"trainer_name": "fql"}) == []
+    critics = name | {"models": {"critic": models["critic"]}}  # whose options are those of --model, as of dqn's
+    assert notes(**options, **critics, given=[*given, "model.layer-norm"]) == []
+    assert "--model.no-layer-norm" in notes(**options, **critics, given=given)[0]
     assert notes(**options | {"init_from": ""}, **name) == []
 
 

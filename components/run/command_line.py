@@ -18,6 +18,7 @@ from .help import Option, Registries, name_of, page
 from .unknown import about_unknown
 
 T = TypeVar("T")
+SHELL = "--tyro-"  # begin of tyro's own options, which print or write a shell's completion
 
 
 def import_plugins(plugins: Sequence[str]) -> None:
@@ -247,7 +248,7 @@ def named(name: str) -> Any:
 
 def parse_names(options: type[T], argv: Sequence[str]) -> T:
     """First pass: read only the fields of `options`, and ignore the rest of the command line, `--help` included."""
-    return _tyro(options(), [word for word in argv if not asks_for_help([word])])[0]
+    return _tyro(options(), [word for word in argv if not asks_for_help([word]) and not word.startswith(SHELL)])[0]
 
 
 def parse(
@@ -300,9 +301,8 @@ def _tyro(values: Any, argv: Sequence[str]) -> tuple[Any, list[str]]:
     asked, out = _asked(values, argv), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            default = asked(**{name: getattr(values, name) for name in asked.__annotations__})
             found, unknown = tyro.cli(
-                asked, args=list(argv), return_unknown_args=True, default=default, add_help=False, description=""
+                type(asked), args=list(argv), return_unknown_args=True, default=asked, add_help=False, description=""
             )
     except SystemExit as stop:
         if not stop.code:  # tyro has printed a shell's completion
@@ -311,21 +311,23 @@ def _tyro(values: Any, argv: Sequence[str]) -> tuple[Any, list[str]]:
         text = re.sub(r"[\s╭╮╰╯│─]+|-{3,}", " ", out.getvalue())
         text = re.sub(r" +", " ", re.split(r"Argument helptext|For full helptext", text)[0]).strip()
         raise UserError(re.sub(r"^(Value error|Invalid choice|Missing argument) ", "", text)) from None
-    return replace(values, **vars(found)), unknown
+    return replace(values, **{field.name: getattr(found, field.name) for field in fields(found)}), unknown
 
 
-def _asked(values: Any, argv: Sequence[str]) -> type:
-    """A dataclass of the fields of `values` that a command line may set: its options, their groups, and plain words."""
+def _asked(values: Any, argv: Sequence[str]) -> Any:
+    """The part of `values` that a command line may set: its options, their groups, and plain words."""
     import tyro
 
-    shell = any(word.startswith("--tyro-") for word in argv[:1])  # its completion needs all of them
+    if argv and argv[0].startswith(SHELL):
+        return values
     kind: Any = type(values)
     hints, asked = hints_of(kind), []
-    for field in fields(values):
+    for field in fields(kind):
         hint = hints.get(field.name, field.type)
         beside = getattr(hint, "__metadata__", ())
         name = name_of(field.name, beside)
-        plain = tyro.conf.Positional in beside
-        if shell or plain or given(argv, name) or any(w.replace("_", "-").startswith(f"--{name}.") for w in argv):
+        grouped = any(word.replace("_", "-").startswith(f"--{name}.") for word in argv)
+        if grouped or given(argv, name) or tyro.conf.Positional in beside:
             asked.append((field.name, hint))
-    return make_dataclass("Asked", asked, repr=False, eq=False, namespace={"__doc__": " "})
+    part = make_dataclass("Asked", asked, repr=False, eq=False, namespace={"__doc__": " "})
+    return part(**{name: getattr(values, name) for name, _ in asked})

@@ -104,10 +104,9 @@ def _ignored(args: Any, learner: Any, batches: Any) -> list[str]:
         needs |= dict.fromkeys(("save-format", "save-what", "save-episodes"), args.save_dataset)
     wanted = {option: "--track wandb" if option.startswith("track") else "--save-dataset" for option in needs}
     lines += [f"--{o} has no effect without {wanted[o]}" for o, on in needs.items() if args.given(o) and not on]
-    for name, (_, options) in args.models.items():
-        prefix = "--model" if name == next(iter(args.models)) else f"--model.{name}"
-        idle = {f"{prefix}.{o}": f"{prefix}.{without}" for o, without in contracts.idle_options_of(options).items()}
-        lines += [f"{o} has no effect without {idle[o]}" for o in idle if args.given(o.removeprefix("--"))]
+    for _, group, options in _models(args):
+        idle = contracts.idle_options_of(options).items()
+        lines += [f"--{group}.{o} has no effect without --{group}.{w}" for o, w in idle if args.given(f"{group}.{o}")]
     if batches is not None and args.workers and batches.resident:
         lines.append(f"--workers {args.workers} has no effect: this data is in memory")
     scaled = [entry.partition("=")[0] for entry in getattr(args.optimizer_options, "lr_scale", ())]
@@ -139,17 +138,22 @@ def _departed(args: Any) -> list[str]:
     if stored["trainer"] != args.trainer:
         return []
     before = flat({owner: stored.get(f"{owner}_options") or {} for owner in ("trainer", "model", "dataset")})
-    now = {"trainer": _values(args.trainer_options)}
-    now |= {f"model.{name}": _values(options) for name, (_, options) in args.models.items()}
-    now["dataset"] = {key: value for key, value in _values(args.dataset_options).items() if key in REWARDS}
+    rewards = {name: value for name, value in _values(args.dataset_options).items() if name in REWARDS}
+    now = [("trainer", "trainer", _values(args.trainer_options)), ("dataset", "dataset", rewards)]
+    now[1:1] = [(f"model.{name}", group, _values(options)) for name, group, options in _models(args)]
     there: list[str] = []
-    for owner, options in now.items():
+    for place, group, options in now:
         for name, value in options.items():
-            option = f"{owner.replace('model.policy', 'model')}.{name.replace('_', '-')}"
-            known = before.get(f"{owner}.{name}", value)
+            option, known = f"{group}.{name.replace('_', '-')}", before.get(f"{place}.{name}", value)
             if known != value and not args.given(option) and not args.given(option.removeprefix("dataset.")):
                 there += words_of(option, known, type(known))
     return [f"{run} was trained with {' '.join(there)}: not given here, where other defaults hold"] if there else []
+
+
+def _models(args: Any) -> list[tuple[str, str, Any]]:
+    """Of each model: its name, the group of its options on the command line, and these."""
+    first = next(iter(args.models), "")
+    return [(name, "model" if name == first else f"model.{name}", of) for name, (_, of) in args.models.items()]
 
 
 def _values(options: Any) -> dict[str, Any]:
