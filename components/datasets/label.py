@@ -12,11 +12,12 @@ it and choose the threshold, where theirs is an option; a success must stay; the
 The reward of a step is judged by the observation after its action, or by its own where that is not stored.
 """
 
+import math
 import os
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from ..models.cnn import CNN
 from ..models.mlp import MLP
 from ..models.resnet18 import ResNet18
 from ..run import process
+from ..run.arguments import Rule, check_bounds
 from ..run.progress import phase, showing
 from . import convert
 from .commands import parse, recorded_by
@@ -71,25 +73,25 @@ class Options(convert.Options):
     """File of ImageNet's weights for resnet18, as of --model.encoder.weights."""
     hidden_dims: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers after it."""
-    steps: int = 1000
+    steps: Annotated[int, Rule(1)] = 1000
     """Updates."""
-    batch_size: int = 128
+    batch_size: Annotated[int, Rule(2)] = 128
     """Frames in each, half of them successes."""
     lr: float = 3e-4
     """Learning rate."""
-    shift: int = 4
+    shift: Annotated[int, Rule(0)] = 4
     """Largest random shift of pictures in pixels."""
     held_out: float = 0.2
     """Part of the episodes that is held out, at least one with a success."""
     threshold: float | None = None
     """Probability from which a frame is a success; by default that of the best F1 on the frames held out."""
-    stay: int = 3
+    stay: Annotated[int, Rule(1)] = 3
     """Steps that a success must stay, or until the end of its episode."""
     reward: Literal["one", "minus-one"] = "one"
     """Reward of a success and of other steps: 1 and 0, or 0 and -1."""
     cut: bool = False
     """End each episode at its first success. Otherwise all steps of success are `terminated`."""
-    seed: int = 0
+    seed: Annotated[int, Rule(0)] = 0
     """Seed of the episodes held out, the weights and the batches."""
 
 
@@ -119,24 +121,15 @@ def check(options: Options, dest: Path, source: Path | None) -> None:
         raise UserError(f"--out {options.out}: exists already; give another folder")
     if source is not None and dest.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--out {options.out} is within the data itself, which is not changed; give another folder")
-    kind, *rest = options.success or ("",)
-    if len(rest) != 1 or kind not in ("last", "column") or (kind == "last" and not rest[0].isdigit()):
+    if not re.fullmatch(r"last [0-9]{1,9}|column \S+", " ".join(options.success)):
         raise UserError(f"--success {' '.join(options.success)}: expected last N, or column NAME")
-    fraction = 1.0 if options.negatives is None else options.negatives
-    for name, right, expected in (
-        ("negatives", 0 < fraction <= 1, "above 0, up to 1"),
-        ("held-out", 0 < options.held_out < 1, "a fraction between 0 and 1"),
-        ("threshold", options.threshold is None or 0 < options.threshold < 1, "a probability between 0 and 1"),
-        ("hidden-dims", all(width > 0 for width in options.hidden_dims), "positive"),
-        ("steps", options.steps > 0, "1 or more"),
-        ("batch-size", options.batch_size > 1, "2 or more"),
-        ("stay", options.stay > 0, "1 or more"),
-        ("shift", options.shift >= 0, "0 or more"),
-        ("lr", 0 < options.lr < 1, "between 0 and 1"),
-        ("seed", options.seed >= 0, "0 or more"),
-    ):
-        if not right:
-            raise UserError(f"--{name} {getattr(options, name.replace('-', '_'))} must be {expected}")
+    check_bounds(options)
+    for name in ("negatives", "held_out", "threshold", "lr"):
+        value = getattr(options, name)
+        if value is not None and not (0 < value < 1 or (value == 1 and name == "negatives")):
+            raise UserError(f"--{name.replace('_', '-')} {value} must be between 0 and 1")
+    if not all(width > 0 for width in options.hidden_dims):
+        raise UserError(f"--hidden-dims {' '.join(map(str, options.hidden_dims))} must be positive")
     if options.weights and options.encoder != "resnet18":
         raise UserError("--weights are of --encoder resnet18")
 
@@ -158,25 +151,28 @@ def label(episodes: Episodes, options: Options) -> tuple[list[str], Episodes]:
     rest = frames.split(options.held_out, options.seed)
     positives, negatives = int(frames.success.sum()), int(frames.other.sum())
     lines = [f"success: {said}; {positives} frames of success, {negatives} others"]
-    model = train(observed, frames.of(~rest), options)
+    model = train(observed, *frames.of(~rest), options)
     kinds = f"{'mlp' if not model.pictured else options.encoder} on {', '.join(observed)}"
     lines += [f"classifier: {kinds}, {options.steps} updates of {options.batch_size} frames"]
     scores = judged(model, observed)  # [M]
-    unseen = frames.of(rest)
-    threshold, how = logit(options.threshold or 0.5), "given"
-    if options.threshold is None:
-        threshold, how = best_threshold(scores[unseen.rows], unseen.labels), "of the best F1 on the frames held out"
-    lines += [f"threshold: {1 / (1 + np.exp(-threshold)):.3g} ({how})"]
-    lines += measures(scores[unseen.rows], unseen.labels, threshold, len(frames.group[rest].unique()))
-    lines += [counted_of(scores, frames.of(~rest), threshold)]
-    after = torch.where(episodes.after < 0, episodes.at, episodes.after)
-    success = staying(scores[after] >= threshold, episodes.ends, options.stay)  # [N]
+    (seen, learnt), (unseen, truth) = frames.of(~rest), frames.of(rest)
+    threshold, how = best_threshold(scores[unseen], truth), "of the best F1 on the frames held out"
+    if options.threshold is not None:
+        threshold, how = math.log(options.threshold / (1 - options.threshold)), "given"
+    lines += [f"threshold: {1 / (1 + math.exp(-threshold)):.3g} ({how})"]
+    lines += measures(scores[unseen], truth, threshold, len(frames.group[rest].unique()))
+    lines += [counted_of(scores[seen], learnt, threshold)]
+    success = staying(scores[judges(episodes)] >= threshold, episodes.ends, options.stay)  # [N]
+    found = torch.stack([part.any() for part in success.split(episodes.lengths.tolist())])  # [E]
     if not options.success_data:
-        lines += by_episode(success, frames, rest, episodes)
-    found = torch.tensor([bool(part.any()) for part in success.split(episodes.lengths.tolist())])
+        lines += [by_episode(found, frames, rest)]
     lines += [f"labelled: success in {int(found.sum())} of {len(found)} episodes, at {int(success.sum())} steps"]
     if not found.any():
         raise UserError("no step is a success by the classifier; lower --threshold or --stay, or check --success")
+    if success.all():
+        raise UserError(
+            "every step is a success by the classifier: it tells nothing apart; see --success, --keys, --steps and --lr"
+        )
     if replaced := [key for key in ("reward", TERMINATED) if key in episodes.columns]:
         lines += [f"{' and '.join(replaced)} of the source are replaced"]
     return lines, written(episodes, success, options)
@@ -186,27 +182,16 @@ def written(episodes: Episodes, success: Tensor, options: Options) -> Episodes:
     """The episodes with rewards and flags by `success` `[N]`, each cut after its first one if that is asked for."""
     columns = {key: column for key, column in episodes.columns.items() if key != "truncated"}
     columns |= {"reward": success.float() - float(options.reward == "minus-one"), TERMINATED: success.clone()}
-    every = torch.arange(len(success))
-    kept, lengths = [], []
-    for rows in every.split(episodes.lengths.tolist()):
-        first = success[rows].nonzero().flatten()[:1]
-        kept.append(rows[: int(first) + 1] if options.cut and len(first) else rows)
-        lengths.append(len(kept[-1]))
-    whole = replace(episodes, columns=columns, stored=dict(episodes.stored))
-    labelled = whole.of_steps(torch.cat(kept), torch.tensor(lengths)) if options.cut else whole
+    labelled = replace(episodes, columns=columns, stored=dict(episodes.stored))
+    if options.cut:
+        kept = [part.cumsum(0) - part.long() == 0 for part in success.split(episodes.lengths.tolist())]
+        lengths = torch.stack([part.sum() for part in kept])
+        labelled = labelled.of_steps(torch.cat(kept).nonzero().flatten(), lengths)
     complete_flags(labelled)
     return labelled
 
 
 # ---- frames --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Labelled:
-    """Observations, and whether each shows a success."""
-
-    rows: Tensor  # [n]
-    labels: Tensor  # [n] bool
 
 
 @dataclass
@@ -223,10 +208,10 @@ class MarkedFrames:
         groups = torch.cat([self.group, group + int(self.group.max()) + 1])
         return MarkedFrames(torch.cat([self.success, success]), torch.cat([self.other, ~success]), groups)
 
-    def of(self, mask: Tensor) -> Labelled:
-        """Those of `mask` `[M]` that are known."""
+    def of(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The places `[n]` of those of `mask` `[M]` that are known, and whether each shows a success, `[n]` bool."""
         rows = (mask & (self.success | self.other)).nonzero().flatten()
-        return Labelled(rows, self.success[rows])
+        return rows, self.success[rows]
 
     def split(self, fraction: float, seed: int) -> Tensor:
         """The frames to hold out, `[M]` bool: of the episodes with a success, and of those without.
@@ -239,8 +224,8 @@ class MarkedFrames:
         if not self.other.any():
             raise UserError("all frames are of success, and a classifier needs others; lower N of --success last N")
         generator = torch.Generator().manual_seed(seed)
-        having = self.group[self.success].unique()
-        without = torch.tensor(sorted(set(self.group[self.other].tolist()) - set(having.tolist())), dtype=torch.int64)
+        having, without = self.group[self.success].unique(), self.group[self.other].unique()
+        without = without[~torch.isin(without, having)]
         chosen = []
         for groups in (having, without):
             count = max(1, round(fraction * len(groups))) if len(groups) > 1 else 0
@@ -266,8 +251,9 @@ def frames_of(episodes: Episodes, options: Options) -> tuple[MarkedFrames, str]:
     group[episodes.at], place[episodes.at] = episode, step
     length = (episodes.lengths + known[episodes.ends - 1])[group]  # observations of each one's episode
     kind, word = options.success
+    marked, said = torch.zeros(count, dtype=torch.bool), ""
     if options.success_data:
-        marked, said = torch.zeros(count, dtype=torch.bool), ""
+        pass
     elif kind == "last":
         succeeded, why = succeeded_of(episodes, options.success_episodes)
         marked = (length - place <= int(word)) & succeeded[group] & (group >= 0)
@@ -277,14 +263,17 @@ def frames_of(episodes: Episodes, options: Options) -> tuple[MarkedFrames, str]:
             known_ones = [name for name, values in episodes.columns.items() if values.ndim == 1]
             raise UserError(f"--success column {word}: no such column of numbers; {nearest(word, known_ones)}")
         steps = column > 0
-        marked = torch.zeros(count, dtype=torch.bool)
-        marked[torch.where(known, episodes.after, episodes.at)[steps]] = True
+        marked[judges(episodes)[steps]] = True
         said = f"after the {int(steps.sum())} of {len(steps)} steps at which {word} is above 0"
     part = options.negatives if options.negatives is not None else 0.5 if options.success_data else 1.0
-    having = torch.zeros(len(episodes.ends), dtype=torch.bool)
-    having[group[marked]] = True
-    early = (place < part * length) | ~(having[group] | bool(options.success_data))
+    whole = torch.zeros(count, dtype=torch.bool) if options.success_data else ~torch.isin(group, group[marked])
+    early = (place < part * length) | whole
     return MarkedFrames(marked, ~marked & early & (group >= 0), group), said
+
+
+def judges(episodes: Episodes) -> Tensor:
+    """The observation by which each step is judged, `[N]`: that after it, or else its own."""
+    return torch.where(episodes.after < 0, episodes.at, episodes.after)
 
 
 def succeeded_of(episodes: Episodes, words: tuple[str, ...]) -> tuple[Tensor, str]:
@@ -386,7 +375,10 @@ class Classifier(nn.Module):
         self.pictured = [key for key, feature in spec.items() if is_picture(key, getattr(torch, feature["dtype"]))]
         made: Any = CNN() if options.encoder == "cnn" else ResNet18(weights=options.weights)
         spec = spec | {"action": {"shape": (1,), "dtype": "float32"}}
-        self.encoder = made.build(spec) if self.pictured else nn.Identity()
+        try:
+            self.encoder = made.build(spec) if self.pictured else nn.Identity()
+        except UserError as error:
+            raise UserError(str(error).replace("--model.encoder.", "--")) from error
         policy = MLP(hidden_dims=options.hidden_dims, dropout=0.1)
         self.network = policy.build(getattr(self.encoder, "spec", spec))
 
@@ -394,19 +386,19 @@ class Classifier(nn.Module):
         return self.network(self.encoder(self.normaliser(batch))).squeeze(1)
 
 
-def train(observed: dict[str, Tensor], known: Labelled, options: Options) -> Classifier:
-    """Train a classifier on frames, half of each batch successes; in training mode it has dropout."""
+def train(observed: dict[str, Tensor], known: Tensor, labels: Tensor, options: Options) -> Classifier:
+    """Train a classifier on the frames `known` `[n]`, half of each batch successes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec: dict[str, Any] = {}
     for key, store in observed.items():
         spec[key] = {"shape": tuple(store.shape[1:]), "dtype": str(store.dtype).removeprefix("torch.")}
         if not is_picture(key, store.dtype):
-            spec[key]["stats"] = statistics(store[known.rows])
+            spec[key]["stats"] = statistics(store[known])
     model = Classifier(spec, options).to(device)
     model.normaliser.to(device)
     augmentation = Augmentation(shift=options.shift if model.pictured else 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=1e-4)
-    classes = [known.rows[known.labels], known.rows[~known.labels]]
+    classes = [known[labels], known[~labels]]
     sizes = [options.batch_size // 2, options.batch_size - options.batch_size // 2]
     target = torch.cat([torch.ones(sizes[0]), torch.zeros(sizes[1])]).to(device)
     with phase("training a classifier", options.steps, "updates") as done:
@@ -430,19 +422,12 @@ def judged(model: Classifier, observed: dict[str, Tensor]) -> Tensor:
     """The logits `[M]` of all observations."""
     model.eval()
     device, count = next(model.parameters()).device, len(next(iter(observed.values())))
-
-    def parts() -> Iterator[Tensor]:
-        for rows in torch.arange(count).split(AT_ONCE):
-            yield model({key: store[rows].to(device) for key, store in observed.items()}).cpu()
-
-    return torch.cat([*parts()]).double()
+    places = torch.arange(count).split(AT_ONCE)
+    batches = ({key: store[rows].to(device) for key, store in observed.items()} for rows in places)
+    return torch.cat([model(batch).cpu() for batch in batches]).double()
 
 
 # ---- how good it is ------------------------------------------------------------------------------------------------
-
-
-def logit(probability: float) -> float:
-    return float(np.log(probability / (1 - probability)))
 
 
 def best_threshold(scores: Tensor, truth: Tensor) -> float:
@@ -471,32 +456,33 @@ def measures(scores: Tensor, truth: Tensor, threshold: float, episodes: int) -> 
     others = scores[~truth].sort().values
     below = [torch.searchsorted(others, scores[truth].contiguous(), right=right).double() for right in (False, True)]
     area = float((below[0] + below[1]).mean() / 2 / m)
-    precision = measured(hits / alarms, wilson(hits, alarms)) if alarms else "unknown"
     return [
         f"held out: {episodes} episodes, {n} frames of success, {m} others",
-        f"precision {precision} of {alarms} frames, recall {measured(hits / n, wilson(hits, n))} of {n},"
+        f"precision {rate(hits, alarms)} of {alarms} frames, recall {rate(hits, n)} of {n},"
         f" AUC {measured(area, of_auc(area, n, m))}",
     ]
 
 
-def counted_of(scores: Tensor, seen: Labelled, threshold: float) -> str:
+def counted_of(scores: Tensor, truth: Tensor, threshold: float) -> str:
     """A line about the frames learnt from: where it fails there, it has not learnt, or the frames are not alike."""
-    called, truth = scores[seen.rows] >= threshold, seen.labels
-    found, alarms, n = int((called & truth).sum()), int((called & ~truth).sum()), int(truth.sum())
+    called, n = scores >= threshold, int(truth.sum())
+    found, alarms = int((called & truth).sum()), int((called & ~truth).sum())
     return f"learnt from: {found} of {n} frames of success found, and {alarms} of {len(truth) - n} others"
 
 
-def by_episode(success: Tensor, frames: MarkedFrames, rest: Tensor, episodes: Episodes) -> list[str]:
-    """In how many of the episodes held out a success was found that stays: of those that succeeded, and of others."""
-    found = torch.stack([part.any() for part in success.split(episodes.lengths.tolist())])
-    having, held_out = torch.zeros_like(found), torch.zeros_like(found)
-    having[frames.group[frames.success]] = True
-    held_out[frames.group[rest]] = True
-    parts = []
-    for mask, what in ((having, "that succeeded"), (~having, "that did not")):
-        count, of = int((found & mask & held_out).sum()), int((mask & held_out).sum())
-        parts += [f"{count} of {of} {what}, {measured(count / of, wilson(count, of))}"] if of else []
-    return [f"episodes held out: success found in {'; in '.join(parts)}"]
+def by_episode(found: Tensor, frames: MarkedFrames, rest: Tensor) -> str:
+    """In how many of the episodes held out a success was found, `[E]` bool: of those that succeeded, and of others."""
+    held_out = frames.group[rest].unique()
+    having, parts = torch.isin(held_out, frames.group[frames.success]), []
+    for of, what in ((found[held_out[having]], "that succeeded"), (found[held_out[~having]], "that did not")):
+        if count := len(of):
+            parts.append(f"{int(of.sum())} of {count} {what}, {rate(int(of.sum()), count)}")
+    return f"episodes held out: success found in {'; in '.join(parts)}"
+
+
+def rate(count: int, of: int) -> str:
+    """A fraction and its 95 % interval."""
+    return measured(count / of, wilson(count, of)) if of else "unknown"
 
 
 def staying(flags: Tensor, ends: Tensor, steps: int) -> Tensor:
