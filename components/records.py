@@ -108,6 +108,7 @@ class ResidualRecord(TypedDict):
     low: list[float]
     high: list[float]
     sha256: str
+    clips_base: NotRequired[bool]  # False in records of older versions
 
 
 class SteeredRecord(TypedDict):

@@ -392,9 +392,14 @@ def test_a_base_action_beyond_the_bounds_is_corrected_from_the_bound() -> None:
     assert both.corrected(base, correction) == pytest.approx([0.8, -2.5])
     assert both.correction(base, np.float32([0.8, -2.5])) == pytest.approx(correction)
     assert both.normalised(base).tolist() == [1, -1]
+    older = Middle(both.low, both.high, 0.5, clips=False)  # as the policies of older versions were trained and measured
+    assert older.corrected(base, correction).tolist() == [1, -4]
     # As it is in [-1, 1], and the critics add a correction to it, running statistics leave it as it is.
     spec = {key: {"shape": (2,), "dtype": "float32"} for key in (STATE, BASE_ACTION)}
-    assert [*RunningStatistics(spec, True, False, 0.99, 1).modes] == [STATE]
+    running = RunningStatistics(spec, True, False, 0.99, 1)
+    assert [*running.modes] == [STATE]
+    with pytest.raises(UserError, match=r"of observation.state, observation.base_action, this version of observation"):
+        running.load_state_dict(running.state_dict() | {BASE_ACTION: torch.zeros(3, 2)})  # of a run of an older version
 
 
 # ---- environments in processes of their own, and wrapped -----------------------------------------------------------

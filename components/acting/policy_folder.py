@@ -269,7 +269,7 @@ def with_base(folder: Path, correction: Policy) -> Any:
     if not len(how["low"]) == len(how["high"]) == width:
         raise UserError(f"{path}: damaged: low and high must have {width} numbers, as the actions of its base")
     low, high = (np.array(how[name], dtype=np.float32) for name in ("low", "high"))
-    return CorrectedPolicy(base, correction, Middle(low, high, how["scale"]))
+    return CorrectedPolicy(base, correction, Middle(low, high, how["scale"], how.get("clips_base", False)))
 
 
 def steered_by(folder: Path) -> nn.Module | None:

@@ -122,9 +122,9 @@ class Corrected(Base):
         return CorrectedPolicy(self.new(), top, self.sum)
 
     def record(self) -> dict[str, Any]:
-        """Scale, bounds and hash."""
+        """Scale, bounds, which kind of sum, and hash."""
         bounds = {"low": self.sum.low.tolist(), "high": self.sum.high.tolist()}
-        return {"scale": self.scale, **bounds, **super().record()}
+        return {"scale": self.scale, **bounds, "clips_base": True, **super().record()}
 
 
 class Steered(Base):
