@@ -144,10 +144,9 @@ def label(episodes: Episodes, options: Options) -> tuple[list[str], Episodes]:
     frames, said = frames_of(episodes, options)
     if options.success_data:
         others, group = other_successes(options, observed)
-        count = len(group)
         observed = {key: torch.cat([store, others[key]]) for key, store in observed.items()}
-        frames = frames.followed_by(torch.ones(count, dtype=torch.bool), group)
-        said = f"all {count} frames of {options.success_data}"
+        frames = frames.followed_by(group)
+        said = f"all {len(group)} frames of {options.success_data}"
     rest = frames.split(options.held_out, options.seed)
     positives, negatives = int(frames.success.sum()), int(frames.other.sum())
     lines = [f"success: {said}; {positives} frames of success, {negatives} others"]
@@ -203,8 +202,9 @@ class MarkedFrames:
     group: Tensor
     """`[M]` int64, the episode of each; -1 for an observation of none."""
 
-    def followed_by(self, success: Tensor, group: Tensor) -> "MarkedFrames":
-        """With further frames of success, whose groups are counted on."""
+    def followed_by(self, group: Tensor) -> "MarkedFrames":
+        """With further frames of success `[n]`, whose groups are counted on."""
+        success = torch.ones(len(group), dtype=torch.bool)
         groups = torch.cat([self.group, group + int(self.group.max()) + 1])
         return MarkedFrames(torch.cat([self.success, success]), torch.cat([self.other, ~success]), groups)
 
@@ -323,10 +323,11 @@ def other_successes(options: Options, observed: dict[str, Tensor]) -> tuple[dict
             raise UserError(f"--success-data {path}: pictures are of one camera; choose it with --keys")
         key, store = next(iter(observed.items()))
         return {key: read_pictures(path, listed, tuple(store.shape[1:]))}, torch.arange(len(listed))
-    shapes = {camera_of(key): list(store.shape[-2:]) for key, store in observed.items() if is_picture(key, store.dtype)}
+    sizes = {camera_of(key): store.shape[-2:] for key, store in observed.items() if is_picture(key, store.dtype)}
     words = [options.success_data]
-    if shapes:
-        words += ["--dataset.cameras", *shapes]
+    if sizes:
+        words += ["--dataset.cameras", *sizes]
+        words += ["--dataset.image-size", *(f"{camera}={h}x{w}" for camera, (h, w) in sizes.items())]
     _, _, factory = parse(Options, words, 1, {"validation": 0.0}, "")
     episodes = recorded_by(factory)["dataset"].episodes
     missing = [key for key in observed if key not in episodes.observations]
