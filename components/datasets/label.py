@@ -159,18 +159,20 @@ def label(episodes: Episodes, options: Options) -> tuple[list[str], Episodes]:
     if options.threshold is not None:
         threshold, how = math.log(options.threshold / (1 - options.threshold)), "given"
     lines += [f"threshold: {1 / (1 + math.exp(-threshold)):.3g} ({how})"]
-    lines += measures(scores[unseen], truth, threshold, len(frames.group[rest].unique()))
-    lines += [counted_of(scores[seen], learnt, threshold)]
+    quality = measures(scores[unseen], truth, threshold, len(frames.group[rest].unique()))
+    lines += [*quality, counted_of(scores[seen], learnt, threshold)]
     success = staying(scores[judges(episodes)] >= threshold, episodes.ends, options.stay)  # [N]
     found = torch.stack([part.any() for part in success.split(episodes.lengths.tolist())])  # [E]
     if not options.success_data:
         lines += [by_episode(found, frames, rest)]
     lines += [f"labelled: success in {int(found.sum())} of {len(found)} episodes, at {int(success.sum())} steps"]
     if not found.any():
-        raise UserError("no step is a success by the classifier; lower --threshold or --stay, or check --success")
+        remedy = "lower --threshold or --stay, or check --success"
+        raise UserError(f"no step is a success by the classifier; {remedy} ({'; '.join(quality)})")
     if success.all():
+        remedy = "see --success, --keys, --steps and --lr"
         raise UserError(
-            "every step is a success by the classifier: it tells nothing apart; see --success, --keys, --steps and --lr"
+            f"every step is a success by the classifier: it tells nothing apart; {remedy} ({'; '.join(quality)})"
         )
     if replaced := [key for key in ("reward", TERMINATED) if key in episodes.columns]:
         lines += [f"{' and '.join(replaced)} of the source are replaced"]
