@@ -665,7 +665,7 @@ def test_parts_that_do_not_fit_are_listed_and_refused(script: Script, options: t
             ("--mixed-precision", "int8"),
             r"^invalid choice 'int8' for argument '--mixed-precision'\. Expected one of .*bf16",
         ),
-        (("x?",), r"^unknown option x\?; see --help$"),
+        (("x?",), r"^unexpected word x\?: it is no option.s value; see --help$"),
         (("--trainer",), "^Missing value for argument '--trainer'"),
         (("--steps", "0"), "--steps 0 must be 1 or more"),
         (("--log-every", "-5"), "--log-every -5 must be 1 or more"),

@@ -18,10 +18,12 @@ def about_unknown(word: str, values: Any, registries: Registries) -> str:
     """A line about an option that the command does not have.
 
     Args:
-        word: Such as "--trainer.kl-weight".
+        word: Such as "--trainer.kl-weight", or a word that belongs to no option.
         values: The defaults of the command, with the options of the components that are chosen.
         registries: Of the options by which components are chosen.
     """
+    if not word.startswith("-"):
+        return f"unexpected word {word}: it is no option's value; see --help"
     word = word.replace("_", "-")
     known = {flag for _, options in options_in(type(values), values) for one in options for flag in one.flags}
     option, dot, name = word[2:].rpartition(".")
