@@ -45,6 +45,8 @@ objects that are named here:
     losses(data) -> (loss, metrics)     the held-out loss, and --compile          no held-out loss
     estimate(rollout) -> rollout        `Rollout`, once for each; required        none
                                         with Rollouts
+    adds_auxiliary: (model, ...)        the scripts, which refuse other models     none
+                                        with losses of their own (`ModelFactory`)
     accumulates: bool                   the scripts: one step of every            False, so that
                                         optimizer per call                        --grad-accumulation is 1
     promises: Promises                  --compile, for CUDA graphs, and the       losses alone are compiled
