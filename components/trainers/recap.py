@@ -146,11 +146,13 @@ class Recap:
         return value_loss + policy_loss, metrics
 
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
-        value = self.models["value"]
-        value.cover(*global_range(data["return_to_go"]))
+        value, learns = self.models["value"], "value" in self.optimizers  # a frozen one keeps its bins
+        if learns:
+            value.cover(*global_range(data["return_to_go"]))
         loss, metrics = self.losses(data)
         update(self.optimizers, loss)
-        value.cover(*global_range(torch.stack([metrics["target_min"], metrics["target_max"]])))  # for the next update
+        if learns:  # for the next update
+            value.cover(*global_range(torch.stack([metrics["target_min"], metrics["target_max"]])))
         too_many = global_mean(metrics["positive"]) - self.config.positive
         value.threshold += RATE * global_mean(metrics["distance"].log()).exp() * too_many
         return metrics | {"threshold": value.threshold.clone()}
