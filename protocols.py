@@ -45,6 +45,8 @@ objects that are named here:
     losses(data) -> (loss, metrics)     the held-out loss, and --compile          no held-out loss
     estimate(rollout) -> rollout        `Rollout`, once for each; required        none
                                         with Rollouts
+    adds_auxiliary: (model, ...)        the scripts, which refuse other models     none
+                                        with losses of their own (`ModelFactory`)
     accumulates: bool                   the scripts: one step of every            False, so that
                                         optimizer per call                        --grad-accumulation is 1
     promises: Promises                  --compile, for CUDA graphs, and the       losses alone are compiled
@@ -218,10 +220,10 @@ class ModelFactory(Protocol):
     maps a batch to a batch and describes it in `spec`; a denoiser (`denoises = True`) has `condition(observation)` and
     maps (noisy action, time in [0, 1], that condition) to a tensor of the action's shape.
 
-    A policy may have losses of its own, which the imitation trainers add and log: `auxiliary_weights`, {name: weight},
-    and `auxiliary(...)`, which returns (what `forward` returns, {name: scalar}). It takes the same arguments, and in
-    `bc` the keywords `target` and `is_pad`, the latter None without padding. They are means over samples, or else use
-    the means of all processes.
+    A network may have losses of its own, which trainers with `adds_auxiliary` add and log: `auxiliary_weights`,
+    {name: weight}, and `auxiliary(...)`, which returns (what `forward` returns, {name: scalar}). It takes the same
+    arguments, and in `bc` the keywords `target` and `is_pad`, the latter None without padding. They are means over
+    samples, or else use the means of all processes.
     """
 
     def build(self, spec: dict[str, Any]) -> nn.Module: ...

@@ -322,6 +322,7 @@ def construct(
         UserError: a constructor that cannot be called with these arguments.
     """
     fit_loss(loss, spec, cls, config, device)
+    check_auxiliary(cls, models, optimizers)
     norm_stats = {key: feature["stats"] for key, feature in spec.items() if "stats" in feature}
     available = {"device": device, "norm_stats": norm_stats, "spec": spec, "config": config, "base": base}
     keywords = {name: available[name] for name in accepted(cls, available)}
@@ -341,6 +342,22 @@ def fit_loss(loss: Any, spec: dict[str, Any], cls: type, config: Any, device: to
     if "action" not in spec or not isinstance(request_of(cls, config), Demonstrations | Corrections | None):
         raise UserError("--loss.weights: they are for imitation; this trainer's loss is also of values")
     loss.fit_action(spec["action"], device)
+
+
+def check_auxiliary(cls: type, models: nn.ModuleDict, trained: Iterable[str]) -> None:
+    """Refuse trained models with losses of their own that the trainer does not add: `adds_auxiliary` names the models.
+
+    Raises:
+        UserError: naming the model and these losses.
+    """
+    for name in sorted(set(trained) - set(getattr(cls, "adds_auxiliary", ()))):
+        if lost := [loss for loss, weight in auxiliary_weights_of(models[name]).items() if weight]:
+            option = "--model.experts, or --model.head codebook"
+            option = option if name == "policy" else option.replace("--model.", f"--model.{name}.")
+            raise UserError(
+                f"{cls.__name__} does not add {', '.join(lost)}, losses that its model {name!r} has of its own; leave"
+                f" out {option}, or choose bc, act, diffusion, flow or recap"
+            )
 
 
 def passed_to(trainer: Any) -> list[str]:

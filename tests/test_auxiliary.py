@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from components import MODEL_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError
+from components.contracts import check_auxiliary
 from components.models import codebook, experts
 from components.models.codebook import Codebook, CodebookHead, CodebookOptions, CodebookPolicy
 from components.models.experts import Experts
 from components.trainers.bc import BC
+from components.trainers.fql import FQL
+from components.trainers.recap import Recap
 
 CHUNK = {
     "observation.state": {"shape": (3,), "dtype": "float32"},
@@ -274,3 +277,26 @@ def test_every_imitation_trainer_adds_and_logs_them(name: str, entry: str, optio
     models["policy"].auxiliary = None
     with pytest.raises(UserError, match="Plugin has auxiliary_weights, but no auxiliary"):
         trainer.losses(data)
+
+
+def test_recap_adds_them_and_trainers_that_do_not_refuse_such_models() -> None:
+    data, found = batch(), {}
+    for weight in (0.0, 0.5):
+        torch.manual_seed(0)
+        factory = MODEL_BUILDER_REGISTRY["dit"](experts=3, load_balance=weight, router_z=0.0, width=16, layers=1)
+        models = nn.ModuleDict({"policy": factory.build(Recap.model_spec("policy", CHUNK, None))})
+        models["value"] = MODEL_BUILDER_REGISTRY["v_categorical"](hidden_dims=()).build(CHUNK)
+        known = dict.fromkeys(("reward", "terminated", "next.observation.state", "return_to_go"), {"shape": ()})
+        trainer = Recap(models, {}, nn.MSELoss(), CHUNK | known)
+        torch.manual_seed(1)
+        found[weight] = trainer.policy_loss(data, torch.zeros(B))
+    loss, metrics = found[0.5]
+    difference = float((loss - found[0.0][0]).detach())
+    assert difference == pytest.approx(0.5 * float(metrics["load_balance"]), rel=1e-4)
+    check_auxiliary(Recap, models, ["policy", "value"])
+    models["flow"] = models.pop("policy")
+    with pytest.raises(UserError, match="FQL does not add load_balance, losses that its model 'flow'.*flow.experts"):
+        check_auxiliary(FQL, models, ["flow", "value"])
+    check_auxiliary(FQL, models, ["value"])  # frozen
+    models["flow"].blocks[0].feed_forward.auxiliary_weights = {"load_balance": 0.0}
+    check_auxiliary(FQL, models, ["flow"])  # not wanted

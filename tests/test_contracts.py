@@ -84,7 +84,8 @@ GROUPS = [p for p in GROUPS if p not in OTHERS]
 TABLE = (protocols.__doc__ or "").partition("member of a trainer")[2].splitlines()
 ROWS = [line[4:40] for line in TABLE if line[4:5].strip()]
 MEMBERS = {word for row in ROWS for word in re.findall(r"^\w+|\w+(?=\()", row)}
-ATTRIBUTES = {"needs", "defaults", "debug_options", "Config", "accumulates", "promises", "spans", "updates"}
+ATTRIBUTES = {"needs", "defaults", "debug_options", "Config", "adds_auxiliary", "accumulates", "promises", "spans"}
+ATTRIBUTES |= {"updates"}
 
 
 def members(protocol: type) -> set[str]:

@@ -162,8 +162,8 @@ def test_more_guidance_goes_further() -> None:
 
 
 def test_the_threshold_is_the_quantile_that_is_asked_for() -> None:
-    """In whatever units the rewards are; interventions count as better beyond it."""
-    for scale in (0.01, 100.0):
+    """In whatever units the rewards are, also where a few are far from the others."""
+    for scale, spread, failures, updates in ((0.01, 1.0, 0.0, 150), (100.0, 0.001, 0.1, 300)):
         torch.manual_seed(0)
         spec: Any = {"observation.state": {"shape": (2,)}, "action": {"shape": (2,)}}
         spec |= dict.fromkeys(("reward", "terminated", "next.observation.state", "return_to_go"), {"shape": ()})
@@ -172,14 +172,18 @@ def test_the_threshold_is_the_quantile_that_is_asked_for() -> None:
         built = nn.ModuleDict({n: m.build(Recap.model_spec(n, spec, config)) for n, m in models.items()})
         still = {name: torch.optim.SGD(model.parameters(), lr=0.0) for name, model in built.items()}
         trainer = Recap(built, still, nn.MSELoss(), spec, config)
-        for _ in range(150):
-            states, flags = torch.randn(64, 2), torch.ones(64, dtype=torch.bool)
-            reward = scale * (1 + torch.randn(64))
+
+        def rewards(rows: int, spread: float = spread, failures: float = failures, scale: float = scale) -> Tensor:
+            return scale * (1 + spread * torch.randn(rows) - 3.0 * (torch.rand(rows) < failures))
+
+        for _ in range(updates):
+            states, flags = torch.zeros(64, 2), torch.ones(64, dtype=torch.bool)
+            reward = rewards(64)
             data = {"observation.state": states, "next.observation.state": states, "reward": reward}
             data |= {"terminated": flags, "return_to_go": reward, "action": torch.zeros(64, 2)}
             metrics = trainer.train_step(data)
         v = float(metrics["v"])  # of a network that does not learn
-        share = float((scale * (1 + torch.randn(10_000)) - v > metrics["threshold"]).float().mean())
+        share = float((rewards(10_000) - v > metrics["threshold"]).float().mean())
         assert share == pytest.approx(0.3, abs=0.06)
 
 
@@ -206,6 +210,7 @@ def test_rewards_are_summed_beyond_the_chunk() -> None:
     assert found["reward"][:4].tolist() == [1 + 1 + 1, 2 + 2 + 2, 4 + 4, 8]
     assert found["discount"][:4].tolist() == [0.125, 0.125, 0.25, 0.5]
     assert found["action_is_pad"][:4].tolist() == [[False, False]] * 3 + [[False, True]]
+    assert len(Transitions(three_episodes(True)["dataset"], "test", Window(chunk=9, to_go=True))) == 12  # all are cut
     single = Transitions(three_episodes(True)["dataset"], "test", Window()).get_batch(torch.arange(12))
     spec = {key: {"shape": tuple(x.shape[1:]), "dtype": "float32"} for key, x in single.items() if key != "discount"}
     spec["terminated"]["dtype"] = "bool"
@@ -213,6 +218,7 @@ def test_rewards_are_summed_beyond_the_chunk() -> None:
     for t in range(12):
         step = {key: value[t : t + 1] for key, value in single.items() if key in spec}
         buffer.add(step | {"valid": torch.tensor([True]), "ended": torch.tensor([t in (3, 7, 9, 11)])})
+        assert buffer.due(True) == (t >= 3) and not buffer.due(False)  # the first returns are known by then
     drawn = buffer.sample(200)
     rows = drawn["observation.state"][:, 0].long()
     for key, value in found.items():

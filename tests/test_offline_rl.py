@@ -349,6 +349,8 @@ def test_rollouts_in_gymnasium_are_transitions_with_the_right_ends() -> None:
     assert float(batch["action"].abs().max()) > 1 and built["norm_stats"]["action"]["scale"] == 2.0
     same = build(episodes=3).build()["dataset"].get_batch(torch.arange(21))
     assert torch.equal(same["action"], batch["action"])
+    with pytest.raises(UserError, match=r"has the action space Discrete\(2\); this reader plays those with a Box"):
+        build(id="CartPole-v1").build()
 
 
 def test_a_saved_policy_plays_the_rollouts(script: Script) -> None:

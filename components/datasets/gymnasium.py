@@ -76,7 +76,9 @@ class GymnasiumRollouts(Scales):
         envs = Environments(factory.build, 1, self.seed, 0.0)
         try:
             with one_line(f"--dataset.id {self.id}"):
-                bounds = action_bounds(envs.single_action_space)
+                if hasattr(space := envs.single_action_space, "n"):
+                    raise UserError(f"it has the action space {space}; this reader plays those with a Box")
+                bounds = action_bounds(space)
             rows, ends = self._play(envs, *bounds, kwargs.get("opt_params", {}).get("save_dir", ""))
             names = names_of(envs)
         finally:

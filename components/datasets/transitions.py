@@ -204,7 +204,8 @@ class Transitions(Table):
             padded = torch.arange(chunk) > length[:, None]
             columns["action"] = action[torch.minimum(steps[:, :chunk], final[:, None])]
             columns |= {"action_is_pad": padded, "complete": ~padded[:, -1] | terminated[final]}
-            tell_cut(columns["complete"], chunk, int((last - source.first[rows]).max()) + 1, data.name)
+            if not window.to_go:  # by which values are learnt of states alone, so chunks may be cut
+                tell_cut(columns["complete"], chunk, int((last - source.first[rows]).max()) + 1, data.name)
         if next_action:
             columns["next.action"] = action[torch.minimum(rows + 1, source.last[rows])]
         if "intervention" in data.columns:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..contracts import Window
 from ..data.features import INTERVENTION, RECORDED
 from ..data.pictures import pictures_of
@@ -147,7 +148,11 @@ class ReplayBuffer:
         return [key for key in BESIDE if key in self.data and key not in self.others]
 
     def due(self, ready: bool) -> float:
-        """Updates that are due for one step of all environments; 0 before learning starts."""
+        """Updates that are due for one step of all environments; 0 while a process has nothing to draw.
+
+        Returns to go are known at the end of an episode, so it takes one on each process.
+        """
+        ready = ready and (not self.to_go or min(parallel.gather(int(self._drawable().sum()))) > 0)
         return self.rate if ready else 0.0
 
     def cut(self) -> None:
@@ -226,9 +231,13 @@ class ReplayBuffer:
             whole |= self._read(first, "next.")
         return whole | batch | {"discount": factor}
 
+    def _drawable(self) -> Tensor:
+        """Transitions of each environment `[N]`, the oldest ones, that may be drawn: those whose return is known."""
+        return self.count - self.running.minimum(self.count) if self.to_go else self.count
+
     def _draw(self, batch_size: int) -> tuple[Tensor, Tensor]:
         """Draw transitions whose next action and return are known, where needed: environments and ages, `[B]` each."""
-        known = self.count - self.running.minimum(self.count) if self.to_go else self.count
+        known = self._drawable()
         bounds = known.cumsum(0)
         if not len(bounds) or not bounds[-1]:
             raise RuntimeError("the replay buffer is empty; --learning-starts must leave time to fill it")

@@ -44,6 +44,7 @@ class ACT:
         "eval-every": 1000,
     }
     accumulates = True
+    adds_auxiliary = ("policy",)
 
     @dataclass(frozen=True)
     class Config:

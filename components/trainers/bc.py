@@ -34,6 +34,7 @@ class BC:
         "batch-size": 256,
     }
     accumulates = True
+    adds_auxiliary = ("policy",)
 
     def __init__(self, models: nn.ModuleDict, optimizers: dict[str, Optimizer], loss: nn.Module) -> None:
         check_regression(models, loss)

@@ -68,6 +68,7 @@ class Diffusion:
         "eval-every": 1000,
     }
     accumulates = True
+    adds_auxiliary = ("policy",)
 
     @dataclass(frozen=True)
     class Config:

@@ -65,6 +65,7 @@ class Flow:
         "eval-every": 1000,
     }
     accumulates = True
+    adds_auxiliary = ("policy",)
 
     @dataclass(frozen=True)
     class Config:

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 
 from ..contracts import Promises, Window
 from ..errors import UserError
-from ..losses import zero_padding
+from ..losses import WithAuxiliary, zero_padding
 from ..models.checks import check_chunks
 from ..models.guidance import Guided, tell, told
 from ..optimizers import update
@@ -51,6 +51,7 @@ from .flow import FlowSampler
 from .fql import velocities
 
 RATE = 0.05  # of the threshold, in mean distances of the advantages from it, for each update
+NEAREST = 1e-26  # distance that counts for a smaller one, of which there is no logarithm
 
 
 class Recap:
@@ -62,6 +63,7 @@ class Recap:
         "policy.guidance": 3.0,
         **networks("value", hidden_dims=(512, 512, 512), activation="gelu", layer_norm=True),
     }
+    adds_auxiliary = ("policy",)
     promises = Promises(repeats_after=1)
 
     @dataclass(frozen=True)
@@ -124,15 +126,17 @@ class Recap:
     def policy_loss(self, data: dict[str, Any], advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """J_pi."""
         better = advantage > self.models["value"].threshold  # [B]
-        distance = (advantage - self.models["value"].threshold).abs()
-        metrics = {"positive": better.float().mean(), "distance": distance.mean()}
+        distance = (advantage - self.models["value"].threshold).abs().clamp(min=NEAREST)
+        # The geometric mean, on which a few large ones, as of success or failure, have little influence.
+        metrics = {"positive": better.float().mean(), "distance": distance.log().mean().exp()}
         better = better | data["intervention"].bool() if "intervention" in data else better
         indicator = torch.stack([better, ~better], 1) & (torch.rand_like(advantage) >= self.config.unknown)[:, None]
-        velocity, target = velocities(self.models["policy"], tell(data, indicator.to(advantage.dtype)))
+        network = WithAuxiliary(self.models["policy"])
+        velocity, target = velocities(network, tell(data, indicator.to(advantage.dtype)))
         if "action_is_pad" in data:
             velocity, target = zero_padding(velocity, target, data["action_is_pad"])
-        loss = self.loss(velocity, target)
-        return loss, {"flow_loss": loss.detach()} | metrics
+        loss, own = network.added(self.loss(velocity, target))
+        return loss, metrics | {"flow_loss": own.pop("loss")} | own
 
     def losses(self, data: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of both losses, which train different networks, and the metrics."""
@@ -142,13 +146,15 @@ class Recap:
         return value_loss + policy_loss, metrics
 
     def train_step(self, data: dict[str, Any]) -> dict[str, Tensor]:
-        value = self.models["value"]
-        value.cover(*global_range(data["return_to_go"]))
+        value, learns = self.models["value"], "value" in self.optimizers  # a frozen one keeps its bins
+        if learns:
+            value.cover(*global_range(data["return_to_go"]))
         loss, metrics = self.losses(data)
         update(self.optimizers, loss)
-        value.cover(*global_range(torch.stack([metrics["target_min"], metrics["target_max"]])))  # for the next update
+        if learns:  # for the next update
+            value.cover(*global_range(torch.stack([metrics["target_min"], metrics["target_max"]])))
         too_many = global_mean(metrics["positive"]) - self.config.positive
-        value.threshold += RATE * global_mean(metrics["distance"]) * too_many
+        value.threshold += RATE * global_mean(metrics["distance"].log()).exp() * too_many
         return metrics | {"threshold": value.threshold.clone()}
 
     def policy(self) -> nn.Module:
