@@ -24,11 +24,12 @@ class Middle:
     Args:
         low, high: Bounds of the actions, `[Da]`.
         scale: Largest correction, as a fraction of half the range.
+        clips: Whether base actions are clipped before they are corrected; older versions clipped the sum alone.
     """
 
-    def __init__(self, low: np.ndarray, high: np.ndarray, scale: float) -> None:
+    def __init__(self, low: np.ndarray, high: np.ndarray, scale: float, clips: bool = True) -> None:
         low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-        self.low, self.high, self.scale = low, high, scale
+        self.low, self.high, self.scale, self.clips = low, high, scale, clips
         self.middle, self.half = (high + low) / 2, (high - low) / 2
         self.divisor = np.where(self.half > 0, self.half, 1)  # of an action that cannot vary
 
@@ -38,7 +39,7 @@ class Middle:
         The base action is clipped first: a frozen policy that is far from its data asks for much more than the bounds
         allow, and no correction would have an effect there.
         """
-        within = np.clip(base, self.low, self.high)
+        within = np.clip(base, self.low, self.high) if self.clips else base
         return np.clip(within + self.scale * self.half * correction, self.low, self.high).astype(np.float32)
 
     def correction(self, base: np.ndarray, action: np.ndarray) -> np.ndarray:
