@@ -179,7 +179,9 @@ class Steered(Base):
             here = tuple(spec.get(key, {}).get("shape", ()))
             there = self.policy.action_shape if key == "action" else tuple(own[key]["shape"])
             if here != there:
-                raise self.unfit(f"its {key!r} has shape {there}, the environment's {here or None}")
+                changed = {"resized_from", "stored_shape"} & own[key].keys()
+                remedy = "; train it without --dataset.image-size and --augment.crop" if changed else ""
+                raise self.unfit(f"its {key!r} has shape {there}, the environment's {here or None}{remedy}")
         action = spec["action"]
         limits = torch.tensor([action["stats"]["min"], action["stats"]["max"]], dtype=torch.float32)
         action |= {"noise": list(self.module.noise_shape), "limits": normaliser({"action": limits})["action"].tolist()}
