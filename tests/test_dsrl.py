@@ -248,6 +248,7 @@ def test_a_steered_run_keeps_the_frozen_policy_and_its_policy_acts_alone(online:
 def test_a_steered_run_resumes_in_the_middle_of_a_chunk(online: Script, script: Script, base: Path) -> None:
     """And begins with the frozen policy itself; another goes on from it."""
     options = (*toy.DSRL, "--trainer.base", base, "--save-every", 14, "--log-every", 7)
+    options += ("--steps", 36, "--learning-starts", 8)
     whole = online(*options, folder="whole")
     interrupt_after(online, 12, *options)
     run = online("--resume", whole.parent / "run")
@@ -349,20 +350,8 @@ def test_steering_makes_a_poor_flow_a_good_policy_which_is_exported(online: Scri
     more = ("--env", "savable", "--eval-episodes", 50)
     poor = script(*toy.FLOW_OF_AN_MLP, "--model.hidden-dims", 32, 32, "--steps", 60, *more, folder="poor")
     options = ("--trainer", "dsrl", *more, "--trainer.base", poor, "--trainer.chunk", 1, "--trainer.discount", 0.5)
-    options += (
-        "--trainer.policy-starts",
-        0,
-        "--steps",
-        1000,
-        "--learning-starts",
-        500,
-        "--batch-size",
-        128,
-        "--eval-every",
-        1000,
-        "--num-envs",
-        4,
-    )
+    options += ("--trainer.policy-starts", 0, "--steps", 1000, "--learning-starts", 500, "--batch-size", 128)
+    options += ("--eval-every", 1000, "--num-envs", 4)
     names = ("--model.hidden-dims", "--model.critic.hidden-dims", "--model.noise-critic.hidden-dims")
     options += (*(word for name in names for word in (name, 64, 64)), "--optimizer.lr", 1e-3)
     (before, after), begin = read_lines(online(*options) / "eval.jsonl"), read_lines(poor / "eval.jsonl")[-1]

@@ -262,8 +262,10 @@ class Steered(nn.Module):
         """The settings of the frozen policy are this one's; its samplers without those of noise in each step."""
         if name not in SETTINGS:
             return super().__getattr__(name)
-        found = getattr(self.executed.base, name)
-        return tuple(x for x in found if x not in random_samplers(self.executed.base)) if name == "samplers" else found
+        base = self.executed.base
+        if name != "samplers":
+            return getattr(base, name)
+        return tuple(x for x in base.samplers if x not in getattr(base, "random_samplers", ()))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SETTINGS:
@@ -296,11 +298,6 @@ def clipped(batch: dict[str, Any]) -> dict[str, Any]:
     """
     seen = {k: v for k, v in batch.items() if "observation." in k and v.is_floating_point()}
     return batch | {key: value.clamp(-LIMIT, LIMIT) for key, value in seen.items()}
-
-
-def random_samplers(module: nn.Module) -> tuple[str, ...]:
-    """The samplers of a policy's module that draw noise in every step, beside the noise that they begin with."""
-    return tuple(getattr(module, "random_samplers", ()))
 
 
 def _drop_frozen(module: nn.Module, weights: dict[str, Any], prefix: str, local: Any) -> None:
