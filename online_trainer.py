@@ -360,8 +360,8 @@ def learn(args: Args, accelerator: Accelerator, run: Run) -> None:
     # which is a part of the environments then, so that all else need not know of it; or steer one by its noise.
     num_envs, note = fit_envs(args, world)
     seed = derive_seed(args.seed, rank) % 2**31
+    base = base_of(cls, config, run)
     with one_line(f"env {env[0]!r}"):
-        base = base_of(cls, config, run)
         make: Any = partial(build, "env", *env)
         make_all = base.under(make) if base else make
         environments = run.closing(Environments(make_all, num_envs // world, seed, args.env_timeout))

@@ -108,7 +108,7 @@ class ResidualRecord(TypedDict):
     low: list[float]
     high: list[float]
     sha256: str
-    clips_base: NotRequired[bool]  # False in records of older versions
+    clips: NotRequired[bool]  # the frozen action before it is corrected; older versions did not
 
 
 class SteeredRecord(TypedDict):
@@ -167,6 +167,7 @@ class Inherited(TypedDict):
     data: NotRequired[dict[str, Any] | None]
     normalisation: NotRequired[Normalisation]
     rewards: NotRequired[tuple[float, float]]
+    base: NotRequired[str]  # SHA-256 of the frozen policy's weights
 
 
 class StatusRecord(TypedDict):

@@ -21,7 +21,7 @@ from components.models.tanh_gaussian import TanhGaussian
 from components.models.temperature import Temperature
 from components.run import checkpoint
 from components.run.curves import read_lines
-from components.trainers.dsrl import DSRL
+from components.trainers.dsrl import DSRL, Executed, Exploring
 from conftest import difference, learned, states, weights
 from test_offline import interrupt_after
 from test_online_rl import recording_of
@@ -234,24 +234,61 @@ def test_a_steered_run_keeps_the_frozen_policy_and_its_policy_acts_alone(online:
     faster = load_policy(run, sampling_steps=1, action_steps=2)
     state = {STATE: np.ones(toy.STATE, np.float32)}
     assert faster.inference["sampling_steps"] == 1 and not np.allclose(faster.plan(state), policy.plan(state))
-    with pytest.raises(UserError, match="--policy.sampler midpoint: this policy knows euler"):
-        load_policy(run, sampler="midpoint")
+    for settings, message in (
+        ({"sampler": "midpoint"}, "--policy.sampler midpoint: this policy knows euler"),
+        ({"guidance": 2.0}, "this policy has not learned to act without a condition"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_policy(run, **settings)
     (kept / "model.safetensors").write_bytes((run / "policy" / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="weights"):
         load_policy(run)
 
 
-def test_a_steered_run_resumes_in_the_middle_of_a_chunk(online: Script, base: Path) -> None:
+def test_a_steered_run_resumes_in_the_middle_of_a_chunk(online: Script, script: Script, base: Path) -> None:
     """And begins with the frozen policy itself; another goes on from it."""
     options = (*toy.DSRL, "--trainer.base", base, "--save-every", 14, "--log-every", 7)
+    options += ("--steps", 36, "--learning-starts", 8)
     whole = online(*options, folder="whole")
     interrupt_after(online, 12, *options)
     run = online("--resume", whole.parent / "run")
     assert states(run) == states(whole) and learned(run) == learned(whole)
     assert (run / "episodes.jsonl").read_text() == (whole / "episodes.jsonl").read_text()
-    words = ("--trainer.base", run / "policy" / "base", "--init-from", run, "--updates-per-step", 0, "--steps", 10)
-    further = online(*toy.DSRL, *words, folder="further")
+    words = ("--init-from", run, "--updates-per-step", 0, "--steps", 10)
+    further = online(*toy.DSRL, "--trainer.base", run / "policy" / "base", *words, folder="further")
     assert difference(weights(further), weights(run)) == 0
+    other = script(*toy.FLOW_OF_AN_MLP, "--steps", 1, "--dataset.episodes", 7, folder="other")
+    with pytest.raises(UserError, match="its 'observation.state' is normalised in another way than by the policy of"):
+        online(*toy.DSRL, "--trainer.base", other, *words, folder="third")
+    kept = run / "inherited" / "base" / "model.safetensors"
+    kept.write_bytes((other / "policy" / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="base: not the weights of the policy that was steered until now; put them"):
+        online("--resume", run, "--steps", 70)
+
+
+def test_a_guided_policy_is_steered_with_its_guidance_and_as_much_as_it_plans(
+    script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And of a policy whose noise has another shape than its chunk, the chunk counts."""
+    ways = ("--trainer.unconditional", 0.1, "--policy.guidance", 1.5, "--policy.ensemble", 0.1)
+    flow = ("--trainer", "flow", *toy.FLOW_OF_AN_MLP[2:-2])
+    guided = Steered(script(*flow, *ways, "--policy.action-steps", 2, "--steps", 1, folder="guided"), chunk=6)
+    assert "the --policy.ensemble that it was trained with is left out" in caplog.text
+    action = vector(4, 2) | {"noise": [6, 2]}
+    steered = Exploring(nn.Identity(), nn.Identity(), Executed(guided.module, action), 1.0)
+    assert steered.guidance == 1.5
+    batch = {STATE: torch.ones(1, toy.STATE), "noise": torch.ones(1, 12)}
+    steered.random_until = 1
+    before = steered(batch)
+    assert torch.equal(before, guided.module({**batch, "noise": torch.ones(1, 6, 2)})[:, :4])
+    steered.guidance = 3.0
+    assert guided.module.guidance == 3.0 and not torch.allclose(steered(batch), before)
+    with pytest.raises(UserError, match=r"noise has shape \(6, 2\), that of the policy here \(3, 2\)"):
+        Executed(guided.module, action | {"noise": [3, 2]})
+    drawing = script(*toy.TRAINERS["bc"], "--policy.sampler", "sample", "--steps", 1, folder="drawing")
+    assert Steered(drawing, chunk=4).policy.chunk == 4
+    with pytest.raises(UserError, match="--trainer.chunk 5 is more than the 4 actions that the frozen policy plans"):
+        Steered(drawing, chunk=5)
 
 
 DIFFUSION = ("--trainer", "diffusion", "--model", "vector_field", "--model.hidden-dims", 16)
@@ -313,20 +350,8 @@ def test_steering_makes_a_poor_flow_a_good_policy_which_is_exported(online: Scri
     more = ("--env", "savable", "--eval-episodes", 50)
     poor = script(*toy.FLOW_OF_AN_MLP, "--model.hidden-dims", 32, 32, "--steps", 60, *more, folder="poor")
     options = ("--trainer", "dsrl", *more, "--trainer.base", poor, "--trainer.chunk", 1, "--trainer.discount", 0.5)
-    options += (
-        "--trainer.policy-starts",
-        0,
-        "--steps",
-        1000,
-        "--learning-starts",
-        500,
-        "--batch-size",
-        128,
-        "--eval-every",
-        1000,
-        "--num-envs",
-        4,
-    )
+    options += ("--trainer.policy-starts", 0, "--steps", 1000, "--learning-starts", 500, "--batch-size", 128)
+    options += ("--eval-every", 1000, "--num-envs", 4)
     names = ("--model.hidden-dims", "--model.critic.hidden-dims", "--model.noise-critic.hidden-dims")
     options += (*(word for name in names for word in (name, 64, 64)), "--optimizer.lr", 1e-3)
     (before, after), begin = read_lines(online(*options) / "eval.jsonl"), read_lines(poor / "eval.jsonl")[-1]

@@ -232,6 +232,23 @@ def test_a_residual_policy_begins_as_the_frozen_one_and_leaves_it_as_it_was(onli
         load_policy(run)
 
 
+def test_a_residual_policy_of_an_older_version_acts_as_it_did_and_learns_no_further(
+    online: Script, frozen: Path
+) -> None:
+    """It clipped the sum alone, and its critics learnt the value of corrections."""
+    run = online(*RESIDUAL, "--trainer.base", frozen, "--env", "savable", "--steps", 22)
+    base, correction = np.array([9.0, -6.0]), np.array([-0.5, 1.0])
+    assert load_policy(run).bounds.corrected(base, correction) == pytest.approx([4.25, -3.5])
+    for folder in (run / "policy", checkpoint.newest(run / "checkpoints")[0]):
+        record = json.loads((folder / "residual.json").read_text())
+        assert record.pop("clips")
+        (folder / "residual.json").write_text(json.dumps(record))
+    assert load_policy(run / "policy").bounds.corrected(base, correction) == pytest.approx([5, -4.5])
+    for options in (("--resume", run), (*RESIDUAL, "--trainer.base", frozen, "--env", "savable", "--init-from", run)):
+        with pytest.raises(UserError, match="an older version's critics learnt the value of its corrections"):
+            online(*options, "--steps", 30, folder="further")
+
+
 def test_a_residual_run_resumes_in_the_middle_of_a_plan(online: Script, script: Script) -> None:
     """The frozen policy's plan, history and noise are a part of the environments."""
     chunks = ("--dataset.action-steps", 8, "--policy.action-steps", 3, "--model.channels", 16)

@@ -24,7 +24,7 @@ class Middle:
     Args:
         low, high: Bounds of the actions, `[Da]`.
         scale: Largest correction, as a fraction of half the range.
-        clips: Whether base actions are clipped before they are corrected; policies of older versions do not.
+        clips: Whether base actions are clipped before they are corrected; older versions clipped the sum alone.
     """
 
     def __init__(self, low: np.ndarray, high: np.ndarray, scale: float, clips: bool = True) -> None:

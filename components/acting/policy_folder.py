@@ -198,6 +198,7 @@ def normalisation_of(folder: str | Path, spec: dict[str, Any]) -> dict[str, str]
         UserError: no policy there, or keys of other shapes.
     """
     path, description = describe(folder)
+    check_sum(path.parent)
     there, modes = description["spec"], description["normalisation"]
     if "form" in there["action"]:
         raise UserError(
@@ -269,7 +270,18 @@ def with_base(folder: Path, correction: Policy) -> Any:
     if not len(how["low"]) == len(how["high"]) == width:
         raise UserError(f"{path}: damaged: low and high must have {width} numbers, as the actions of its base")
     low, high = (np.array(how[name], dtype=np.float32) for name in ("low", "high"))
-    return CorrectedPolicy(base, correction, Middle(low, high, how["scale"], how.get("clips_base", False)))
+    return CorrectedPolicy(base, correction, Middle(low, high, how["scale"], how.get("clips", False)))
+
+
+def check_sum(folder: Path) -> None:
+    """Refuse to go on from the residual policy of an older version, whose critics know corrections, no sums.
+
+    Raises UserError.
+    """
+    path = folder / CORRECTED
+    if path.exists() and not read_record(path, ResidualRecord, REMEDY).get("clips"):
+        learnt = "an older version's critics learnt the value of its corrections, here they learn that of the sum"
+        raise UserError(f"{folder}: {learnt}; it acts as it did, but train it anew")
 
 
 def steered_by(folder: Path) -> nn.Module | None:

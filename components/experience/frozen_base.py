@@ -9,6 +9,7 @@ Steered: for the trainer, the frozen policy is a module, which maps normalised o
 chunk. The run normalises as the frozen policy does.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +20,20 @@ import torch
 
 from .. import parallel
 from ..acting.correction import CorrectedPolicy, Middle, fingerprint
+from ..acting.inference import methods_of
 from ..acting.policy import Policy
-from ..acting.policy_folder import CORRECTED, STEERED, copy_policy, describe, load_folder
-from ..contracts import frozen_policy_of
+from ..acting.policy_folder import CORRECTED, STEERED, check_sum, copy_policy, describe, load_folder
+from ..contracts import frozen_policy_of, window_of
 from ..data.actions import robot_width
 from ..data.features import BASE_ACTION
 from ..datasets.episodes import EpisodeDataset, take
 from ..envs.autoreset import Stepper
 from ..envs.vector import action_bounds, executed
 from ..errors import UserError
+from ..run.checkpoint import steps
 from ..run.policies import copy_chosen
+
+logger = logging.getLogger(__name__)
 
 
 class Base:
@@ -122,22 +127,25 @@ class Corrected(Base):
         return CorrectedPolicy(self.new(), top, self.sum)
 
     def record(self) -> dict[str, Any]:
-        """Scale, bounds, which kind of sum, and hash."""
-        bounds = {"low": self.sum.low.tolist(), "high": self.sum.high.tolist()}
-        return {"scale": self.scale, **bounds, "clips_base": True, **super().record()}
+        """Scale, bounds and hash."""
+        bounds = {"low": self.sum.low.tolist(), "high": self.sum.high.tolist(), "clips": self.sum.clips}
+        return {"scale": self.scale, **bounds, **super().record()}
 
 
 class Steered(Base):
     """A frozen policy whose noise is chosen.
 
+    Args:
+        chunk: Actions of each of its chunks that are executed.
+
     Raises:
-        UserError: as `Base`; a policy without noise, or with noise in each step of its sampler; a history, a task or
-            actions in another form than they are executed in.
+        UserError: as `Base`; a policy without noise, or with noise in each step of its sampler; a history, a task,
+            actions in another form than they are executed in, or shorter chunks.
     """
 
     done, record_name = "steered", STEERED
 
-    def __init__(self, folder: Path, origin: str = "") -> None:
+    def __init__(self, folder: Path, origin: str = "", chunk: int = 1) -> None:
         super().__init__(folder, origin)
         if not isinstance(self.policy, Policy):
             raise self.unfit("it is a residual policy, which has no noise of its own; steer the one that it corrects")
@@ -153,6 +161,12 @@ class Steered(Base):
             raise self.unfit("it is told a task, and environments tell none; steer a policy of one task")
         if self.policy.form.changes:
             raise self.unfit("its actions are relative to the state, or 6D; train it without --dataset.action")
+        if chunk > self.policy.chunk:
+            more = f"is more than the {self.policy.chunk} actions that the frozen policy plans"
+            raise UserError(f"--trainer.chunk {chunk} {more}")
+        for name in methods_of(self.policy.settings):
+            left = f"the --policy.{name.replace('_', '-')} that it was trained with is left out"
+            logger.warning("--trainer.base %s: %s, a steered chunk is executed as it is", self.origin or folder, left)
 
     def fit(self, spec: dict[str, Any]) -> dict[str, str]:
         """The modes of its normalisation. Its statistics, the shape of its noise and the limits of actions join `spec`.
@@ -165,7 +179,9 @@ class Steered(Base):
             here = tuple(spec.get(key, {}).get("shape", ()))
             there = self.policy.action_shape if key == "action" else tuple(own[key]["shape"])
             if here != there:
-                raise self.unfit(f"its {key!r} has shape {there}, the environment's {here or None}")
+                changed = {"resized_from", "stored_shape"} & own[key].keys()
+                remedy = "; train it without --dataset.image-size and --augment.crop" if changed else ""
+                raise self.unfit(f"its {key!r} has shape {there}, the environment's {here or None}{remedy}")
         action = spec["action"]
         limits = torch.tensor([action["stats"]["min"], action["stats"]["max"]], dtype=torch.float32)
         action |= {"noise": list(self.module.noise_shape), "limits": normaliser({"action": limits})["action"].tolist()}
@@ -181,7 +197,7 @@ def base_of(trainer: type, config: Any, run: Any) -> Base | None:
     It is copied into the run folder, so that the run can be moved, and resumed without the other run.
 
     Raises:
-        UserError: no such policy.
+        UserError: no such policy, or a resumed run's has changed.
     """
     if (asked := frozen_policy_of(trainer, config)) is None:
         return None
@@ -194,10 +210,17 @@ def base_of(trainer: type, config: Any, run: Any) -> Base | None:
         copy_chosen(folder, to)
 
     def made() -> Base:
+        for saved in steps(run.path / "checkpoints") if run.inherited.resumed else ():
+            check_sum(saved)
         kept = run.inherited.copied("base", copy)
-        return Steered(kept, folder) if scale is None else Corrected(kept, scale, folder)
+        if scale is None:
+            return Steered(kept, folder, window_of(trainer, config).chunk)
+        return Corrected(kept, scale, folder)
 
-    return parallel.in_turns(run.first, made)
+    base = parallel.in_turns(run.first, made)
+    if run.inherited.keep("base", lambda: base.sha256) != base.sha256:
+        raise UserError(f"{base.folder}: not the weights of the policy that was {base.done} until now; put them back")
+    return base
 
 
 def relabelled(data: dict[str, Any], base: Any) -> dict[str, Any]:

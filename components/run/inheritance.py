@@ -1,6 +1,6 @@
 """What a run begins with and does not compute itself, kept in its folder, so that it needs nothing else to go on.
 
-    inherited/record.json    fingerprint of its data, normalisation, shift and scale of its rewards
+    inherited/record.json    fingerprint of its data and frozen policy, normalisation, shift and scale of its rewards
     inherited/weights/       initial weights that come from other runs or files, until the first checkpoint holds them
     inherited/base/          a frozen policy that is corrected or steered; expert/ one that labels; policy-<hash>/ one
                              that made the data
@@ -9,6 +9,7 @@ A new run fills the folder before it begins. A resumed run reads it and nothing 
 has none, reads the others once more and keeps what it found.
 """
 
+import copy
 import json
 import logging
 import re
@@ -131,11 +132,21 @@ class Inheritance:
             base: Frozen policy, whose modes come first if it has to have them.
 
         Raises:
-            UserError: no policy there, or keys of other shapes.
+            UserError: no policy there, keys of other shapes, or another normalisation than that of `base`.
         """
         fitted = base.fit(spec) if base else None
-        found = lambda: _modes(before, spec) if fitted is None else fitted  # noqa: E731
-        kept = self.keep("normalisation", lambda: _normalisation(found(), spec))
+        needed = copy.deepcopy(spec)
+
+        def found() -> dict[str, Any]:
+            modes = _modes(before, spec) if before or fitted is None else fitted
+            for key, mode in (fitted or {}).items():
+                seen = key == "action" or key.startswith("observation.")
+                if seen and (modes[key] != mode or mode != "none" and spec[key]["stats"] != needed[key]["stats"]):
+                    other = f"its {key!r} is normalised in another way than by the policy of --trainer.base"
+                    raise UserError(f"--init-from {before}: {other}; steer the same one, or leave out --init-from")
+            return _normalisation(modes, spec)
+
+        kept = self.keep("normalisation", found)
         modes = described(lambda: _applied(kept, spec), self.folder)
         return modes if before or fitted is not None else {}
 

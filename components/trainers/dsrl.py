@@ -56,7 +56,7 @@ from ..value_learning import (
     summary,
 )
 
-SETTINGS = ("sampler", "sampling_steps", "samplers", "most_steps", "usual_steps")  # of the frozen policy's sampler
+SETTINGS = ("sampler", "sampling_steps", "samplers", "most_steps", "usual_steps", "guidance")  # of the frozen policy
 
 
 class DSRL(Counting):
@@ -212,7 +212,7 @@ class Executed(nn.Module):
         action: Spec of the action that is executed; `limits` are the environment's.
 
     Raises:
-        UserError: the frozen policy's chunk is shorter.
+        UserError: the frozen policy's noise has another shape than in `action`.
     """
 
     def __init__(self, base: nn.Module, action: dict[str, Any]) -> None:
@@ -220,10 +220,8 @@ class Executed(nn.Module):
         self.base: Any = base.eval().requires_grad_(False)
         self.noise_shape, self.shape = tuple(action["noise"]), tuple(action["shape"])
         self.width = int(torch.Size(self.noise_shape).numel())
-        planned = self.noise_shape[-2] if len(self.noise_shape) > 1 else 1
-        if len(self.shape) > 1 and self.shape[0] > planned:
-            more = f"is more than the {planned} actions that the frozen policy plans"
-            raise UserError(f"--trainer.chunk {self.shape[0]} {more}")
+        if (found := tuple(getattr(base, "noise_shape", self.noise_shape))) != self.noise_shape:
+            raise UserError(f"the frozen policy's noise has shape {found}, that of the policy here {self.noise_shape}")
         limits = action.get("limits")
         self.limits: Any
         self.register_buffer("limits", None if limits is None else torch.tensor(limits), persistent=False)  # [2, Da]
@@ -261,11 +259,13 @@ class Steered(nn.Module):
         return self.executed(batch, self.noise(batch))
 
     def __getattr__(self, name: str) -> Any:
-        """The settings of the frozen policy's sampler are this one's; without noise in each step."""
+        """The settings of the frozen policy are this one's; its samplers without those of noise in each step."""
         if name not in SETTINGS:
             return super().__getattr__(name)
-        found = getattr(self.executed.base, name)
-        return tuple(x for x in found if x not in random_samplers(self.executed.base)) if name == "samplers" else found
+        base = self.executed.base
+        if name != "samplers":
+            return getattr(base, name)
+        return tuple(x for x in base.samplers if x not in getattr(base, "random_samplers", ()))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SETTINGS:
@@ -298,11 +298,6 @@ def clipped(batch: dict[str, Any]) -> dict[str, Any]:
     """
     seen = {k: v for k, v in batch.items() if "observation." in k and v.is_floating_point()}
     return batch | {key: value.clamp(-LIMIT, LIMIT) for key, value in seen.items()}
-
-
-def random_samplers(module: nn.Module) -> tuple[str, ...]:
-    """The samplers of a policy's module that draw noise in every step, beside the noise that they begin with."""
-    return tuple(getattr(module, "random_samplers", ()))
 
 
 def _drop_frozen(module: nn.Module, weights: dict[str, Any], prefix: str, local: Any) -> None:
