@@ -311,14 +311,16 @@ def test_what_was_collected_says_who_acted(online: Script, tmp_path: Path) -> No
         ((*DAGGER, "--trainer.labels", 10), "--learning-starts 20: the expert acts until then, and gives --trainer.la"),
         ((*DAGGER, "--trainer.labels", 0), "--trainer.labels 0 must be 1 to 1e"),
         ((*DAGGER, "--trainer.beta", 1.5), "--trainer.beta 1.5 must be 0 to 1"),
-        ((*HG, "--trainer.share", 0.5), "--trainer.share and --trainer.beta are of --trainer.method dagger"),
-        ((*HG, "--trainer.gives-back", 0.7), "--trainer.gives-back 0.7 must be 0 to --trainer.takes-over 0.5"),
+        ((*HG, "--trainer.share", 0.5), "--trainer.share has no effect with --trainer.method hg_dagger and"),
+        ((*DAGGER, "--trainer.takes-over", 0.9), "--trainer.takes-over has no effect with --trainer.method dagger and"),
+        ((*DAGGER, "--trainer.mix", "share"), "--trainer.mix says how demonstrations join the labels; choose them wi"),
+        ((*HG, "--trainer.gives-back", 0.7), "--trainer.gives-back 0.7 must be 0 to 0.5"),
         ((*DAGGER, "--dataset", "toy", "--dataset.ratio", 0.5), "--dataset.ratio: demonstrations and labels are drawn"),
         (
             (*DAGGER, "--dataset", "toy", "--dataset.action-steps", 4),
             "dagger learns the action of each step; leave out",
         ),
-        ((*DAGGER, "--buffer-size", 40), "--buffer-size 40 cannot hold the expert's labels; set it to 45 or more"),
+        ((*DAGGER, "--buffer-size", 50), "--buffer-size 50 would forget labels of the expert, with the oldest of --"),
         ((*DAGGER, "--no-save-buffer"), "--no-save-buffer: the expert's labels are in the replay buffer"),
         ((*DAGGER, "--trainer.expert", "keyboard"), "keyboard: a person takes over, so use --trainer.method hg_dagger"),
         ((*HG, "--trainer.expert", "keyboard"), "keyboard: a person steers --num-envs 1, found 2"),
@@ -373,7 +375,7 @@ def test_a_person_takes_over_and_gives_back_by_a_key() -> None:
         collector = Collector(environments, 0, 0, 0, print, guide=guide)
         collector.start(0)
         acted = []
-        for keys in (b"", b"d", b" dw", b"a", b"", b" ", b" s", b"d"):
+        for keys in (b"", b"d", b" dw", b"a", b"\x1b[D\x1bOA", b" ", b" s", b"d"):
             os.write(ours, keys)
             transitions, _ = collector.step(np.full((1, 2), 0.125, np.float32))
             assert transitions is not None

@@ -75,21 +75,19 @@ class DAgger(BC):
 
     @staticmethod
     def data(config: Any) -> Corrections:  # type: ignore[override]
-        """The expert's labels. Raises UserError: options out of range, or of the other method."""
-        gated = config.method == "hg_dagger"
-        for name, least, most in (("labels", 1, 1e12), ("share", 1e-9, 1), ("beta", 0, 1), ("iteration", 1, 1e12)):
+        """The expert's labels. Raises UserError: options out of range, or of another method or expert."""
+        gated, person = config.method == "hg_dagger", config.expert == "keyboard"
+        ranges = {"labels": (1, 1e12), "share": (1e-9, 1), "beta": (0, 1), "iteration": (1, 1e12), "rate": (1e-3, 1000)}
+        ranges |= {"speed": (1e-9, 1), "takes_over": (0, 1e12), "gives_back": (0, config.takes_over)}
+        for name, (least, most) in ranges.items():
             if not least <= getattr(config, name) <= most:
-                raise UserError(f"--trainer.{name} {getattr(config, name)} must be {least:g} to {most:g}")
-        if not 0 <= config.gives_back <= config.takes_over < float("inf"):
-            raise UserError(
-                f"--trainer.gives-back {config.gives_back} must be 0 to --trainer.takes-over {config.takes_over}"
-            )
-        if not 0 < config.rate <= 1000 or not 0 < config.speed <= 1:
-            raise UserError(
-                f"--trainer.rate {config.rate} must be above 0, up to 1000, --trainer.speed {config.speed} up to 1"
-            )
-        if gated and (config.share < 1 or config.beta > 0):
-            raise UserError("--trainer.share and --trainer.beta are of --trainer.method dagger; leave them out")
+                raise UserError(f"{_option(name)} {getattr(config, name)} must be {least:g} to {most:g}")
+        idle = ["share", "beta", "iteration"] if gated else ["takes_over", "gives_back"]
+        idle += ["takes_over", "gives_back"] if person else ["rate", "speed"]
+        for name in idle:
+            if getattr(config, name) != getattr(type(config), name):
+                chosen = f"--trainer.method {config.method} and --trainer.expert {config.expert}"
+                raise UserError(f"{_option(name)} has no effect with {chosen}; leave it out")
         aggregated = config.mix == "union" or (config.mix == "method" and not gated)
         return Corrections(
             expert=config.expert,
@@ -104,3 +102,8 @@ class DAgger(BC):
             rate=config.rate,
             speed=config.speed,
         )
+
+
+def _option(name: str) -> str:
+    """An option of `Config`, as it is typed."""
+    return f"--trainer.{name.replace('_', '-')}"
