@@ -240,7 +240,7 @@ class VectorEnv(Protocol):
     `info`: evaluations record their last and largest values. Its `hold(observation, last action) -> action`, all `[n,
     ...]`, tells evaluations with a delay how a robot stands still; NaN is the last action before the first. By default
     it is zeros. Its `expert() -> actions [N, ...]` are those that a scripted expert would take now, whatever it
-    observes, of which `--trainer.expert scripted` learns.
+    observes, of which `--trainer.expert scripted` learns; where an episode is over, they are ignored.
     """
 
     num_envs: int

@@ -5,16 +5,18 @@ import pty
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 import toy
-from components import TRAINER_REGISTRY, UserError
+from components import ENV_BUILDER_REGISTRY, TRAINER_REGISTRY, UserError
 from components.contracts import Window
 from components.data.features import INTERVENTION
 from components.datasets.episodes import EpisodeDataset
@@ -81,7 +83,7 @@ def expert_of(state: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
 def test_dagger_labels_what_the_policy_visits_and_learns_from_nothing_else(mode: str) -> None:
     """The expert acts first; then the policy does, and the budget is exact although some steps only reset."""
-    collector, guide, buffer = guided(starts=8, mode=mode, labels=41)
+    collector, guide, buffer = guided(starts=8, mode=mode, labels=41, beta=0.0)
     seen = play(collector, guide, buffer, 40)
     for number, step in enumerate(seen):
         label, valid = step[LABELLED], step["valid"]
@@ -192,6 +194,62 @@ def test_workers_have_the_expert_of_their_environments() -> None:
         plain.close()
 
 
+class DriftEnv(gym.Env):
+    """A line to be followed, from which errors grow; an expert that is on it never leaves it."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def observe(self) -> np.ndarray:
+        return np.array([self.off, self.speed, np.sin(self.phase), np.cos(self.phase)], np.float32)
+
+    def expert(self) -> np.ndarray:
+        right = 0.5 * np.sin(3 * self.phase) - 2 * self.off - 2 * self.speed
+        return np.clip([right], -1, 1).astype(np.float32)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.phase, self.off, self.speed, self.count = self.np_random.uniform(0, 2 * np.pi), 0.0, 0.0, 0
+        return self.observe(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.speed += 0.1 * (float(action[0]) - 0.5 * np.sin(3 * self.phase) + 0.6 * self.off)
+        self.off += 0.1 * self.speed
+        self.phase, self.count = self.phase + 0.1, self.count + 1
+        lost, over = abs(self.off) > 1, self.count == 100
+        return self.observe(), 0.0, lost, over, {"success": over and abs(self.off) < 0.3}
+
+
+class DriftEnvs(gym.vector.SyncVectorEnv):
+    """With their expert."""
+
+    def expert(self) -> np.ndarray:
+        return np.stack([env.unwrapped.expert() for env in self.envs])  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Some of them."""
+
+    def build(self, num_envs: int, seed: int) -> Any:
+        return DriftEnvs([DriftEnv] * num_envs)
+
+
+@pytest.mark.slow
+def test_labels_where_the_policy_goes_teach_more_than_as_many_of_the_experts_way(
+    online: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cloning, which is an expert that acts until its labels are given, ends beside the line."""
+    monkeypatch.setitem(ENV_BUILDER_REGISTRY, "drift", Drift)
+    options = ("--trainer", "dagger", "--env", "drift", "--model.hidden-dims", 32, 32, "--batch-size", 64)
+    options = (*options, "--trainer.labels", 400, "--steps", 1000, "--eval-every", 0, "--eval-episodes", 10)
+    rates = []
+    for starts in (400, 100):
+        run = online(*options, "--learning-starts", starts, folder=f"from-{starts}")
+        rates.append(read_lines(run / "eval.jsonl")[-1]["success_rate"])
+    assert rates[0] < 0.3 and rates[1] > 0.8
+
+
 # ---- what is learnt beside a dataset -------------------------------------------------------------------------------
 
 
@@ -289,7 +347,8 @@ def test_a_clone_is_handed_over_as_it_was_and_corrected(script: Script, online: 
 
 def test_what_was_collected_says_who_acted(online: Script, tmp_path: Path) -> None:
     """As Minari and LeRobot, with the environment's rewards; the reading is tested with the formats."""
-    options = (*DAGGER, "--reward-scale", 0.5, "--save-dataset", tmp_path / "saved", "--save-what", "collected")
+    options = (*DAGGER, "--trainer.beta", 0, "--reward-scale", 0.5)
+    options = (*options, "--save-dataset", tmp_path / "saved", "--save-what", "collected")
     with pytest.MonkeyPatch.context() as patch:
         kept: list[Any] = []
         patch.setattr(recording, "write", lambda episodes, *rest: kept.append(episodes) or "")
@@ -311,14 +370,16 @@ def test_what_was_collected_says_who_acted(online: Script, tmp_path: Path) -> No
         ((*DAGGER, "--trainer.labels", 10), "--learning-starts 20: the expert acts until then, and gives --trainer.la"),
         ((*DAGGER, "--trainer.labels", 0), "--trainer.labels 0 must be 1 to 1e"),
         ((*DAGGER, "--trainer.beta", 1.5), "--trainer.beta 1.5 must be 0 to 1"),
-        ((*HG, "--trainer.share", 0.5), "--trainer.share and --trainer.beta are of --trainer.method dagger"),
-        ((*HG, "--trainer.gives-back", 0.7), "--trainer.gives-back 0.7 must be 0 to --trainer.takes-over 0.5"),
+        ((*HG, "--trainer.share", 0.5), "--trainer.share has no effect with --trainer.method hg_dagger and"),
+        ((*DAGGER, "--trainer.takes-over", 0.9), "--trainer.takes-over has no effect with --trainer.method dagger and"),
+        ((*DAGGER, "--trainer.mix", "share"), "--trainer.mix says how demonstrations join the labels; choose them wi"),
+        ((*HG, "--trainer.gives-back", 0.7), "--trainer.gives-back 0.7 must be 0 to 0.5"),
         ((*DAGGER, "--dataset", "toy", "--dataset.ratio", 0.5), "--dataset.ratio: demonstrations and labels are drawn"),
         (
             (*DAGGER, "--dataset", "toy", "--dataset.action-steps", 4),
             "dagger learns the action of each step; leave out",
         ),
-        ((*DAGGER, "--buffer-size", 40), "--buffer-size 40 cannot hold the expert's labels; set it to 45 or more"),
+        ((*DAGGER, "--buffer-size", 50), "--buffer-size 50 would forget labels of the expert, with the oldest of --"),
         ((*DAGGER, "--no-save-buffer"), "--no-save-buffer: the expert's labels are in the replay buffer"),
         ((*DAGGER, "--trainer.expert", "keyboard"), "keyboard: a person takes over, so use --trainer.method hg_dagger"),
         ((*HG, "--trainer.expert", "keyboard"), "keyboard: a person steers --num-envs 1, found 2"),
@@ -373,7 +434,7 @@ def test_a_person_takes_over_and_gives_back_by_a_key() -> None:
         collector = Collector(environments, 0, 0, 0, print, guide=guide)
         collector.start(0)
         acted = []
-        for keys in (b"", b"d", b" dw", b"a", b"", b" ", b" s", b"d"):
+        for keys in (b"", b"d", b" dw", b"a", b"\x1b[D\x1bOA", b" ", b" s", b"d"):
             os.write(ours, keys)
             transitions, _ = collector.step(np.full((1, 2), 0.125, np.float32))
             assert transitions is not None

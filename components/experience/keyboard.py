@@ -1,6 +1,7 @@
 """A person at the terminal who steers one environment by keys, and takes over and gives back by one of them."""
 
 import os
+import re
 import select
 import sys
 import time
@@ -15,6 +16,7 @@ from ..errors import UserError, require
 
 PAIRS = tuple(zip("asqfghjkl", "dwertyuio", strict=True))  # of the numbers of an action: down, up
 TOGGLE = " "
+SPECIAL = re.compile(r"\x1b(\[[0-9;]*.|O.|)", re.DOTALL)  # what an arrow or another special key sends: it has letters
 
 
 class Keyboard:
@@ -91,7 +93,7 @@ class Keyboard:
             typed += more
             if time.monotonic() >= self.due:
                 break
-        return typed.decode("ascii", "ignore").lower()
+        return SPECIAL.sub("", typed.decode("ascii", "ignore")).lower()
 
     def follow(self, transitions: dict[str, Tensor] | None) -> None:
         """Remember the action that was executed; a new episode begins without any."""

@@ -45,8 +45,13 @@ def check_labels(request: Corrections, args: Any) -> None:
     starts = starts_learning(args)[0]
     if not args.save_buffer:
         raise UserError("--no-save-buffer: the expert's labels are in the replay buffer; leave it out")
-    if args.buffer_size < (most := min(request.labels, args.steps)):
-        raise UserError(f"--buffer-size {args.buffer_size} cannot hold the expert's labels; set it to {most} or more")
+    if args.buffer_size < args.steps:
+        raise UserError(
+            f"--buffer-size {args.buffer_size} would forget labels of the expert, with the oldest of --steps"
+            f" {args.steps}; set it to {args.steps} or more"
+        )
+    if args.dataset == "none" and args.given("trainer.mix"):
+        raise UserError("--trainer.mix says how demonstrations join the labels; choose them with --dataset")
     if request.aggregated and args.given("dataset.ratio"):
         raise UserError("--dataset.ratio: demonstrations and labels are drawn as from one set; add --trainer.mix share")
     if not args.init_from and starts > request.labels:

@@ -6,12 +6,16 @@ says what it would do. DAgger (arXiv:1011.0686, algorithm 3.1) executes, in iter
     pi_i = beta_i pi* + (1 - beta_i) pi^_i,                 here by a coin at each step, beta_i = beta^i, beta^0 = 1
     D    = D u {(s, pi*(s))},  s of the visited states,     and pi^_{i+1} imitates all of D
 
-With the default beta 0 the expert acts in the first iteration alone, the paper's version without a parameter. A person
-cannot label well without steering. In HG-DAgger (arXiv:1810.02890, algorithm 1) the expert takes over where it deems
-the state unsafe, steers back, and gives the control back; D gets the steps that it steers alone. A scripted expert or
-another policy stands for the person by a gate with hysteresis: it takes over where the policy's action is farther from
-its own than `takes_over`, and gives back where it is nearer than `gives_back` (root mean square over the dimensions, in
-half ranges of the action).
+With beta 0 the expert acts in the first iteration alone, the paper's version without a parameter. The default is 0.5:
+a clone that is stuck does not visit what comes after. On peg-insert-side-v3, one run each with a share of 0.3 and 0.4,
+1000 labels made 0.40 of a clone's 0.20, and 0.08 with beta 0. With beta 0, 11 % of 600 labels were of steps after the
+grasp; of the demonstrations' steps it is 38 %.
+
+A person cannot label well without steering. In HG-DAgger (arXiv:1810.02890, algorithm 1) the expert takes over where it
+deems the state unsafe, steers back, and gives the control back; D gets the steps that it steers alone. A scripted
+expert or another policy stands for the person by a gate with hysteresis: it takes over where the policy's action is
+farther from its own than `takes_over`, and gives back where it is nearer than `gives_back` (root mean square over the
+dimensions, in half ranges of the action).
 
 The loss is that of `bc.py`. The policy begins with a clone (--init-from), or the expert acts first.
 
@@ -57,7 +61,7 @@ class DAgger(BC):
         """Actions that the expert gives at most, over all processes; then the policy acts and learns alone."""
         share: float = 1.0
         """Of dagger: share of the visited states that are labelled."""
-        beta: float = 0.0
+        beta: float = 0.5
         """Of dagger: in iteration i the expert acts with probability beta^i; 0 for the first one alone."""
         iteration: int = 1000
         """Of dagger: environment steps of an iteration, after the first, which ends when learning starts."""
@@ -75,21 +79,19 @@ class DAgger(BC):
 
     @staticmethod
     def data(config: Any) -> Corrections:  # type: ignore[override]
-        """The expert's labels. Raises UserError: options out of range, or of the other method."""
-        gated = config.method == "hg_dagger"
-        for name, least, most in (("labels", 1, 1e12), ("share", 1e-9, 1), ("beta", 0, 1), ("iteration", 1, 1e12)):
+        """The expert's labels. Raises UserError: options out of range, or of another method or expert."""
+        gated, person = config.method == "hg_dagger", config.expert == "keyboard"
+        ranges = {"labels": (1, 1e12), "share": (1e-9, 1), "beta": (0, 1), "iteration": (1, 1e12), "rate": (1e-3, 1000)}
+        ranges |= {"speed": (1e-9, 1), "takes_over": (0, 1e12), "gives_back": (0, config.takes_over)}
+        for name, (least, most) in ranges.items():
             if not least <= getattr(config, name) <= most:
-                raise UserError(f"--trainer.{name} {getattr(config, name)} must be {least:g} to {most:g}")
-        if not 0 <= config.gives_back <= config.takes_over < float("inf"):
-            raise UserError(
-                f"--trainer.gives-back {config.gives_back} must be 0 to --trainer.takes-over {config.takes_over}"
-            )
-        if not 0 < config.rate <= 1000 or not 0 < config.speed <= 1:
-            raise UserError(
-                f"--trainer.rate {config.rate} must be above 0, up to 1000, --trainer.speed {config.speed} up to 1"
-            )
-        if gated and (config.share < 1 or config.beta > 0):
-            raise UserError("--trainer.share and --trainer.beta are of --trainer.method dagger; leave them out")
+                raise UserError(f"{_option(name)} {getattr(config, name)} must be {least:g} to {most:g}")
+        idle = ["share", "beta", "iteration"] if gated else ["takes_over", "gives_back"]
+        idle += ["takes_over", "gives_back"] if person else ["rate", "speed"]
+        for name in idle:
+            if getattr(config, name) != getattr(type(config), name):
+                chosen = f"--trainer.method {config.method} and --trainer.expert {config.expert}"
+                raise UserError(f"{_option(name)} has no effect with {chosen}; leave it out")
         aggregated = config.mix == "union" or (config.mix == "method" and not gated)
         return Corrections(
             expert=config.expert,
@@ -104,3 +106,8 @@ class DAgger(BC):
             rate=config.rate,
             speed=config.speed,
         )
+
+
+def _option(name: str) -> str:
+    """An option of `Config`, as it is typed."""
+    return f"--trainer.{name.replace('_', '-')}"
