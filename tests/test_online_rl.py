@@ -415,8 +415,6 @@ def test_a_base_action_beyond_the_bounds_is_corrected_from_the_bound() -> None:
     spec = {key: {"shape": (2,), "dtype": "float32"} for key in (STATE, BASE_ACTION)}
     running = RunningStatistics(spec, True, False, 0.99, 1)
     assert [*running.modes] == [STATE]
-    with pytest.raises(UserError, match=r"of observation.state, observation.base_action, this version of observation"):
-        running.load_state_dict(running.state_dict() | {BASE_ACTION: torch.zeros(3, 2)})  # of a run of an older version
 
 
 # ---- environments in processes of their own, and wrapped -----------------------------------------------------------

@@ -74,6 +74,10 @@ def as_in_eager() -> Any:
             backward.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
             return forward, backward
 
+        def __reduce__(self) -> Any:
+            """Inductor pickles it for that key, and without a key compiles anew in each process."""
+            return as_in_eager, ()
+
         def uuid(self) -> str:
             """Part of the key of inductor's cache; must change with the code above."""
             return "as in eager 1"
