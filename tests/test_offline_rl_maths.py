@@ -372,14 +372,14 @@ def recap(ref: Reference, data: Data) -> tuple[Data, Data]:
     shares = (1 - (cut - bins).abs() / (bins[1] - bins[0])).clamp(min=0)  # of the two nearest bins
     value_loss = -(shares * ref.net("value", s).log_softmax(1)).sum(1).mean()  # eq. 1
     better = (advantage > ref.threshold).double().detach()
-    distance, positive = (advantage - ref.threshold).abs().mean().detach(), better.mean()
-    ref.threshold = float(ref.threshold + 0.05 * distance * (positive - c.positive))
+    distance, positive = (advantage - ref.threshold).abs().log().mean().detach(), better.mean()
+    ref.threshold = float(ref.threshold + 0.05 * distance.exp() * (positive - c.positive))
     better = torch.maximum(better, data["intervention"]) if "intervention" in data else better
     told = torch.stack([better, 1 - better], 1) * (uniform(B) >= c.unknown)[:, None]
     errors = flow_errors(ref, "policy", data | {STATE: torch.cat([told, s], 1)})
     if "action_is_pad" in data:
         errors = errors * ~data["action_is_pad"].bool().repeat_interleave(DA, 1)
-    metrics = {"value_loss": value_loss, "flow_loss": errors.mean(), "positive": positive, "distance": distance}
+    metrics = {"value_loss": value_loss, "flow_loss": errors.mean(), "positive": positive, "log_distance": distance}
     return {"value": value_loss, "policy": errors.mean()}, metrics
 
 

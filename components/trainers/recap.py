@@ -127,8 +127,7 @@ class Recap:
         """J_pi."""
         better = advantage > self.models["value"].threshold  # [B]
         distance = (advantage - self.models["value"].threshold).abs().clamp(min=NEAREST)
-        # The geometric mean, on which a few large ones, as of success or failure, have little influence.
-        metrics = {"positive": better.float().mean(), "distance": distance.log().mean().exp()}
+        metrics = {"positive": better.float().mean(), "log_distance": distance.log().mean()}
         better = better | data["intervention"].bool() if "intervention" in data else better
         indicator = torch.stack([better, ~better], 1) & (torch.rand_like(advantage) >= self.config.unknown)[:, None]
         network = WithAuxiliary(self.models["policy"])
@@ -154,7 +153,8 @@ class Recap:
         if learns:  # for the next update
             value.cover(*global_range(torch.stack([metrics["target_min"], metrics["target_max"]])))
         too_many = global_mean(metrics["positive"]) - self.config.positive
-        value.threshold += RATE * global_mean(metrics["distance"].log()).exp() * too_many
+        # By the geometric mean, on which a few large distances, as of success or failure, have little influence.
+        value.threshold += RATE * global_mean(metrics["log_distance"]).exp() * too_many
         return metrics | {"threshold": value.threshold.clone()}
 
     def policy(self) -> nn.Module:
