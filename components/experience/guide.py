@@ -1,5 +1,6 @@
 """An expert beside the policy that collects: who acts, which steps it labels, and how many labels are left."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from ..data.features import INTERVENTION
 from ..envs.observations import task_of
 from ..envs.vector import FaultyEnvError, action_bounds, executed
 from ..errors import UserError
-from ..run import hub
 from ..run.policies import copy_chosen
 from .keyboard import Keyboard
 from .labelled import LABEL, LABELLED
@@ -50,11 +50,7 @@ def guide_of(request: Any, args: Any, run: Any, environments: Any, world: int, d
             raise UserError(f"{option}: a person steers one process, found {world}")
         expert = run.closing(Keyboard(environments, request.rate, request.speed))
     else:
-
-        def copy(to: Path) -> None:
-            named = request.expert
-            copy_chosen(hub.downloaded(named) if hub.is_address(named) else named, to)
-
+        copy = partial(copy_chosen, request.expert)
         expert = parallel.in_turns(
             run.first, lambda: OfRun(run.inherited.copied("expert", copy), environments, option, device)
         )

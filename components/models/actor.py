@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..data.features import vector_observations
 from ..errors import UserError
-from .mlp import ACTIVATIONS, Init, concatenated, flat_sizes, initialise
+from .mlp import Init, concatenated, flat_sizes, hidden_layers, initialise
 
 LOG_STD = (-5.0, 2.0)  # bounds of a learned deviation
 HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
@@ -51,11 +51,7 @@ class Actor:
             keys, inputs, shape = flat_sizes(spec, "actor")
         if len(shape) != 1:
             raise UserError(f"this policy produces single actions; the data has {shape}: set --dataset.action-steps 1")
-        layers: list[nn.Module] = []
-        for hidden in self.hidden_dims:
-            layers += [nn.Linear(inputs, hidden), ACTIVATIONS[self.activation]()]
-            layers += [nn.LayerNorm(hidden)] if self.layer_norm else []
-            inputs = hidden
+        layers, inputs = hidden_layers(inputs, self.hidden_dims, self.activation, self.layer_norm)
         last = nn.Linear(inputs, shape[0])
         net = nn.Sequential(*layers, last, *([nn.Tanh()] if self.squash == "tanh" and not classes else []))
         initialise(net, self.init)

@@ -102,6 +102,18 @@ def flat_sizes(spec: dict[str, Any], model: str) -> tuple[list[str], int, tuple[
     return keys, sum(math.prod(spec[key]["shape"]) for key in keys), tuple(spec["action"]["shape"])
 
 
+def hidden_layers(
+    inputs: int, widths: tuple[int, ...], activation: str, layer_norm: bool
+) -> tuple[list[nn.Module], int]:
+    """The hidden layers of an RL network, with LayerNorm after the nonlinearity if at all, and the last one's width."""
+    layers: list[nn.Module] = []
+    for hidden in widths:
+        layers += [nn.Linear(inputs, hidden), ACTIVATIONS[activation]()]
+        layers += [nn.LayerNorm(hidden)] if layer_norm else []
+        inputs = hidden
+    return layers, inputs
+
+
 @torch.no_grad()
 def initialise(net: nn.Module, init: Init) -> None:
     """Initialise the weights of all linear layers, `[..., D, D']`: as torch does, by Glorot's uniform, or orthogonal.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..data.features import vector_observations
 from ..errors import UserError
-from .mlp import ACTIVATIONS, Init, concatenated, initialise
+from .mlp import Init, concatenated, hidden_layers, initialise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,8 @@ class VCategorical:
             sizes = f"--model.value.bins {self.bins} must be 2 or more, --model.value.hidden-dims {self.hidden_dims}"
             raise UserError(f"{sizes} positive")
         keys = vector_observations(spec)
-        inputs, layers = sum(torch.Size(spec[key]["shape"]).numel() for key in keys), list[nn.Module]()
-        for hidden in self.hidden_dims:
-            layers += [nn.Linear(inputs, hidden), ACTIVATIONS[self.activation]()]
-            layers += [nn.LayerNorm(hidden)] if self.layer_norm else []
-            inputs = hidden
+        inputs = sum(torch.Size(spec[key]["shape"]).numel() for key in keys)
+        layers, inputs = hidden_layers(inputs, self.hidden_dims, self.activation, self.layer_norm)
         net = nn.Sequential(*layers, nn.Linear(inputs, self.bins))
         initialise(net, self.init)
         return Bins(net, keys, self.bins)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .mlp import ACTIVATIONS, Init, concatenated, flat_sizes, initialise
+from .mlp import Init, concatenated, flat_sizes, hidden_layers, initialise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,7 @@ class VectorField:
             raise UserError(f"--model.hidden-dims {self.hidden_dims} must be positive")
         keys, observed, shape = flat_sizes(spec, "vector_field")
         inputs, outputs = observed + math.prod(shape) + self.time, math.prod(shape)
-        layers: list[nn.Module] = []
-        for hidden in self.hidden_dims:
-            layers += [nn.Linear(inputs, hidden), ACTIVATIONS[self.activation]()]
-            layers += [nn.LayerNorm(hidden)] if self.layer_norm else []
-            inputs = hidden
+        layers, inputs = hidden_layers(inputs, self.hidden_dims, self.activation, self.layer_norm)
         net = nn.Sequential(*layers, nn.Linear(inputs, outputs))
         initialise(net, self.init)
         return FlatField(net, keys, self.time)
