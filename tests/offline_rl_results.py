@@ -37,7 +37,7 @@ CUBE = {  # the published choices of each task: FQL's table 6, and OGBench's lis
     + ("--model.activation", "gelu", "--model.init", "glorot", "--model.final-scale", "0.1")
     + ("--model.critic.activation", "gelu", "--model.critic.init", "glorot"),
     "fql": ("--trainer.alpha", "300", "--compile"),
-    "recap": ("--optimizer.schedule", "cosine", "--compile"),
+    "recap": ("--optimizer.schedule", "cosine", "--compile", "--eval-episodes", "100"),
 }
 MAZE = {"gcbc": (), "gciql": ("--trainer.alpha", "0.003"), "hiql": ()}
 NOISY = {
@@ -45,7 +45,7 @@ NOISY = {
     "iql": (),
     "td3_bc": ("--model.critic.layer-norm",),  # without it Q falls below what the rewards allow
     "fql": ("--trainer.aggregate", "min", "--normalise", "observation=mean_std"),
-    "recap": ("--normalise", "observation=mean_std", "--optimizer.schedule", "cosine"),
+    "recap": ("--normalise", "observation=mean_std", "--optimizer.schedule", "cosine", "--eval-episodes", "100"),
 }
 NOISE = ("--dataset.demos", "400", "--dataset.noise", "0.3", "--dataset.random", "0.5")
 NOISE += ("--dataset.max-episode-steps", "80")  # the expert needs some 60; half of the data is random, half noisy
