@@ -63,8 +63,8 @@ FRESH = (11, 12, 13, 14, 15)  # of what varies most; none of them chose an optio
 # critics that have settled when they are handed over: their distance from the fixed point falls as exp(-(1 - discount)
 # target_rate updates), to 0.78 with the papers' 0.99 and 0.005, and here to 0.05. And five rewards before the critics
 # bootstrap, as many as a chunk of `qc` has: with one, `ifql` reaches 0.65, and with five 0.84 (seed 1). Online its flow
-# stays as it is: half of what it would clone is of its own attempts, whose failures last longest, and the success of the
-# best of its actions fell from 0.84 to 0.66.
+# stays as it is: half of what it would clone is of its own attempts, whose failures last longest, and the success of
+# the best of its actions fell from 0.84 to 0.66.
 SETTLED = "--trainer.discount 0.97 --trainer.target-rate 0.02"
 FLOW = f"{PEG} {SETTLED} --model.hidden-dims 256 256 --model.critic.hidden-dims 256 256"
 CLONE = "--model.flow.hidden-dims 256 256"
