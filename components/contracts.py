@@ -356,7 +356,7 @@ def check_auxiliary(cls: type, models: nn.ModuleDict, trained: Iterable[str]) ->
             option = option if name == "policy" else option.replace("--model.", f"--model.{name}.")
             raise UserError(
                 f"{cls.__name__} does not add {', '.join(lost)}, losses that its model {name!r} has of its own; leave"
-                f" out {option}, or choose bc, act, diffusion, flow or recap"
+                f" out {option}, or choose bc, act, diffusion, flow, recap or dagger"
             )
 
 

@@ -103,7 +103,7 @@ RLPD = (
     " --batch-size 128 --trainer.n-step 3 --trainer.no-backup-entropy --model.temperature.initial 0.02"
     " --learning-starts 2000"
 )
-RESIDUAL = "--trainer residual --num-envs 8 --eval-every 25000"
+RESIDUAL = "--trainer residual --steps 200000 --num-envs 8 --eval-every 50000"
 DSRL = "--trainer dsrl --batch-size 128 --updates-per-step 0.5 --ema-decay 0.999"
 ONLINE = {
     "residual": Way(f"{RESIDUAL} {HARD} --trainer.base {{bc}}", f"{DEMONSTRATIONS}, {AND_ENV}", FRESH),

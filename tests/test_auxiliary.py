@@ -1,6 +1,7 @@
 """Losses that a model has of its own: codebooks of actions, mixtures of experts, and who adds and logs them."""
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -295,8 +296,10 @@ def test_recap_adds_them_and_trainers_that_do_not_refuse_such_models() -> None:
     assert difference == pytest.approx(0.5 * float(metrics["load_balance"]), rel=1e-4)
     check_auxiliary(Recap, models, ["policy", "value"])
     models["flow"] = models.pop("policy")
-    with pytest.raises(UserError, match="FQL does not add load_balance, losses that its model 'flow'.*flow.experts"):
+    with pytest.raises(UserError, match="FQL does not add load_balance, losses that its model 'flow'.*flow.exp") as error:
         check_auxiliary(FQL, models, ["flow", "value"])
+    offered = re.split(", | or ", str(error.value).rpartition("choose ")[2])
+    assert offered == [name for name, cls in TRAINER_REGISTRY.items() if "policy" in getattr(cls, "adds_auxiliary", ())]
     check_auxiliary(FQL, models, ["value"])  # frozen
     models["flow"].blocks[0].feed_forward.auxiliary_weights = {"load_balance": 0.0}
     check_auxiliary(FQL, models, ["flow"])  # not wanted
