@@ -298,6 +298,7 @@ def test_recap_adds_them_and_trainers_that_do_not_refuse_such_models() -> None:
     models["flow"] = models.pop("policy")
     with pytest.raises(UserError, match="FQL does not add load_balance, losses that its model 'flow'") as error:
         check_auxiliary(FQL, models, ["flow", "value"])
+    assert "leave out --model.flow.experts" in str(error.value)
     offered = re.split(", | or ", str(error.value).rpartition("choose ")[2])
     assert offered == [name for name, cls in TRAINER_REGISTRY.items() if "policy" in getattr(cls, "adds_auxiliary", ())]
     check_auxiliary(FQL, models, ["value"])  # frozen
