@@ -28,7 +28,7 @@ from components.intervals import moments, of_mean  # noqa: E402
 from components.run.curves import read_lines  # noqa: E402
 from making import ROOT  # noqa: E402
 
-FEW, MANY = 5, 100  # demonstrations of the clone that is corrected, and of all that may be cloned
+FEW, MANY = 20, 100  # demonstrations of the clone that is corrected, and of all that may be cloned
 METHODS = {"bc": "more demonstrations", "dagger": "DAgger", "hg_dagger": "HG-DAgger"}
 SPREAD = 4000  # steps over which DAgger's labels are spread: a clone that is stuck visits one state all the time
 OFTEN = ["--eval-every", "0", "--eval-episodes", "100", "--log-every", "1000", "--env-timeout", "0"]
@@ -42,7 +42,7 @@ class Args:
     """Folder of the run folders."""
     jobs: int = 1
     """Trainings at a time, one thread each."""
-    tasks: tuple[str, ...] = ("basketball-v3", "peg-insert-side-v3", "pick-place-v3")
+    tasks: tuple[str, ...] = ("basketball-v3", "peg-insert-side-v3", "soccer-v3")
     """Of Meta-World."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """Of everything."""
