@@ -192,12 +192,8 @@ def missing(stages: list[Runs], rows: Collection[str]) -> set[str]:
     return found
 
 
-def methods_table(out: Path, each: bool = False) -> str:
-    """What is reached from what there is, a line for each way with rows in a results file.
-
-    Args:
-        each: Whether to have the success of each seed, too.
-    """
+def methods_table(out: Path) -> str:
+    """What is reached from what there is, a line for each way with rows in a results file, with each seed's success."""
     rows, ways = rows_of(out), OFFLINE | ONLINE
     table = []
     for name, way in ways.items():
@@ -205,25 +201,19 @@ def methods_table(out: Path, each: bool = False) -> str:
         if not found:
             continue
         values, episodes = [one["value"] for one in found], [one["episodes"] for one in found]
-        before, drops = ([one[key] for one in found if key in one] for key in ("before", "drop"))
-        shown = with_interval(values, found[0]["metric"], episodes)
         line = [found[0]["task"], way.have, method_of(way), f"{found[0]['steps']:,}".replace(",", " ")]
-        line += [f"{sum(before) / len(before):.2f}" if before else "-", shown]
-        line.append(f"{min(drops):.2f}" if drops else "-")
-        several = [
-            f"{one['before']:.2f} -> {one['value']:.2f}" if "before" in one else f"{one['value']:.2f}" for one in found
-        ]
-        table.append([*line, ", ".join(several) if each else str(len(found))])
-    head = [
-        "task",
-        "what you have",
-        "method",
-        "steps",
-        "before",
-        "after, mean [95 %]",
-        "lowest later - before, worst seed",
-    ]
-    return markdown([*head, "each seed" if each else "seeds"], sorted(table, key=lambda line: line[0]))
+        several = [f"{value:.2f}" for value in values]
+        line.append(with_interval(values, found[0]["metric"], episodes))
+        if all("before" in one for one in found):
+            several = [f"{one['before']:.2f} -> {one['value']:.2f}" for one in found]
+            line.append(with_interval([one["value"] - one["before"] for one in found], "gain"))
+            line.append(f"{min(one['drop'] for one in found):.2f}")
+        else:
+            line += ["-", "-"]
+        table.append([*line, ", ".join(several)])
+    success, gain, drop = "success, mean [95 %]", "gain, mean [95 %]", "lowest later - before, worst seed"
+    head = ["task", "what you have", "method", "steps", success, gain, drop, "each seed"]
+    return markdown(head, sorted(table, key=lambda line: line[0]))
 
 
 def method_of(way: Way) -> str:
@@ -322,10 +312,12 @@ def main() -> None:
     parser.add_argument("--cleanrl", type=Path, help="checkout of CleanRL")
     parser.add_argument("--cleanrl-python", default="python", help="Python that its scripts run with")
     parser.add_argument("--out", type=Path, default=ROOT / "tests" / "results" / "online.json")
-    parser.add_argument("--tables", action="store_true", help="print the tables of the READMEs, and make nothing")
+    parser.add_argument(
+        "--tables", action="store_true", help="print the table of the README beside it, and make nothing"
+    )
     args = parser.parse_args()
     if args.tables:
-        print(methods_table(args.out), methods_table(args.out, each=True), sep="\n\n")
+        print(methods_table(args.out))
         return
     if args.only in (None, "mujoco"):
         collect(mujoco(), args.runs, args.out, args.jobs, with_training_return)
