@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ class MetaWorldDemonstrations(Scales):
     """Standard deviation of Gaussian noise on the expert's actions, for data of offline RL."""
     random: float = 0.0
     """Fraction of the episodes in which all actions are random."""
+    reward: Literal["dense", "sparse"] = "dense"
+    """Meta-World's rewards, or 10 at success and 0 otherwise, here and in the environment."""
     reward_shift: float = -10.0
     """Added to every reward. Meta-World's rewards are 0 to 10, with 10 at success, which ends an episode: without a
     negative shift, continuing without success would be worth more."""
@@ -103,7 +105,10 @@ class MetaWorldDemonstrations(Scales):
         from ..envs.metaworld_simulator import check_task
 
         check_task(self.task)
-        episodes = self.scaled(from_columns(*self._load_or_make(), f"metaworld {self.task}"))
+        columns, ends = self._load_or_make()
+        if self.reward == "sparse":
+            columns["reward"] = 10 * columns["terminated"].float()
+        episodes = self.scaled(from_columns(columns, ends, f"metaworld {self.task}"))
         episodes.generated, episodes.instruction = True, INSTRUCTIONS.get(self.task, "")
         window = (self.obs_steps, self.action_steps)
         built = self.with_scale(build(episodes, *window, self.validation, self.seed))
@@ -112,6 +117,7 @@ class MetaWorldDemonstrations(Scales):
     def environment(self) -> dict[str, Any]:
         """{"name", options} of the environment."""
         env = {"name": "metaworld", "task": self.task, "max_episode_steps": self.max_episode_steps}
+        env |= {"reward": self.reward} if self.reward != "dense" else {}
         return env | ({"cameras": self.cameras, "image_size": self.image_size} if self.cameras else {})
 
     def _load_or_make(self) -> tuple[dict[str, Tensor], Tensor]:

@@ -102,6 +102,9 @@ class MetaWorldEnv:
     """Cameras that are observed, such as behindGripper or corner2; the state is then hand and gripper alone."""
     image_size: int | tuple[int | str, ...] = 64
     """Height and width of their pictures: 64 for squares, 48 64, or behindGripper=64x64 corner2=48x64."""
+    reward: Literal["dense", "sparse"] = "dense"
+    """Meta-World's rewards, 0 to 10, with 10 at success; or 10 at success and 0 otherwise. Dense ones may rise while
+    fewer episodes succeed."""
     workers: int = 0
     """Processes that share the environments; 0 steps them in this process."""
 
@@ -127,6 +130,7 @@ class MetaWorldEnv:
         from .metaworld_simulator import MetaWorld
 
         view: Any = {"render_mode": self.render_mode, "cameras": self.cameras, "image_size": self.image_size}
+        view["reward"] = self.reward
         envs: Any = SyncVectorEnv([lambda: MetaWorld(self.task, self.max_episode_steps, **view)] * num_envs)
         envs.hold, envs.expert = hold, lambda: np.stack([env.unwrapped.expert() for env in envs.envs])
         envs.reset(seed=seed)

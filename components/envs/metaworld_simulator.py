@@ -51,6 +51,7 @@ def upright(camera: str, frame: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(frame[::-1, ::-1] if camera == "corner2" else frame)
 
 
+REWARD_OF_SUCCESS = 10.0  # also the largest dense one
 PROPRIOCEPTION = 4  # the observation's first entries: the hand's position and how far the gripper is open
 
 
@@ -73,8 +74,10 @@ class MetaWorld(gym.Env):
         render_mode: str | None = None,
         cameras: Sequence[str] = (),
         image_size: int | Sequence[Any] = 64,
+        reward: str = "dense",
     ) -> None:
         check_task(task)
+        self.dense = reward == "dense"
         self.task, self.max_episode_steps, self.render_mode = task, max_episode_steps, render_mode
         self.script = expert(task)
         self.simulator = ALL_V3_ENVIRONMENTS[task]()
@@ -138,7 +141,8 @@ class MetaWorld(gym.Env):
         self.steps += 1
         success = float(info["success"])
         truncated = self.steps >= self.max_episode_steps
-        return self._observed(observation), float(reward), success > 0, truncated, {"success": success}
+        reward = float(reward) if self.dense else REWARD_OF_SUCCESS * success
+        return self._observed(observation), reward, success > 0, truncated, {"success": success}
 
     def expert(self) -> np.ndarray:
         """The action `[4]` of Meta-World's scripted policy in this state, which it reads as a whole."""
