@@ -28,6 +28,7 @@ from components.datasets.episodes import build_episodes
 from components.datasets.gymnasium import GymnasiumRollouts
 from components.datasets.metaworld import MetaWorldDemonstrations
 from components.datasets.transitions import Transitions, prepared, transitions
+from components.envs.metaworld import MetaWorldEnv
 from components.envs.ogbench import OGBenchEnv
 from components.learning import held_out
 from components.optimizers import Adam, learning_rate_factor
@@ -332,6 +333,16 @@ def test_noisy_and_random_data_of_meta_world(tmp_path: Path) -> None:
     assert all(abs(mean[k] - 0.5) < 0.05 for k in (1, 3)) and data.lengths[1] == data.lengths[3] == 60  # uniform
     assert float(data.columns["reward"].max()) <= 0 and float(data.columns["reward"].min()) >= -1
     assert (expert.columns["reward"][expert.ends - 1] == 0).all()  # success is worth most
+    sparse = make(task="reach-v3", noise=0.3, random=0.5, reward="sparse").build()  # of the same attempts
+    columns = sparse["dataset"].episodes.columns
+    assert columns["terminated"].any() and torch.equal(columns["reward"], columns["terminated"].float() - 1)
+    envs = MetaWorldEnv(**{key: value for key, value in sparse["env"].items() if key != "name"}).build(1, seed=0)
+    rewards = [0.0]
+    while not rewards[-1]:
+        assert len(rewards) < 60
+        rewards.append(float(envs.step(envs.expert())[1][0]))
+    envs.close()
+    assert rewards[-1] == 10 and len(rewards) > 5
     noise = parts[0][:5] - expert.columns["action"][:5]
     assert 0.05 < float(noise.std()) < 0.6  # the first actions of the same goal
 
