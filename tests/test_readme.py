@@ -21,6 +21,7 @@ from components import DATASET_BUILDER_REGISTRY, REGISTRIES, TRAINER_REGISTRY
 from components.report import results_table
 from conftest import ROOT, in_this_process
 from online_results import Way, handed_over, methods_table
+from which_method import which_method
 
 README = (ROOT / "README.md").read_text()
 DATASETS = (ROOT / "components" / "datasets" / "README.md").read_text()
@@ -102,6 +103,7 @@ def test_tables_are_made_of_the_rows(name: str) -> None:
 def test_the_table_of_methods_is_made_of_the_rows() -> None:
     results = ROOT / "tests" / "results"
     assert methods_table(results / "online.json") in (results / "README.md").read_text()
+    assert which_method() in README
 
 
 def test_a_method_has_a_line_with_what_it_began_from_and_its_drop(tmp_path: Path) -> None:

@@ -37,12 +37,6 @@ def ways(*names: str) -> dict[str, dict[str, Any]]:
     return {f"`{name.partition('-')[0]}`": {"way": name} for name in names}
 
 
-def dagger(task: str, labels: int) -> dict[str, dict[str, Any]]:
-    """Rows of `dagger_results.py` with so many labels, beside clones of as many actions more."""
-    names = {"bc": "`bc`", "dagger": "`dagger`", "hg_dagger": "`dagger --trainer.method hg_dagger`"}
-    return {text: {"task": task, "suite": f"{labels} {name}"} for name, text in names.items()}
-
-
 def cell(shown: Shown, folder: Path) -> str:
     """The values of some rows: means over seeds with intervals, and what they began from."""
     rows = json.loads((folder / f"{shown.file}.json").read_text())
@@ -96,18 +90,12 @@ TABLE = [
         ],
     ),
     (
-        "`residual`, `dsrl`, `rlpd`",
+        "`rlpd`",
         "few demonstrations, and an environment with rewards",
-        [
-            Shown("basketball-v3 from 20", "online", ways("residual", "dsrl", "rlpd-basketball")),
-            Shown("peg-insert-side-v3 from 20", "online", ways("residual-peg", "dsrl-peg", "rlpd")),
-        ],
+        [Shown("peg-insert-side-v3 from 20", "online", ways("rlpd"))],
     ),
-    (
-        "`dagger`",
-        "few demonstrations, an environment, and an expert (scripted, a run's policy, a person)",
-        [Shown("peg-insert-side-v3 from 5 and 2000 actions of the expert", "dagger", dagger(PEG, 2000))],
-    ),
+    ("`residual`, `dsrl`", "the policy of a run, and an environment with rewards", []),
+    ("`dagger`", "an environment, and an expert: scripted, a run's policy, or a person", []),
     (
         "`ppo`, `sac`, `td3`, `dqn`",
         "an environment with rewards; `dqn`: with discrete actions",
@@ -118,7 +106,7 @@ TABLE = [
 
 def which_method(folder: Path = ROOT / "tests" / "results") -> str:
     """The table, of the rows in the results files of a folder."""
-    rows = [[names, have, "; ".join(cell(shown, folder) for shown in several)] for names, have, several in TABLE]
+    rows = [[names, have, "; ".join(cell(shown, folder) for shown in several) or "-"] for names, have, several in TABLE]
     return "\n".join(f"| {' | '.join(line)} |" for line in [HEAD, ["---"] * len(HEAD), *rows])
 
 
