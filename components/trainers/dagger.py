@@ -25,7 +25,7 @@ iteration. HG-DAgger's D also holds the demonstrations, and is drawn as one set;
 Its policies are ensembles, whose doubt it relates to the interventions; here there is one.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from ..contracts import Corrections, Place
@@ -93,8 +93,19 @@ class DAgger(BC):
                 chosen = f"--trainer.method {config.method} and --trainer.expert {config.expert}"
                 raise UserError(f"{_option(name)} has no effect with {chosen}; leave it out")
         aggregated = config.mix == "union" or (config.mix == "method" and not gated)
-        same = {field.name: getattr(config, field.name) for field in fields(Corrections) if hasattr(config, field.name)}
-        return Corrections(gated=gated, aggregated=aggregated, **same)
+        return Corrections(
+            expert=config.expert,
+            labels=config.labels,
+            gated=gated,
+            aggregated=aggregated,
+            takes_over=config.takes_over,
+            gives_back=config.gives_back,
+            share=config.share,
+            beta=config.beta,
+            iteration=config.iteration,
+            rate=config.rate,
+            speed=config.speed,
+        )
 
 
 def _option(name: str) -> str:
