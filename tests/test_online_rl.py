@@ -413,8 +413,7 @@ def test_a_base_action_beyond_the_bounds_is_corrected_from_the_bound() -> None:
     assert older.corrected(base, correction).tolist() == [1, -4]
     # As it is in [-1, 1], and the critics add a correction to it, running statistics leave it as it is.
     spec = {key: {"shape": (2,), "dtype": "float32"} for key in (STATE, BASE_ACTION)}
-    running = RunningStatistics(spec, True, False, 0.99, 1)
-    assert [*running.modes] == [STATE]
+    assert [*RunningStatistics(spec, True, False, 0.99, 1).modes] == [STATE]
 
 
 # ---- environments in processes of their own, and wrapped -----------------------------------------------------------

@@ -3,15 +3,14 @@
 python tests/which_method.py
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 from components.report import with_interval  # noqa: E402
+from making import ROOT, rows_of  # noqa: E402
 
 HEAD = ["`--trainer`", "what you have", "success, or return, there"]
 
@@ -39,8 +38,8 @@ def ways(*names: str) -> dict[str, dict[str, Any]]:
 
 def cell(shown: Shown, folder: Path) -> str:
     """The values of some rows: means over seeds with intervals, and what they began from."""
-    rows = json.loads((folder / f"{shown.file}.json").read_text())
-    rows = [row | {"way": row["run"].removeprefix("road-").rpartition("-")[0]} for row in rows]
+    known = rows_of(folder / f"{shown.file}.json")
+    rows = [row | {"way": run.removeprefix("road-").rpartition("-")[0]} for run, row in known.items()]
     told = []
     for name, wanted in shown.wanted.items():
         found = [row for row in rows if wanted.items() <= row.items()]
@@ -82,7 +81,7 @@ TABLE = [
         [Shown("pointmaze-medium", "offline_rl", trainers(MAZE, f"{MAZE}-v0.npz", "gcbc", "gciql", "hiql"))],
     ),
     (
-        "these of offline RL, with `--init-from RUN`",
+        "those of offline RL, with `--init-from RUN`",
         "the same attempts, and an environment",
         [
             Shown("peg-insert-side-v3 from 50", "online", ways("iql-online", "fql-online", "ifql-online", "qc-online")),

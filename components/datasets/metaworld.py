@@ -102,12 +102,12 @@ class MetaWorldDemonstrations(Scales):
         if self.cameras:
             draw_off_screen()
         require("metaworld", "metaworld")
-        from ..envs.metaworld_simulator import check_task
+        from ..envs.metaworld_simulator import REWARD_OF_SUCCESS, check_task
 
         check_task(self.task)
         columns, ends = self._load_or_make()
         if self.reward == "sparse":
-            columns["reward"] = 10 * columns["terminated"].float()
+            columns["reward"] = REWARD_OF_SUCCESS * columns["terminated"].float()
         episodes = self.scaled(from_columns(columns, ends, f"metaworld {self.task}"))
         episodes.generated, episodes.instruction = True, INSTRUCTIONS.get(self.task, "")
         window = (self.obs_steps, self.action_steps)

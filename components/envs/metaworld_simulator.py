@@ -51,7 +51,7 @@ def upright(camera: str, frame: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(frame[::-1, ::-1] if camera == "corner2" else frame)
 
 
-REWARD_OF_SUCCESS = 10.0  # also the largest dense one
+REWARD_OF_SUCCESS = 10.0  # of the sparse rewards, and the largest of the dense ones
 PROPRIOCEPTION = 4  # the observation's first entries: the hand's position and how far the gripper is open
 
 
