@@ -6,8 +6,8 @@ python tests/dagger_results.py --picture tests/pictures/dagger.png              
 
 A clone of few demonstrations is where all ways begin. DAgger and HG-DAgger spend a budget of labels on the states that
 this clone visits; cloning spends as many on further demonstrations, as whole episodes, so up to one more. The expert is
-a policy of PPO, or Meta-World's script. All make as many updates, and are evaluated on 100 episodes. Finished runs are
-left out.
+the policy of a run of PPO or SAC, or Meta-World's script. All make as many updates, and are evaluated on 100 episodes.
+Finished runs are left out.
 """
 
 import itertools
@@ -54,16 +54,17 @@ class Task(NamedTuple):
     """How the expert is trained; empty for Meta-World's script."""
 
 
-def gait(env: str) -> Task:
-    """To walk as a policy of PPO does."""
+def gait(env: str, trainer: str, steps: int) -> Task:
+    """To run as a policy does that has learnt from rewards."""
     data = f"--dataset gymnasium --dataset.id {env} --dataset.policy {{expert}}"
-    expert = f"--trainer ppo --env.id {env} --steps 300000 --eval-every 100000 --eval-episodes 10 --log-every 20000"
+    expert = f"--trainer {trainer} --env.id {env} --steps {steps}"
+    expert += f" --eval-every {steps // 2} --eval-episodes 10 --log-every {steps // 20}"
     return Task(data, "episodes", 1, 8, "mse", "--trainer.takes-over 0.15 --trainer.gives-back 0.05", expert)
 
 
 TASKS = {
-    "Hopper-v5": gait("Hopper-v5"),
-    "Walker2d-v5": gait("Walker2d-v5"),
+    "Hopper-v5": gait("Hopper-v5", "ppo", 300_000),
+    "HalfCheetah-v5": gait("HalfCheetah-v5", "sac", 50_000),
     "peg-insert-side-v3": Task(
         "--dataset metaworld --dataset.task peg-insert-side-v3", "demos", few=5, many=100, loss="l1"
     ),
