@@ -366,7 +366,8 @@ def test_who_waits_names_the_process_that_did_not_come(tmp_path: Path) -> None:
     (reason, stack, alone) = watched(tmp_path, 0, here, 12.0)[0]
     assert re.match(r"process 0 hangs at \S+test_stopping.py:\d+: no progress for 12 s", reason) and not alone
     assert "test_who_waits" in stack
-    (reason, _, _) = watched(tmp_path, 0, waiting(), 14.0)[0]  # nothing is known of the other
+    assert not watched(tmp_path, 0, waiting(), 14.0)  # nothing is known of the other, which may have just stopped
+    (reason, _, _) = watched(tmp_path, 0, waiting(), 19.0)[0]
     assert reason.startswith("process 0 waits for the others at ") and "hangs" not in reason
     watched(tmp_path, 1, here)
     (reason, _, _) = watched(tmp_path, 0, waiting(), 14.0)[0]
@@ -376,7 +377,8 @@ def test_who_waits_names_the_process_that_did_not_come(tmp_path: Path) -> None:
     (reason, _, alone) = watched(tmp_path, 1, waiting(), 14.0)[0]
     assert "process 0 did not come: no sign of life for" in reason and alone
     watched(tmp_path, 0, waiting())
-    assert watched(tmp_path, 1, waiting(), 14.0)[0][0].startswith("process 1 waits for the others")
+    assert not watched(tmp_path, 1, waiting(), 14.0)
+    assert watched(tmp_path, 1, waiting(), 19.0)[0][0].startswith("process 1 waits for the others")
 
 
 # ---- the disk ------------------------------------------------------------------------------------------------------

@@ -77,6 +77,8 @@ class Watch:
         reason, alone = f"process {self.rank} hangs at {place}: no progress for {silent:.0f} s (--hang-timeout)", False
         if waits:
             absent = self._absent()
+            if not absent and silent - GRACE - SILENCE <= self.timeout:
+                return  # another may have stopped after this one began to wait, and is silent soon
             who = "; ".join(f"process {rank} did not come: {what}" for rank, what in absent.items())
             wait = f"process {self.rank} waits for the others at {place}, for {silent:.0f} s (--hang-timeout)"
             reason = f"{who} ({wait})" if who else wait
