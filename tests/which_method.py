@@ -93,7 +93,14 @@ TABLE = [
         "few demonstrations, and an environment with rewards",
         [Shown("peg-insert-side-v3 from 20", "online", ways("rlpd"))],
     ),
-    ("`residual`, `dsrl`", "the policy of a run, and an environment with rewards", []),
+    (
+        "`residual`, `dsrl`",
+        "the policy of a run, and an environment with rewards",
+        [
+            Shown("basketball-v3, a policy from 20", "online", ways("residual")),
+            Shown("peg-insert-side-v3, a policy from 20", "online", ways("dsrl-peg")),
+        ],
+    ),
     ("`dagger`", "an environment, and an expert: scripted, a run's policy, or a person", []),
     (
         "`ppo`, `sac`, `td3`, `dqn`",
