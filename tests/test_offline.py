@@ -708,6 +708,19 @@ def test_a_plugin_that_fails_names_its_file_and_line(
         script("--plugins", "broken_plugin")
 
 
+@pytest.mark.parametrize("model", ["policy=mlp", "critic=mlp", ""])
+def test_a_model_that_the_trainer_cannot_use_is_named_with_the_remedy(
+    script: Script, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    if not model:  # a crash of the trainer's own models is not theirs
+        monkeypatch.setattr(TRAINER_REGISTRY["iql"], "losses", lambda self, data: None.absent)  # type: ignore[attr-defined]
+    with pytest.raises((AttributeError, TypeError)) as crash:
+        script("--trainer", "iql", "--steps", 1, "--dataset.action-scale", 3, *(("--model", model) if model else ()))
+    remedy = f"where this trainer cannot use such a model, leave out --model {model}"
+    assert (remedy in crash.value.__notes__) == bool(model)
+    assert len(crash.value.__notes__) == 1 + bool(model)
+
+
 def lock_and_leave(run: Path) -> None:
     """In another process, which holds no lock of this one."""
     lock(run).close()

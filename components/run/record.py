@@ -15,6 +15,7 @@ from typing import Any
 
 from ..acting.evaluation import headline, scores
 from ..acting.policy_folder import save_policy
+from ..contracts import needs_of
 from ..errors import StoppedError, UserError, crashes_pass, plain
 from ..parallel import gather, on_first, world_size
 from .best import Best, described
@@ -57,6 +58,7 @@ class Run:
         self.begun, self.step = False, 0
         self.watch = Watch(path, rank, hang_timeout, self._hangs)
         self.config: dict[str, Any] = {}
+        self.unusual = ""  # models that are not the trainer's own, as options
         self.ended: list[dict[str, Any]] = []  # episodes that are not written yet
         self.best = Best()
         self.counts: dict[str, int] = {}  # of the run so far, which every line of the logs has
@@ -81,7 +83,9 @@ class Run:
         start_logging(rank)
         name = f"{args.trainer}-{args.subject}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = on_first(rank, lambda: args.resume or claim(args.run_dir, name))
-        return cls(Path(path), rank, args.hang_timeout, bool(args.resume))
+        run = cls(Path(path), rank, args.hang_timeout, bool(args.resume))
+        run.unusual = unusual_models(args)
+        return run
 
     def already_finished(self, steps: int) -> bool:
         """Whether the run has already made so many steps; if so, reports it."""
@@ -123,6 +127,8 @@ class Run:
             written = self._write_error("".join(traceback.format_exception(error)))
             if written and not crashes_pass():
                 error.add_note(f"the traceback is in {self._error_file()}")
+            if self.unusual and isinstance(error, (AttributeError, TypeError)):  # a member, or an argument, is missing
+                error.add_note(f"where this trainer cannot use such a model, leave out {self.unusual}")
         for path in sorted(self.path.glob("error-rank*.txt")):
             if path.name != f"error-rank{self.rank}.txt":  # a process that lost its peer reports the peer's error, too
                 error.add_note(f"see {path}: {last_line(path)}")
@@ -415,6 +421,15 @@ def confirmations(args: Any) -> list[str]:
             elif word not in words:
                 words += [word, *map(str, value if isinstance(value, tuple) else [value])]
     return [*(["--plugins", *dict.fromkeys(plugins)] if plugins else []), *words]
+
+
+def unusual_models(args: Any) -> str:
+    """The models that were chosen in place of the trainer's own, as options of the command line."""
+    from .. import TRAINER_REGISTRY
+
+    own = needs_of(TRAINER_REGISTRY[args.trainer])
+    chosen = [f"{name}={entry}" for name, (entry, _) in args.models.items() if entry != own.get(name)]
+    return f"--model {' '.join(chosen)}" if chosen else ""
 
 
 def claim(wanted: str, default_name: str) -> str:
