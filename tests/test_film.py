@@ -1,5 +1,7 @@
 """Films of evaluation episodes: a grid at the environment's speed, with what became of each episode."""
 
+import gc
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -126,3 +128,14 @@ def test_the_camera_follows_a_walker_unless_another_is_asked_for(kwargs: str, fo
     base = envs.envs[0].unwrapped
     assert base.mujoco_renderer.camera_id == (base.model.camera("track").id if follows else -1)
     envs.close()
+
+
+def test_a_viewer_that_cannot_be_opened_fails_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mujoco")
+    monkeypatch.setenv("MUJOCO_GL", "none of them")
+    again: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", again.append)
+    problem = film(tmp_path / "film.mp4", GymnasiumEnv("HalfCheetah-v5", max_episode_steps=3), [3])
+    gc.collect()
+    assert "MUJOCO_GL must be one of" in problem and problem.endswith("apt-get install libegl1 libgl1-mesa-dri)")
+    assert not again  # it would be a traceback on the screen

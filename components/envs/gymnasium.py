@@ -1,9 +1,11 @@
 """Any environment that is registered with Gymnasium."""
 
+import contextlib
 import json
 import os
 import sys
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from ..errors import UserError, nearest, require
@@ -124,8 +126,13 @@ def follow_robots(envs: Any) -> None:
 def draw_fast(model: Any) -> None:
     """Leave out shadows and the like: in software, MuJoCo's default quality takes 10 to 40 times longer.
 
-    It has no effect after the first frame.
+    It has no effect after the first frame. A viewer that cannot be opened, as without EGL, fails once: gymnasium's
+    would raise again, and print that, when it is collected, as it frees a context that it never had.
     """
+    with contextlib.suppress(ImportError):
+        from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer
+
+        OffScreenViewer.opengl_context = SimpleNamespace(free=lambda: None)  # until it has its own
     model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
     model.light_castshadow[:] = 0
     model.mat_reflectance[:] = 0
