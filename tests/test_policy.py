@@ -146,6 +146,10 @@ def test_another_number_of_rows_needs_a_reset() -> None:
     policy.reset()
     with pytest.raises(UserError, match=r"begins with all rows; found rows \[1, 3\] of 2"):
         policy.act(observe(1.0, 2.0), torch.tensor([1, 3]))
+    policy.reset(seeds=[5])
+    with pytest.raises(UserError, match=r"has 2 rows, reset\(\) had 1 seeds; give it one seed per row"):
+        policy.plan(observe(1.0, 2.0))
+    assert policy.act(observe(3.0)).shape == (1, 1)  # nothing is changed by that
 
 
 def test_noise_belongs_to_the_episode_not_to_the_slot() -> None:

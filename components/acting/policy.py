@@ -346,7 +346,7 @@ class Policy:
     def _looked(self, observation: dict[str, Any], rows: Tensor | None) -> tuple[dict[str, Tensor], bool]:
         """The checked frames of an observation, on the module's device, and whether they came as a batch.
 
-        Raises UserError: as of `frames_of`, or another number of rows than before.
+        Raises UserError: as of `frames_of`, or another number of rows than before, or than of seeds.
         """
         frames, batched = frames_of(observation, self.spec, self.frames)
         # The GPU is synchronised only once, when the action is copied back.
@@ -356,6 +356,10 @@ class Policy:
                 raise UserError("the observation has no rows")
             if rows is not None and int(rows.max()) >= count:
                 raise UserError(f"an episode begins with all rows; found rows {rows.tolist()} of {count}")
+            if (seeds := len(self._generators)) not in (0, count):
+                raise UserError(
+                    f"the observation has {count} rows, reset() had {seeds} seeds; give it one seed per row"
+                )
             self._age, self._seen = torch.zeros(count, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
         for key, frame in frames.items():
             if len(frame) != (len(self._age) if rows is None else len(rows)):
