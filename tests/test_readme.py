@@ -94,7 +94,7 @@ def test_every_trainer_and_dataset_has_a_line() -> None:
     assert sorted(named("Datasets")) == sorted(OWN)
 
 
-@pytest.mark.parametrize("name", ["imitation", "few_step", "latency", "four_tasks", "offline_rl"])
+@pytest.mark.parametrize("name", ["imitation", "few_step", "latency", "four_tasks", "offline_rl", "dagger"])
 def test_tables_are_made_of_the_rows(name: str) -> None:
     results = ROOT / "tests" / "results"
     assert results_table(results / f"{name}.json").strip() in (results / "README.md").read_text()

@@ -36,6 +36,12 @@ def ways(*names: str) -> dict[str, dict[str, Any]]:
     return {f"`{name.partition('-')[0]}`": {"way": name} for name in names}
 
 
+def dagger(task: str, labels: int) -> dict[str, dict[str, Any]]:
+    """Rows of `dagger_results.py` with so many labels, beside clones of as many actions more."""
+    names = {"bc": "`bc`", "dagger": "`dagger`", "hg_dagger": "with `--trainer.method hg_dagger`"}
+    return {text: {"task": task, "suite": f"{labels} {name}"} for name, text in names.items()}
+
+
 def cell(shown: Shown, folder: Path) -> str:
     """The values of some rows: means over seeds with intervals, and what they began from."""
     known = rows_of(folder / f"{shown.file}.json")
@@ -97,11 +103,18 @@ TABLE = [
         "`residual`, `dsrl`",
         "the policy of a run, and an environment with rewards",
         [
-            Shown("basketball-v3, a policy from 20", "online", ways("residual")),
+            Shown("basketball-v3, a policy from 20", "online", ways("residual", "dsrl")),
             Shown("peg-insert-side-v3, a policy from 20", "online", ways("dsrl-peg")),
         ],
     ),
-    ("`dagger`", "an environment, and an expert: scripted, a run's policy, or a person", []),
+    (
+        "`dagger`",
+        "an environment, and an expert: scripted, a run's policy, or a person",
+        [
+            Shown("peg-insert-side-v3, 5 demonstrations and 2000 actions of the expert", "dagger", dagger(PEG, 2000)),
+            Shown("Hopper, 1 and 2000", "dagger", dagger("Hopper-v5", 2000)),
+        ],
+    ),
     (
         "`ppo`, `sac`, `td3`, `dqn`",
         "an environment with rewards; `dqn`: with discrete actions",
