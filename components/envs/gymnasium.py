@@ -110,6 +110,8 @@ def follow_robots(envs: Any) -> None:
 
     Walkers leave the picture of the camera that Gymnasium uses. One that the environment's arguments name stays.
     """
+    with contextlib.suppress(ImportError):  # without MuJoCo there is none
+        viewer_class()
     for env in getattr(getattr(envs, "unwrapped", None), "envs", None) or ():
         base = getattr(env, "unwrapped", None)
         model: Any = getattr(base, "model", None)
@@ -123,16 +125,22 @@ def follow_robots(envs: Any) -> None:
             renderer.camera_id = cameras.index("track")
 
 
+def viewer_class() -> Any:
+    """Gymnasium's viewer of MuJoCo off screen, which fails once where it cannot be opened, as without EGL.
+
+    As it comes, it raises again when it is collected, and prints that, since it frees a context that it never had.
+    """
+    from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer
+
+    OffScreenViewer.opengl_context = SimpleNamespace(free=lambda: None)  # until it has its own
+    return OffScreenViewer
+
+
 def draw_fast(model: Any) -> None:
     """Leave out shadows and the like: in software, MuJoCo's default quality takes 10 to 40 times longer.
 
-    It has no effect after the first frame. A viewer that cannot be opened, as without EGL, fails once: gymnasium's
-    would raise again, and print that, when it is collected, as it frees a context that it never had.
+    It has no effect after the first frame.
     """
-    with contextlib.suppress(ImportError):
-        from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer
-
-        OffScreenViewer.opengl_context = SimpleNamespace(free=lambda: None)  # until it has its own
     model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
     model.light_castshadow[:] = 0
     model.mat_reflectance[:] = 0

@@ -14,15 +14,15 @@ import gymnasium as gym
 import numpy as np
 
 from ..errors import UserError, nearest, require
-from .gymnasium import draw_fast
+from .gymnasium import draw_fast, viewer_class
 from .metaworld import sizes_drawn
 
 require("metaworld", "metaworld")
-from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer  # noqa: E402
 from metaworld import MT1  # noqa: E402
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS  # noqa: E402
 from metaworld.policies import ENV_POLICY_MAP  # noqa: E402
 
+OffScreenViewer = viewer_class()
 GOALS_PER_LIST = 50
 
 # Its experts warn at every clipped action; the environment clips actions anyway.

@@ -47,18 +47,20 @@ class Run:
         rank: Of this process.
         hang_timeout: Seconds without a `beat` after which the process ends itself; 0 for never.
         resumed: Whether it is a run to resume.
+        unusual: Models that are not the trainer's own, as options of the command line.
 
     Raises:
         UserError: on every process, when another run holds the folder, or what it began with is damaged.
     """
 
-    def __init__(self, path: Path, rank: int, hang_timeout: float = 0.0, resumed: bool = False) -> None:
-        self.path, self.rank, self.first = path, rank, rank == 0
+    def __init__(
+        self, path: Path, rank: int, hang_timeout: float = 0.0, resumed: bool = False, unusual: str = ""
+    ) -> None:
+        self.path, self.rank, self.first, self.unusual = path, rank, rank == 0, unusual
         self.inherited = Inheritance(path, rank, resumed)  # what it began with
         self.begun, self.step = False, 0
         self.watch = Watch(path, rank, hang_timeout, self._hangs)
         self.config: dict[str, Any] = {}
-        self.unusual = ""  # models that are not the trainer's own, as options
         self.ended: list[dict[str, Any]] = []  # episodes that are not written yet
         self.best = Best()
         self.counts: dict[str, int] = {}  # of the run so far, which every line of the logs has
@@ -83,9 +85,7 @@ class Run:
         start_logging(rank)
         name = f"{args.trainer}-{args.subject}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = on_first(rank, lambda: args.resume or claim(args.run_dir, name))
-        run = cls(Path(path), rank, args.hang_timeout, bool(args.resume))
-        run.unusual = unusual_models(args)
-        return run
+        return cls(Path(path), rank, args.hang_timeout, bool(args.resume), unusual_models(args))
 
     def already_finished(self, steps: int) -> bool:
         """Whether the run has already made so many steps; if so, reports it."""
