@@ -28,7 +28,7 @@ class FaultyEnvError(RuntimeError):
     """
 
     def __init__(self, index: int, problem: str) -> None:
-        super().__init__(f"environment {index if index >= 0 else '(unknown)'} {problem}")
+        super().__init__(f"{f'environment {index}' if index >= 0 else 'an environment'} {problem}")
         self.index, self.problem = index, problem
 
     def describe(self, first: int, seeds: Sequence[int], steps: np.ndarray, action: np.ndarray | None) -> str:
