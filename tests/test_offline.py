@@ -636,7 +636,12 @@ def test_frozen_weights_do_not_move(script: Script, monkeypatch: pytest.MonkeyPa
         (("--load", "policy=nowhere"), "nowhere: no such run folder to load model 'policy' from"),
         (
             ("--init-from", "FIRST", "--model.hidden-dims", "8"),
-            r"model 'policy' does not fit: net.0.weight: \[256, 5\] there, \[8, 5\] here; net.0.bias",
+            r"model 'policy' does not fit: net.0.weight: \[256, 5\] there, \[8, 5\] here; net.0.bias.*"
+            r"; it was built with --model.hidden-dims 256 256",
+        ),
+        (
+            ("--init-from", "FIRST", "--model", "gru"),
+            "'policy' does not fit: .*; it was built with --model policy=mlp$",
         ),
         (("--load", "critic=FIRST", "--trainer", "actor_critic"), "no model 'critic'; it holds policy"),
         (("--optimizer.lr-scale", "polcy=2"), "no model 'polcy'; known: policy"),

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,9 +30,11 @@ from ..data.random_state import derive_seed, get_random_state, seed_all, set_ran
 from ..errors import UserError, crashes_pass, nearest, one_line
 from ..optimizers import kept_length
 from ..records import Manifest, check_folder, check_regular, problem_of
+from .config_file import words_of
 from .files import as_json, fingerprint, flatten, read_tree, sync, unflatten, write_json, write_tree
 from .pieces import DamagedError, Parts, Records, keep, leave_out, recover
 from .progress import SAVING, shown_as
+from .reading import read_args
 
 logger = logging.getLogger(__name__)
 FORMAT = 2
@@ -394,10 +397,10 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return lines
 
 
-def load_weights(module: torch.nn.Module, name: str, run: Path) -> str:
+def load_weights(module: torch.nn.Module, name: str, run: Path, args: Any = None) -> str:
     """Load one named model from the newest checkpoint of a run, or from a checkpoint's folder; returns which it took.
 
-    Where the model has averaged weights, these are loaded.
+    Where the model has averaged weights, these are loaded. `args` has the options of the models here, if any.
 
     Raises:
         UserError: no run or checkpoint there, no such model in it, or keys and shapes that differ (the first five).
@@ -417,11 +420,28 @@ def load_weights(module: torch.nn.Module, name: str, run: Path) -> str:
     odd = differences(shapes, _shapes(module.state_dict()))
     if odd:
         table = "task.weight" in shapes and "task.layer.weight" in module.state_dict()
-        hint = "; it reads tasks by --model.encoder.language table" if table else ""
+        hint = "; it reads tasks by --model.encoder.language table" if table else _built_with(run_of(run), name, args)
         raise UserError(f"{folder}: model {name!r} does not fit: {'; '.join(odd[:5])}{hint}")
     with one_line(f"{folder}: model {name!r} cannot be loaded"):
         module.load_state_dict(read_tree(folder / f"{stored}.safetensors"))
     return f"{run}: step {manifest['step']}{which}"
+
+
+def _built_with(run: Path, name: str, args: Any) -> str:
+    """The options of a run's model that this run's has otherwise, as the end of a line; empty where none are known."""
+    if args is None or not (run / "args.json").exists():
+        return ""
+    stored, (entry, options) = read_args(run)["args"], args.models[name]
+    there = dict(word.partition("=")[::2] for word in stored["model"] or []).get(name, entry)
+    if there != entry:
+        return f"; it was built with --model {name}={there}"
+    words: list[str] = []
+    group = "model" if name == next(iter(args.models)) else f"model.{name}"
+    here = json.loads(json.dumps(asdict(options), default=str))
+    for key, value in ((stored.get("model_options") or {}).get(name) or {}).items():
+        if here.get(key) != value:
+            words += words_of(f"{group}.{key.replace('_', '-')}", value, type(value))
+    return f"; it was built with {' '.join(words)}" if words else ""
 
 
 def run_of(path: Path) -> Path:
@@ -458,7 +478,7 @@ def initialise(models: torch.nn.ModuleDict, args: Any, inherited: Any) -> None:
         taken: dict[str, list[str]] = {}
         inherited.check_forms(dict.fromkeys(run for name, run in sources.items() if name != "encoder"))
         for name, run in sources.items():
-            which = steadily(run_of(Path(run)), partial(load_weights, models[name], name, Path(run)))
+            which = steadily(run_of(Path(run)), partial(load_weights, models[name], name, Path(run), args))
             taken.setdefault(which, []).append(name)
         for which, names in taken.items():
             logger.info("weights of %s from %s", ", ".join(names), which)
