@@ -97,14 +97,17 @@ TABLE = [
     (
         "`rlpd`",
         "few demonstrations, and an environment with rewards",
-        [Shown("peg-insert-side-v3 from 20", "online", ways("rlpd"))],
+        [
+            Shown("peg-insert-side-v3 from 20", "online", ways("rlpd")),
+            Shown("basketball-v3 from 20", "online", ways("rlpd-basketball")),
+        ],
     ),
     (
         "`residual`, `dsrl`",
         "the policy of a run, and an environment with rewards",
         [
             Shown("basketball-v3, a policy from 20", "online", ways("residual", "dsrl")),
-            Shown("peg-insert-side-v3, a policy from 20", "online", ways("dsrl-peg")),
+            Shown("peg-insert-side-v3, a policy from 20", "online", ways("residual-peg", "dsrl-peg")),
         ],
     ),
     (
