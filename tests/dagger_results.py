@@ -65,9 +65,10 @@ def gait(env: str, trainer: str, steps: int) -> Task:
 TASKS = {
     "Hopper-v5": gait("Hopper-v5", "ppo", 300_000),
     "HalfCheetah-v5": gait("HalfCheetah-v5", "sac", 50_000),
-    "peg-insert-side-v3": Task(
-        "--dataset metaworld --dataset.task peg-insert-side-v3", "demos", few=5, many=100, loss="l1"
-    ),
+    **{
+        name: Task(f"--dataset metaworld --dataset.task {name}", "demos", few=5, many=100, loss="l1")
+        for name in ("peg-insert-side-v3", "coffee-pull-v3")
+    },
 }
 
 
