@@ -1,6 +1,6 @@
 """Make tests/results/dagger.json: how good a policy gets by the number of actions that an expert gave, and its picture.
 
-python tests/dagger_results.py --runs runs/dagger --jobs 2                        # 2 experts, 9 clones, then 81 runs
+python tests/dagger_results.py --runs runs/dagger --jobs 2                        # 2 experts, 12 clones, then 108 runs
 python tests/dagger_results.py --runs runs/dagger --tasks Hopper-v5 --seeds 1 --labels 1000 2000
 python tests/dagger_results.py --picture tests/pictures/dagger.png                # of the rows that there are
 
