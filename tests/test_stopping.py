@@ -318,7 +318,10 @@ def test_a_resume_repeats_what_its_run_may_not_decide_alone() -> None:
 
 
 def test_the_last_line_waits_for_a_process_that_is_about_to_end(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    code = "import signal, sys, time; print('ready', flush=True); sys.stdin.read(); "
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler); "  # `nohup &` ignores it
+    )
+    code += "print('ready', flush=True); sys.stdin.read(); "
     code += "signal.signal(signal.SIGINT, signal.SIG_DFL); sys.stdin.close(); time.sleep(60)"
     launcher = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert launcher.stdout is not None and launcher.stdin is not None and launcher.stdout.readline() == b"ready\n"
