@@ -318,9 +318,8 @@ def test_a_resume_repeats_what_its_run_may_not_decide_alone() -> None:
 
 
 def test_the_last_line_waits_for_a_process_that_is_about_to_end(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    code = (
-        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler); "  # `nohup &` ignores it
-    )
+    # Its own handler, since a process that is started below `nohup ... &` ignores SIGINT.
+    code = "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "print('ready', flush=True); sys.stdin.read(); "
     code += "signal.signal(signal.SIGINT, signal.SIG_DFL); sys.stdin.close(); time.sleep(60)"
     launcher = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

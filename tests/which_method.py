@@ -114,7 +114,11 @@ TABLE = [
         "`dagger`",
         "an environment, and an expert: scripted, a run's policy, or a person",
         [
-            Shown("coffee-pull-v3, 5 demonstrations and 500 actions", "dagger", dagger("coffee-pull-v3", 500)),
+            Shown(
+                "coffee-pull-v3, 5 demonstrations and 500 actions of the expert",
+                "dagger",
+                dagger("coffee-pull-v3", 500),
+            ),
             Shown("peg-insert-side-v3, 5 and 2000", "dagger", dagger(PEG, 2000)),
             Shown("Hopper, 1 and 2000", "dagger", dagger("Hopper-v5", 2000)),
         ],
